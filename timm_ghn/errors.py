@@ -1,0 +1,43 @@
+"""Every error that timm-ghn raises on its own account; each is also the builtin that a caller would expect."""
+
+from __future__ import annotations
+
+
+class TimmGhnError(Exception):
+    """Base of all errors of this package."""
+
+
+class GraphError(TimmGhnError, ValueError):
+    """A graph is malformed, or a model has nothing that a GHN can predict."""
+
+
+class CaptureError(TimmGhnError, RuntimeError):
+    """The forward pass of a model could not be recorded on the meta device."""
+
+
+class CheckpointError(TimmGhnError, ValueError):
+    """A GHN checkpoint is truncated, damaged, unsafe, or of another format."""
+
+
+class UnknownGhnError(TimmGhnError, ValueError):
+    """A GHN was asked for by a name that is neither registered nor a file."""
+
+
+class DownloadError(TimmGhnError, OSError):
+    """A GHN could not be downloaded, or what arrived is not what was published."""
+
+
+class InitError(TimmGhnError, ValueError):
+    """An initialization was asked for that does not exist or contradicts another argument."""
+
+
+class CacheError(TimmGhnError, OSError):
+    """A cache entry could not be written or is damaged."""
+
+
+class TrainingError(TimmGhnError, RuntimeError):
+    """The training of a GHN cannot go on."""
+
+
+class MissingDependencyError(TimmGhnError, ImportError):
+    """An optional package is needed for what was asked."""

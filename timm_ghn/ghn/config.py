@@ -1,0 +1,141 @@
+"""The hyperparameters of a GHN, as ppuda's checkpoints store them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+from timm_ghn.errors import CheckpointError
+
+HYPERNETS = ("gatedgnn", "mlp")
+DECODERS = ("conv", "mlp")
+
+MAX_CHANNELS = 1024
+MAX_KERNEL = 64
+MAX_HID = 1024
+MAX_CLASSES = 100_000
+MAX_PARAMETERS = 2**28
+"""Sizes beyond which a configuration is taken for damaged rather than allocated (2^28 float32 are 1 GiB)."""
+
+
+@dataclass(frozen=True)
+class GHNConfig:
+    """Hyperparameters of a GHN; the defaults are those of GHN-2 for ImageNet.
+
+    Attributes:
+        max_shape: Largest block that the decoder emits: (out channels, in channels, height, width).
+        num_classes: Classes of the data set that the GHN was trained on.
+        hypernet: What propagates node features: "gatedgnn", or "mlp" for no propagation.
+        decoder: What turns features into kernels: "conv" or "mlp".
+        weight_norm: Whether predicted tensors are scaled by their fan-in (arXiv 2110.13100, section 4.2).
+        ve: Whether virtual edges carry messages (arXiv 2110.13100, section 4.1).
+        layernorm: Whether the final node features are normalized.
+        hid: Size of a node's features.
+
+    Raises:
+        CheckpointError: If a value is of the wrong type or out of bounds.
+    """
+
+    max_shape: tuple[int, int, int, int] = (64, 64, 11, 11)
+    num_classes: int = 1000
+    hypernet: str = "gatedgnn"
+    decoder: str = "conv"
+    weight_norm: bool = True
+    ve: bool = True
+    layernorm: bool = True
+    hid: int = 32
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        for name, choices in (("hypernet", HYPERNETS), ("decoder", DECODERS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise CheckpointError(f"GHN config: {name} is {value!r}, not one of {', '.join(choices)}")
+        for name in ("weight_norm", "ve", "layernorm"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise CheckpointError(f"GHN config: {name} is {value!r}, not true or false")
+        if self.num_decoder_parameters > MAX_PARAMETERS:
+            raise CheckpointError(
+                f"GHN config: the decoder would have {self.num_decoder_parameters:,} parameters, "
+                f"more than the {MAX_PARAMETERS:,} that this version reads"
+            )
+
+    def _check_sizes(self) -> None:
+        shape = self.max_shape
+        if not isinstance(shape, tuple) or len(shape) != 4:
+            raise CheckpointError(f"GHN config: max_shape is {shape!r}, not four sizes")
+        _check_size("max_shape[0]", shape[0], MAX_CHANNELS)
+        _check_size("max_shape[1]", shape[1], MAX_CHANNELS)
+        _check_size("max_shape[2]", shape[2], MAX_KERNEL)
+        _check_size("max_shape[3]", shape[3], MAX_KERNEL)
+        if shape[2] != shape[3]:
+            raise CheckpointError(f"GHN config: max_shape {shape} is not square")
+        if shape[0] != shape[1] and self.decoder == "mlp":
+            raise CheckpointError(f"GHN config: max_shape {shape} needs as many in as out channels with decoder 'mlp'")
+        _check_size("num_classes", self.num_classes, MAX_CLASSES)
+        _check_size("hid", self.hid, MAX_HID)
+        if self.hid % 4:
+            raise CheckpointError(f"GHN config: hid is {self.hid}, not a multiple of 4")
+
+    @property
+    def num_decoder_parameters(self) -> int:
+        """Number of weights in the kernel decoder and the class layers, which make up nearly all of a GHN."""
+        out_channels, in_channels, height, width = self.max_shape
+        classes = self.num_classes * out_channels
+        if self.decoder == "conv":
+            spatial = self.hid * (4 * self.hid) * height * width
+            channels = (4 * self.hid) * (8 * self.hid) + (8 * self.hid) * out_channels * in_channels
+            return spatial + channels + 2 * classes
+        return 2 * self.hid * (out_channels * in_channels * height * width + classes) + classes
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GHNConfig:
+        """Build a configuration from JSON or from the `config` entry of a ppuda checkpoint.
+
+        Only `hypernet`, `decoder` and `hid` may be missing: ppuda's defaults for the rest are not those of GHN-2.
+
+        Raises:
+            CheckpointError: If a key is missing or unknown, or a value is of the wrong type or out of bounds.
+        """
+        if not isinstance(data, Mapping):
+            raise CheckpointError(f"GHN config: expected a table of settings, not {type(data).__name__}")
+        known = {entry.name for entry in fields(cls)}
+        unknown = sorted(str(key) for key in data if key not in known)
+        if unknown:
+            raise CheckpointError(f"GHN config: unknown settings {', '.join(unknown)}")
+        missing = sorted(known - set(data) - {"hypernet", "decoder", "hid"})
+        if missing:
+            raise CheckpointError(f"GHN config: missing settings {', '.join(missing)}")
+        values = dict(data)
+        if isinstance(values["max_shape"], list):
+            values["max_shape"] = tuple(values["max_shape"])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-compatible form; `from_dict` reads it back."""
+        return {**asdict(self), "max_shape": list(self.max_shape)}
+
+
+@dataclass(frozen=True)
+class GHNInfo:
+    """Where a GHN came from.
+
+    Attributes:
+        name: Registered name, path or Hub repository that it was loaded from.
+        hash: SHA-256 of its configuration and weights (`content_hash`) when it was loaded.
+        metadata: Further facts from its file, for example the training epoch.
+    """
+
+    name: str
+    hash: str
+    metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def _check_size(name: str, value: object, maximum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CheckpointError(f"GHN config: {name} is {value!r}, not a whole number")
+    if not 1 <= value <= maximum:
+        raise CheckpointError(f"GHN config: {name} is {value}, not between 1 and {maximum}")

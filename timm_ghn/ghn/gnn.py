@@ -1,0 +1,241 @@
+"""The gated graph network that propagates node features along a graph, one topological level at a time.
+
+Equations 3 and 4 of arXiv 2110.13100 (GHN-1's are those of arXiv 1810.05749). ppuda updates one node after the
+other; the nodes of a level do not see each other, so here a level is one batch with the same result.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_ghn.graph.graph import Graph
+
+IntArray = npt.NDArray[np.int64]
+
+
+class MLP(nn.Module):
+    """Linear layers with a ReLU between them, and one behind the last unless it is an output layer.
+
+    Args:
+        in_features: Size of the input.
+        sizes: Outputs of the layers.
+        last_activation: Whether a ReLU follows the last layer.
+    """
+
+    def __init__(self, in_features: int, sizes: Sequence[int], last_activation: bool = True) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise([in_features, *sizes]):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        self.fc = nn.Sequential(*(layers if last_activation else layers[:-1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layers to the last dimension."""
+        out: Tensor = self.fc(x)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """What the nodes of one level send to the nodes that come after them in the direction of a pass.
+
+    Positions count the nodes of all graphs, sorted by level.
+
+    Attributes:
+        start: First position of the level.
+        stop: Position behind the level.
+        first: First position that receives a message from the level.
+        last: Position behind the last receiver.
+        weights: (last - first, (stop - start) * kinds) matrix: 1 for an edge, and if there are two kinds of messages
+            1 / distance for a virtual edge, the kinds of one sender side by side.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The order in which a batch of graphs is traversed.
+
+    Attributes:
+        order: Position of every node, int64 (N,): nodes of all graphs by level, level i of all graphs together.
+        forward: Levels from the inputs to the outputs.
+        backward: Levels from the outputs to the inputs.
+    """
+
+    order: Tensor
+    forward: tuple[Push, ...]
+    backward: tuple[Push, ...]
+
+
+def make_schedule(graphs: Sequence[Graph], virtual_edges: bool, like: Tensor) -> Schedule:
+    """Merge the levels of the graphs and write the messages between them as banded matrices.
+
+    Args:
+        graphs: At least one graph.
+        virtual_edges: Whether messages travel along virtual edges as well.
+        like: Tensor whose type and device the matrices get.
+
+    Returns:
+        The schedule. Its matrices hold the distances between a level and the nodes in reach, so their size is
+        bounded by N^2 and is far less for deep networks, where only `max_distance` levels are in reach.
+    """
+    level = _merged_levels(graphs)
+    by_level = np.argsort(level, kind="stable")
+    position = np.empty_like(by_level)
+    position[by_level] = np.arange(len(by_level))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(level))])
+
+    offsets = np.cumsum([0, *(len(graph) for graph in graphs)])
+    pairs = [_reachable(graph, virtual_edges) for graph in graphs]
+    sources, targets = (
+        position[np.concatenate([pair[end] + offset for pair, offset in zip(pairs, offsets[:-1], strict=True)])]
+        for end in (0, 1)
+    )
+    distances = np.concatenate([pair[2] for pair in pairs])
+    forward = _pushes(sources, targets, distances, starts, virtual_edges, like)
+    backward = _pushes(targets, sources, distances, starts, virtual_edges, like)
+    return Schedule(torch.from_numpy(position).to(like.device), tuple(forward), tuple(reversed(backward)))
+
+
+def _merged_levels(graphs: Sequence[Graph]) -> IntArray:
+    levels = np.empty(sum(len(graph) for graph in graphs), dtype=np.int64)
+    offset = 0
+    for graph in graphs:
+        for depth, nodes in enumerate(graph.levels):
+            levels[offset + np.asarray(nodes)] = depth
+        offset += len(graph)
+    return levels
+
+
+def _reachable(graph: Graph, virtual_edges: bool) -> tuple[IntArray, IntArray, IntArray]:
+    """Source, target and distance of all pairs of nodes between which a message travels."""
+    if not virtual_edges:
+        edges = np.asarray(graph.edges, dtype=np.int64).reshape(-1, 2)
+        return edges[:, 0], edges[:, 1], np.ones(len(edges), dtype=np.int64)
+    sources, targets = np.nonzero(graph.distance_matrix)
+    return sources, targets, graph.distance_matrix[sources, targets].astype(np.int64)
+
+
+def _pushes(
+    senders: IntArray, receivers: IntArray, distances: IntArray, starts: IntArray, virtual_edges: bool, like: Tensor
+) -> list[Push]:
+    """One `Push` a level, from its first; the matrices of all levels share one flat buffer."""
+    kinds = 2 if virtual_edges else 1
+    level = np.searchsorted(starts, senders, side="right") - 1
+    widths = np.diff(starts) * kinds
+    first = np.full(len(widths), starts[-1], dtype=np.int64)
+    last = np.zeros(len(widths), dtype=np.int64)
+    np.minimum.at(first, level, receivers)
+    np.maximum.at(last, level, receivers + 1)
+    first = np.minimum(first, last)  # levels that send nothing
+    begin = np.concatenate([[0], np.cumsum((last - first) * widths)])
+
+    flat = np.zeros(begin[-1], dtype=np.float32)
+    cell = begin[level] + (receivers - first[level]) * widths[level] + (senders - starts[level]) * kinds
+    flat[cell[distances == 1]] = 1.0
+    if virtual_edges:
+        flat[cell + 1] = np.float32(1.0) / distances.astype(np.float32)
+    buffer = torch.from_numpy(flat).to(like)
+    return [
+        Push(
+            int(starts[i]),
+            int(starts[i + 1]),
+            int(first[i]),
+            int(last[i]),
+            buffer[begin[i] : begin[i + 1]].view(-1, int(widths[i])),
+        )
+        for i in range(len(widths))
+    ]
+
+
+class GatedGNN(nn.Module):
+    """One pass over a graph from its inputs to its outputs, and one back.
+
+    Args:
+        features: Size of a node's features.
+        virtual_edges: Whether nodes also receive 1 / distance times a message from all nodes in reach.
+    """
+
+    def __init__(self, features: int, virtual_edges: bool) -> None:
+        super().__init__()
+        self.virtual_edges = virtual_edges
+        self.mlp = MLP(features, (features // 2 if virtual_edges else features, features))
+        if virtual_edges:
+            self.mlp_ve = MLP(features, (features // 2, features))
+        self.gru = nn.GRUCell(features, features)
+
+    def forward(self, x: Tensor, graphs: Sequence[Graph]) -> Tensor:
+        """Propagate node features.
+
+        Args:
+            x: Features (N, hid) of the nodes of all graphs, one graph after the other.
+            graphs: The graphs.
+
+        Returns:
+            Features (N, hid) after both passes.
+        """
+        schedule = make_schedule(graphs, self.virtual_edges, x)
+        layers = self._message_layers()
+        hidden = torch.empty_like(x).index_copy(0, schedule.order, x)
+        hidden = self._traverse(hidden, schedule.forward, layers)
+        hidden = self._traverse(hidden, schedule.backward[:], layers, reverse=True)
+        return hidden[schedule.order]
+
+    def _traverse(self, hidden: Tensor, pushes: Sequence[Push], layers: MessageLayers, reverse: bool = False) -> Tensor:
+        """Update level after level; each level then adds its messages to the inboxes of the nodes that it reaches."""
+        gru = self.gru
+        inbox = torch.zeros_like(hidden)
+        updated: list[Tensor] = []
+        for push in pushes:
+            rows = slice(push.start, push.stop)
+            # Cloned, because autograd keeps what the GRU reads while later levels still write to the inbox.
+            state = torch.gru_cell(
+                inbox[rows].clone(), hidden[rows], gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh
+            )
+            updated.append(state)
+            if push.first < push.last:
+                inbox[push.first : push.last].addmm_(push.weights, layers.messages(state))
+        return torch.cat(updated[::-1] if reverse else updated)
+
+    def _message_layers(self) -> MessageLayers:
+        return MessageLayers.fuse([self.mlp, self.mlp_ve] if self.virtual_edges else [self.mlp])
+
+
+@dataclass(frozen=True, slots=True)
+class MessageLayers:
+    """The MLPs that make messages, as two matrix products for all of them.
+
+    Attributes:
+        first: Transposed weight (hid, sum of middle sizes) and bias of the first layers, side by side.
+        second: Transposed block-diagonal weight (sum of middle sizes, kinds * hid) and bias of the second layers.
+    """
+
+    first: tuple[Tensor, Tensor]
+    second: tuple[Tensor, Tensor]
+
+    @classmethod
+    def fuse(cls, mlps: Sequence[MLP]) -> MessageLayers:
+        """Join MLPs of two layers."""
+        firsts, seconds = [mlp.fc[0] for mlp in mlps], [mlp.fc[2] for mlp in mlps]
+        return cls(
+            (torch.cat([layer.weight for layer in firsts]).t(), torch.cat([layer.bias for layer in firsts])),
+            (torch.block_diag(*[layer.weight for layer in seconds]).t(), torch.cat([layer.bias for layer in seconds])),
+        )
+
+    def messages(self, state: Tensor) -> Tensor:
+        """Messages (n * kinds, hid) of n nodes with features (n, hid), the kinds of one node side by side."""
+        middle = F.relu(torch.addmm(self.first[1], state, self.first[0]))
+        return F.relu(torch.addmm(self.second[1], middle, self.second[0])).view(-1, state.shape[1])

@@ -1,0 +1,161 @@
+"""How small predicted blocks become parameters: tiling for any rank, and the layouts in which layers store kernels.
+
+Two directions share the rules. `tile` and `arrange` build new tensors and are differentiable; `kernel_view` and
+`tile_` write a block straight into an existing parameter, without a full-size temporary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from timm_ghn.graph.graph import Layout, Shape
+
+
+def tile(block: Tensor, shape: Shape) -> Tensor:
+    """Repeat a block along every dimension until it covers `shape`, and crop what is too much.
+
+    Args:
+        block: Tensor of the rank of `shape`, of any size.
+        shape: Shape of the result.
+
+    Returns:
+        A tensor of that shape: element i along a dimension is element i mod b of a block of size b. Differentiable.
+    """
+    counts = [math.ceil(size / length) for size, length in zip(shape, block.shape, strict=True)]
+    if any(count > 1 for count in counts):
+        repeated = [size for pair in zip(counts, block.shape, strict=True) for size in pair]
+        split = [size for length in block.shape for size in (1, length)]
+        covered = [count * length for count, length in zip(counts, block.shape, strict=True)]
+        block = block.reshape(split).expand(repeated).reshape(covered)
+    return block[tuple(slice(size) for size in shape)]
+
+
+def tile_(destination: Tensor, block: Tensor) -> None:
+    """Write `tile(block, destination.shape)` into `destination` with one copy for each region that divides evenly.
+
+    Args:
+        destination: Tensor, or strided view of one, of any type and device.
+        block: Tensor of the same rank.
+    """
+    if destination.numel() == 0:
+        return
+    pieces = [_pieces(size, length) for size, length in zip(destination.shape, block.shape, strict=True)]
+    for region in itertools.product(*pieces):
+        part, source = destination, block
+        for dim, (start, size, length) in enumerate(region):
+            part = part.narrow(dim, start, size)
+            source = source.narrow(dim, 0, length)
+        split = [n for size, length in zip(part.shape, source.shape, strict=True) for n in (size // length, length)]
+        part.view(split).copy_(source.reshape([n for length in source.shape for n in (1, length)]))
+
+
+def _pieces(size: int, length: int) -> list[tuple[int, int, int]]:
+    """Split a dimension into (start, size, block length) where each size is a multiple of its block length."""
+    whole, rest = size - size % length, size % length
+    pieces = [(0, whole, length)] if whole else []
+    return [*pieces, (whole, rest, rest)] if rest else pieces
+
+
+def repeats(kernel: Shape, shape: Shape, layout: Layout) -> int:
+    """How many times a parameter of `shape` stores the predicted kernel: the depth, or the number of experts."""
+    if layout is Layout.DEPTH:
+        return shape[2]
+    return shape[0] if layout is Layout.MIXTURE else 1
+
+
+def is_consistent(kernel: Shape, shape: Shape, layout: Layout) -> bool:
+    """Whether a parameter of `shape` can store a kernel of that shape in that layout."""
+    if layout is Layout.DEPTH:
+        return len(shape) == 5 and len(kernel) == 4 and (*shape[:2], *shape[3:]) == kernel
+    if layout is Layout.MIXTURE:
+        return len(shape) >= 2 and math.prod(shape[1:]) == math.prod(kernel)
+    if layout is Layout.TOKENS:
+        tokens = len(shape) >= 2 and len(kernel) == 4 and shape[-1] == kernel[1] and kernel[0] == 1
+        return tokens and shape[-2] >= kernel[2] * kernel[3] and math.prod(shape[:-2]) == 1
+    if layout is Layout.CHANNELS_LAST:
+        return len(kernel) == 4 and shape in ((1, *kernel[2:], kernel[1]), (*kernel[2:], kernel[1])) and kernel[0] == 1
+    if layout is Layout.TRANSPOSED:
+        return len(shape) >= 2 and len(kernel) >= 2 and _groups(kernel, shape) is not None
+    return math.prod(shape) == math.prod(kernel)
+
+
+def _groups(kernel: Shape, shape: Shape) -> int | None:
+    """Groups of a transposed convolution whose weight is (C, K / groups, ...) for a (K, C / groups, ...) kernel.
+
+    One group also stands for kernels that list the input channels of all groups, (K / groups, C, ...), and for
+    transposed matrices: a plain swap. None if the shapes do not fit.
+    """
+    if math.prod(kernel) != math.prod(shape):
+        return None
+    if (kernel[1], kernel[0]) == shape[:2]:
+        return 1
+    groups = kernel[0] // shape[1]
+    return groups if groups * shape[1] == kernel[0] and groups * kernel[1] == shape[0] else None
+
+
+def arrange(kernel: Tensor, shape: Shape, layout: Layout) -> Tensor:
+    """Lay a full-size kernel out as a parameter of `shape` stores it.
+
+    Args:
+        kernel: The predicted kernel: (K,), (K, C) or (K, C, kh, kw), or (1, C, h, w) for positional encodings.
+        shape: Shape of the parameter.
+        layout: How the parameter stores it.
+
+    Returns:
+        A tensor of `shape`, possibly a view of `kernel`; prefix rows of `Layout.TOKENS` are zero. Differentiable.
+    """
+    if layout is Layout.DEPTH:
+        return kernel.unsqueeze(2).expand(shape)
+    if layout is Layout.MIXTURE:
+        return kernel.reshape(shape[1:]).expand(shape)
+    if layout is Layout.TOKENS:
+        rows = kernel.flatten(2).squeeze(0).t()
+        prefix = rows.new_zeros((shape[-2] - rows.shape[0], shape[-1]))
+        return torch.cat([prefix, rows]).reshape(shape)
+    if layout is Layout.CHANNELS_LAST:
+        return kernel.permute(0, 2, 3, 1).reshape(shape)
+    if layout is Layout.TRANSPOSED:
+        groups = _groups(tuple(kernel.shape), shape) or 1
+        return kernel.unflatten(0, (groups, -1)).transpose(1, 2).reshape(shape)
+    return kernel.reshape(shape)
+
+
+def kernel_view(destination: Tensor, kernel: Shape, layout: Layout) -> Tensor | None:
+    """The elements of a parameter in the order of its kernel: the inverse of `arrange`, without a copy.
+
+    Args:
+        destination: The parameter.
+        kernel: Shape of the predicted kernel.
+        layout: How the parameter stores it.
+
+    Returns:
+        A view of shape `kernel`, with one dimension for the copies in front for `Layout.DEPTH` and
+        `Layout.MIXTURE`; None if the strides of the parameter allow no such view.
+    """
+    try:
+        if layout is Layout.DEPTH:
+            return destination.movedim(2, 0)
+        if layout is Layout.MIXTURE:
+            return destination.view(destination.shape[0], *kernel)
+        if layout is Layout.TOKENS:
+            rows = token_rows(destination, kernel)
+            return rows.view(*kernel[2:], kernel[1]).permute(2, 0, 1).unsqueeze(0)
+        if layout is Layout.CHANNELS_LAST:
+            return destination.view(1, *kernel[2:], kernel[1]).permute(0, 3, 1, 2)
+        if layout is Layout.TRANSPOSED:
+            if _groups(kernel, tuple(destination.shape)) != 1:
+                return None
+            destination = destination.transpose(0, 1)
+        return destination if destination.shape == kernel else destination.view(kernel)
+    except RuntimeError:  # torch: "view size is not compatible with input tensor's size and stride"
+        return None
+
+
+def token_rows(table: Tensor, kernel: Shape) -> Tensor:
+    """View of the rows of a table (1, prefix + h * w, C) or (prefix + h * w, C) that a (1, C, h, w) kernel fills."""
+    count = kernel[2] * kernel[3]
+    return table.narrow(-2, table.shape[-2] - count, count)

@@ -1,0 +1,40 @@
+"""Recording a model's forward pass and condensing it to the graph that a GHN reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from timm_ghn.graph.capture import Trace, capture
+from timm_ghn.graph.condense import Reading, condense
+from timm_ghn.graph.graph import MAX_DISTANCE, Graph, Layout, Node, Op, Role, Target
+
+__all__ = ["Graph", "Layout", "Node", "Op", "Reading", "Role", "Target", "Trace", "capture", "condense", "to_graph"]
+
+
+def to_graph(
+    model: nn.Module,
+    *,
+    input_size: Sequence[int] | None = None,
+    example_input: Any = None,
+    reading: Reading | str = Reading.DEFAULT,
+    max_distance: int = MAX_DISTANCE,
+) -> Graph:
+    """The graph that a GHN reads of a model. The model is not changed, moved, or run on data.
+
+    Args:
+        model: Any module.
+        input_size: (channels, height, width) of one image. Default: what a timm model says of itself, else
+            3 x 224 x 224.
+        example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors.
+        reading: "default", or "ppuda" for exact comparison with ppuda (see `Reading`).
+        max_distance: Longest distance of a virtual edge, in hops.
+
+    Raises:
+        CaptureError: If the forward pass cannot be recorded on meta tensors.
+        GraphError: If the model has nothing that a GHN can predict.
+    """
+    trace = capture(model, input_size=input_size, example_input=example_input)
+    return condense(trace, reading=Reading(reading), max_distance=max_distance)

@@ -1,0 +1,376 @@
+"""Recording the operations of a model's forward pass, on the meta device: no weights allocated, none changed.
+
+A `TorchFunctionMode` sees every model as a short list of semantic calls (conv2d, linear, layer_norm, add, ...).
+What is recorded refers to tensors by number, so a `Trace` holds no tensor and can outlive the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from timm_ghn.errors import CaptureError
+
+_logger = logging.getLogger(__name__)
+
+DEFAULT_INPUT_SIZE = (3, 224, 224)
+"""(channels, height, width) of the input when neither the caller nor the model says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor at one moment of the forward pass: an in-place operation makes a new value.
+
+    Attributes:
+        index: Number of the value in its trace.
+        shape: Shape of the tensor.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One recorded call.
+
+    Attributes:
+        name: Name of the function without the marks of methods, operators and in-place variants: "add" stands for
+            `torch.add`, `Tensor.add_`, `Tensor.__radd__` and so on.
+        args: Positional arguments, with a `Value` in place of every tensor.
+        kwargs: Keyword arguments, likewise.
+        inputs: The values among the arguments, in order.
+        outputs: The values that the call made or changed.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+    def argument(self, position: int, keyword: str, default: Any = None) -> Any:
+        """The argument that was passed at a position or by its keyword."""
+        if len(self.args) > position:
+            return self.args[position]
+        return self.kwargs.get(keyword, default)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a forward pass did.
+
+    Attributes:
+        operations: Recorded calls, in order.
+        inputs: Indices of the values that are the model's input.
+        outputs: Indices of the values that the model returned, in order.
+        parameters: Names of the parameters by the index of their value (several for tied parameters).
+        parameter_shapes: Shape by name of every parameter of the model, also of those that the pass did not use.
+    """
+
+    operations: tuple[Operation, ...]
+    inputs: frozenset[int]
+    outputs: tuple[int, ...]
+    parameters: Mapping[int, tuple[str, ...]]
+    parameter_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def capture(
+    model: nn.Module,
+    *,
+    input_size: Sequence[int] | None = None,
+    example_input: Any = None,
+) -> Trace:
+    """Record the operations of a model's forward pass in evaluation mode, without touching the model.
+
+    Args:
+        model: Any module, on any device, of any dtype; it is not moved, run on data, or left in another mode.
+        input_size: (channels, height, width) of one input image. Default: what a timm model says of itself, else
+            3 x 224 x 224.
+        example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors (positional or keyword
+            arguments of forward). Only shapes and dtypes matter.
+
+    Raises:
+        CaptureError: If the forward pass fails on meta tensors; the message names the operation and the module.
+    """
+    skeleton = _skeleton(model)
+    if example_input is not None:
+        candidates = [_as_call(example_input)]
+    else:
+        dtype = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.float32)
+        sizes = [tuple(input_size)] if input_size is not None else input_sizes(skeleton)
+        candidates = [((torch.empty((1, *size), dtype=dtype, device="meta"),), {}) for size in sizes]
+    failure: Exception | None = None
+    for args, kwargs in candidates:
+        try:
+            return _record(skeleton, args, kwargs)
+        except Exception as error:  # noqa: BLE001 - any model code may run here; it is re-raised with its place
+            failure = failure or error
+            _logger.debug("forward pass with input %s failed: %s", _describe(args, kwargs), error)
+    args, kwargs = candidates[0]
+    raise CaptureError(_explain(skeleton, args, kwargs, failure)) from failure
+
+
+def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:
+    """Input sizes (channels, height, width) worth trying, best first, from what a timm model says of itself."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = tuple(config.get("input_size") or DEFAULT_INPUT_SIZE)
+    channels = _input_channels(model, config) or size[0]
+    image_sizes = [getattr(getattr(model, "patch_embed", None), "img_size", None), getattr(model, "img_size", None)]
+    found: list[tuple[int, ...]] = []
+    for image_size in image_sizes:
+        if isinstance(image_size, int) and image_size > 0:
+            found.append((channels, image_size, image_size))
+        elif isinstance(image_size, (tuple, list)) and len(image_size) == 2:
+            found.append((channels, *image_size))
+    # The layer that is named first does not always see the image itself (space-to-depth stems).
+    found += [(channels, *size[1:]), size]
+    return list(dict.fromkeys(found))
+
+
+def _input_channels(model: nn.Module, config: Mapping[str, Any]) -> int | None:
+    """Input channels of the layer that timm's configuration names as the first, if it is there."""
+    names = config.get("first_conv")
+    for name in [names] if isinstance(names, str) else names or []:
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if isinstance(layer, nn.Conv2d):
+            return layer.in_channels
+    return None
+
+
+def _as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of forward, on the meta device."""
+
+    def to_meta(leaf: Any) -> Any:
+        return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
+
+    example = tree_map(to_meta, example)
+    if isinstance(example, tuple):
+        return example, {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example,), {}
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model whose tensors are on the meta device, in evaluation mode; the model if it is there already.
+
+    Raises:
+        CaptureError: If the model cannot be copied.
+    """
+    tensors = [*model.parameters(), *model.buffers(), *_loose_tensors(model)]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        meta = torch.empty_like(tensor, device="meta", requires_grad=False)
+        # Tensor subclasses of parameters (timm and torch have some) are not needed to record shapes.
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta
+    try:
+        skeleton: nn.Module = copy.deepcopy(model, memo)
+    except Exception as error:  # noqa: BLE001 - deepcopy runs arbitrary code of the model
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied to the meta device ({error!r}); build it under "
+            "torch.device('meta') and pass that model's graph instead"
+        ) from error
+    return skeleton.eval()
+
+
+def _loose_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules keep as plain attributes, alone or in lists and tuples."""
+    for module in model.modules():
+        for attribute in vars(module).values():
+            for item in attribute if isinstance(attribute, (list, tuple)) else (attribute,):
+                if isinstance(item, Tensor):
+                    yield item
+
+
+def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    recorder = _Recorder(model)
+    recorder.add_inputs((args, kwargs))
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("meta"), recorder:
+        output = model(*args, **kwargs)
+    return recorder.trace(output)
+
+
+_ARITHMETIC = {
+    "add", "sub", "mul", "truediv", "floordiv", "div", "matmul", "pow", "mod", "and", "or", "xor", "lshift", "rshift",
+}  # fmt: skip
+
+
+def operation_name(function: Callable[..., Any]) -> str:
+    """Name of a torch function, alike for its function, method, operator, in-place and property forms."""
+    name: str = getattr(function, "__name__", type(function).__name__)
+    if name == "__get__":  # a property of Tensor: its descriptor knows the name
+        return str(getattr(getattr(function, "__self__", None), "__name__", name))
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2]
+        if name[:1] in ("i", "r") and name[1:] in _ARITHMETIC:
+            name = name[1:]
+        return {"truediv": "div"}.get(name, name)
+    return name.rstrip("_") or name
+
+
+# Calls that make no new tensor of the computation although they may return one, or that only ask for a size.
+_SILENT = {"size", "shape", "dim", "ndim", "device", "dtype", "numel", "stride", "is_contiguous", "requires_grad", "len"}
+
+
+class _Recorder(TorchFunctionMode):
+    """Numbers every tensor that it sees and writes down every call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._operations: list[Operation] = []
+        self._current: dict[int, Value] = {}  # by id of the tensor
+        self._kept: list[Tensor] = []  # so that no id is used twice
+        self._count = 0
+        self._inputs: frozenset[int] = frozenset()
+        self._parameters: dict[int, tuple[str, ...]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            value = self._value(parameter)
+            self._parameters[value.index] = (*self._parameters.get(value.index, ()), name)
+            self._shapes[name] = tuple(parameter.shape)
+
+    def add_inputs(self, tree: Any) -> None:
+        tensors = [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+        self._inputs = frozenset(self._value(tensor).index for tensor in tensors)
+
+    def trace(self, output: Any) -> Trace:
+        leaves = [leaf for leaf in _tensors(output)]
+        return Trace(
+            operations=tuple(self._operations),
+            inputs=self._inputs,
+            outputs=tuple(dict.fromkeys(self._value(leaf).index for leaf in leaves)),
+            parameters=self._parameters,
+            parameter_shapes=self._shapes,
+        )
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = operation_name(func)
+        if name in _SILENT:
+            return func(*args, **kwargs)
+        inputs: list[Value] = []
+        recorded_args = tuple(self._replace(item, inputs) for item in args)
+        recorded_kwargs = {key: self._replace(item, inputs) for key, item in kwargs.items()}
+        result = func(*args, **kwargs)
+        changed = [args[0]] if name == "setitem" else list(_tensors(result))
+        if changed:
+            outputs = tuple(self._new_value(tensor) for tensor in self._with_bases(changed, args))
+            self._operations.append(Operation(name, recorded_args, recorded_kwargs, tuple(inputs), outputs))
+        return result
+
+    @staticmethod
+    def _with_bases(changed: list[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
+        """What changed, and the tensors that a view which was written into belongs to."""
+        first = args[0] if args else None
+        if isinstance(first, Tensor) and first._base is not None and any(first is tensor for tensor in changed):
+            return [*changed, first._base]
+        return changed
+
+    def _replace(self, item: Any, inputs: list[Value]) -> Any:
+        if isinstance(item, Tensor):
+            value = self._value(item)
+            inputs.append(value)
+            return value
+        if isinstance(item, (list, tuple)) and any(isinstance(entry, (Tensor, list, tuple)) for entry in item):
+            return tuple(self._replace(entry, inputs) for entry in item)
+        return item
+
+    def _value(self, tensor: Tensor) -> Value:
+        return self._current.get(id(tensor)) or self._new_value(tensor)
+
+    def _new_value(self, tensor: Tensor) -> Value:
+        if id(tensor) not in self._current:
+            self._kept.append(tensor)
+        value = Value(self._count, tuple(tensor.shape))
+        self._count += 1
+        self._current[id(tensor)] = value
+        return value
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, Mapping):
+        for entry in result.values():
+            yield from _tensors(entry)
+    elif isinstance(result, (list, tuple)):
+        for entry in result:
+            yield from _tensors(entry)
+
+
+def _describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    shapes = ["x".join(str(size) for size in tensor.shape) for tensor in _tensors([*args, *kwargs.values()])]
+    return ", ".join(shapes) or "nothing"
+
+
+def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: Exception | None) -> str:
+    """Where and why a forward pass failed, found by running it once more with a note of the module in progress."""
+    stack: list[str] = []
+    last: list[str] = []
+    with _noted_modules(model, stack), _LastFunction(last) as _:
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("meta"):
+                model(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - the failure that is being explained
+            failure = error
+    place = stack[-1] if stack and stack[-1] else type(model).__name__
+    operation = f" in {last[-1]}" if last else ""
+    reason = str(failure).strip().splitlines()
+    detail = reason[0] if reason else type(failure).__name__
+    return (
+        f"the forward pass of {type(model).__name__} on meta tensors (input {_describe(args, kwargs)}) failed "
+        f"at module '{place}'{operation}: {detail}. If the input size is wrong, pass input_size=(channels, height, "
+        "width); if forward takes something else than one image, pass example_input=; a forward that reads values "
+        "of tensors (item(), tolist(), numpy()) has to avoid that in eval mode"
+    )
+
+
+class _LastFunction(TorchFunctionMode):
+    """Keeps the name of the call in progress."""
+
+    def __init__(self, last: list[str]) -> None:
+        super().__init__()
+        self._last = last
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = self._enter(func, args, kwargs or {})
+        self._last.clear()
+        return result
+
+    def _enter(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._last[:] = [operation_name(func)]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _noted_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the names of the modules whose forward is running; `stack` stays as it was at a failure."""
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        handles.append(module.register_forward_hook(lambda *_: stack.pop() and None))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+

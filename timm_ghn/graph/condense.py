@@ -1,0 +1,764 @@
+"""Condensing recorded operations to the GHN's vocabulary.
+
+Two passes over the operations. The first notes what a value is: derived from the input or from parameters alone,
+squeezed to one number a channel, a matrix of similarities. The second makes a node of what the vocabulary has a word
+for and joins the neighbours of everything else. Nothing here looks at the name of a layer or a model.
+
+Choices where DeepNets-1M (what GHN-2 was trained on) has no direct counterpart:
+
+==============================  =======================================================================
+in the model                    in the graph
+==============================  =======================================================================
+group / instance norm           bn (both normalize the channels of images)
+layer / RMS norm                ln
+linear, matmul with a parameter conv, 1 x 1
+grouped convolution             sep_conv; dil_conv if dilated in both directions
+1-D, 3-D, transposed            conv of the closest 2-D kernel
+attention of any spelling       msa, where similarities (or a softmax) are applied to values
+product with a squeezed gate    cse; the squeeze itself is no node, as in DeepNets-1M's own blocks
+mean over all positions         glob_avg, with or without kept dimensions
+sum, difference, concatenation  sum, sum, concat; dropped when a single node feeds them
+learned table added to tokens   pos_enc, without incoming edges, and a sum
+recurrent layer                 conv, bias, conv, bias: input and hidden weights of every layer
+==============================  =======================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+from timm_ghn.errors import GraphError
+from timm_ghn.graph.capture import Operation, Trace, Value
+from timm_ghn.graph.graph import MAX_DISTANCE, Graph, Layout, Node, Op, Role, Shape, Target
+
+
+class Reading(str, Enum):
+    """Which of two readings of a network is built.
+
+    They differ in two rules, both of them accidents of ppuda's autograd walk. `PPUDA` calls a product cse only where
+    it follows a hard sigmoid or hard swish by exactly one other operation, and calls a mean glob_avg only if it keeps
+    its dimensions. `DEFAULT` gives squeeze-excite blocks and global poolings the nodes that they had in the networks
+    that GHN-2 was trained on, however they are spelled.
+    """
+
+    DEFAULT = "default"
+    PPUDA = "ppuda"
+
+
+_CONVOLUTIONS = {f"conv{rank}d": rank for rank in (1, 2, 3)}
+_TRANSPOSED_CONVOLUTIONS = {f"conv_transpose{rank}d": rank for rank in (1, 2, 3)}
+_PRODUCTS = {"matmul", "mm", "bmm", "einsum", "tensordot"}
+_ADDED_PRODUCTS = {"addmm", "baddbmm", "addbmm"}
+# Function, position of its weight (the bias follows it), operator.
+_NORMS = {
+    "batch_norm": (3, Op.BN),
+    "instance_norm": (3, Op.BN),
+    "group_norm": (2, Op.BN),
+    "layer_norm": (2, Op.LN),
+    "rms_norm": (2, Op.LN),
+}
+_MAX_POOLS = {"max_pool1d", "max_pool2d", "max_pool3d"}
+_AVG_POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d"}
+_ADAPTIVE_AVG_POOLS = {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
+_ADAPTIVE_POOLS = _ADAPTIVE_AVG_POOLS | {"adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"}
+_REDUCTIONS = {"mean", "amax", "max", "norm", "vector_norm", "logsumexp", "std", "var"}
+_SUMS = {"add", "sub", "addcmul"}
+_CONCATENATIONS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
+_MULTIPLICATIONS = {"mul", "multiply"}
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+_HARD_GATES = {"hardsigmoid", "hardswish"}
+# Operations that only rearrange elements: a parameter that went through them is still the weight itself.
+_TRANSPOSITIONS = {"t", "T", "mT", "transpose", "permute", "swapaxes", "movedim"}
+_LOOKUPS = {"embedding", "index_select", "gather", "take", "grid_sample", "index"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """The parameters that a value which does not depend on the input is made from.
+
+    Attributes:
+        values: Indices of the parameters' values.
+        transposed: Whether the last two dimensions were swapped on the way.
+        looked_up: Whether entries were picked by an index, as from a table of relative positions.
+    """
+
+    values: tuple[int, ...] = ()
+    transposed: bool = False
+    looked_up: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Fact:
+    """What the first pass knows of a value.
+
+    Attributes:
+        data: Whether it depends on the input.
+        origin: What it is made from, if not.
+        channels: Number of channels that the layer before gave it; None if unknown.
+        squeezes: Operations (by number) that reduced it to one number a channel; empty for a value with positions.
+        similarity: Sizes of the two dimensions of a matrix of similarities, else None.
+        grid: (h, w) of the last feature map that led to it.
+        hard_gate: Operations since a hard sigmoid or swish (ppuda's reading of cse), None if there was none.
+        affine: Whether it comes straight from a product with a parameter, so that a vector added is its bias.
+    """
+
+    data: bool = False
+    origin: _Origin = _Origin()
+    channels: int | None = None
+    squeezes: frozenset[int] = frozenset()
+    similarity: tuple[int, int] | None = None
+    grid: tuple[int, int] | None = None
+    hard_gate: int | None = None
+    affine: bool = False
+
+
+@dataclass(slots=True)
+class _Facts:
+    """Result of the first pass: facts by value, and the roles of single operations."""
+
+    by_value: dict[int, _Fact] = field(default_factory=dict)
+    gates: set[int] = field(default_factory=set)
+    squeezes: set[int] = field(default_factory=set)
+    attentions: set[int] = field(default_factory=set)
+    mixtures: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by operation that uses the mixed weight
+    mixed: set[int] = field(default_factory=set)  # operations that mix weights
+
+    def of(self, value: Value) -> _Fact:
+        return self.by_value.get(value.index, _NOTHING)
+
+
+_NOTHING = _Fact()
+
+
+def condense(trace: Trace, *, reading: Reading = Reading.DEFAULT, max_distance: int = MAX_DISTANCE) -> Graph:
+    """Build the graph of a recorded forward pass.
+
+    Args:
+        trace: Recorded operations.
+        reading: How squeeze-excite blocks and global poolings are read.
+        max_distance: Longest distance of a virtual edge, in hops.
+
+    Raises:
+        GraphError: If the output does not depend on the input, or no layer has parameters that a GHN can predict.
+    """
+    facts = _find_facts(trace)
+    builder = _Builder(trace, facts, reading)
+    for number, operation in enumerate(trace.operations):
+        builder.add(number, operation)
+    graph = builder.finish(max_distance)
+    if not graph.targets:
+        raise GraphError("no layer of this model has parameters that a GHN can predict")
+    return graph
+
+
+# --- first pass -----------------------------------------------------------------------------------------------------
+
+
+def _find_facts(trace: Trace) -> _Facts:
+    facts = _Facts()
+    for index in trace.inputs:
+        facts.by_value[index] = _Fact(data=True)
+    for index in trace.parameters:
+        facts.by_value[index] = _Fact(origin=_Origin((index,)))
+    makers: dict[int, int] = {}
+    for number, operation in enumerate(trace.operations):
+        fact = _note(facts, number, operation)
+        for output in operation.outputs:
+            facts.by_value[output.index] = replace(fact, similarity=_surviving(fact.similarity, output.shape))
+            makers[output.index] = number
+    for number, operation in enumerate(trace.operations):
+        weight = _weight_of(operation)
+        if weight is not None and facts.of(weight).data:
+            _note_mixture(facts, trace, number, weight, makers)
+    return facts
+
+
+def _weight_of(operation: Operation) -> Value | None:
+    """Second operand of a convolution or linear layer."""
+    if operation.name in _CONVOLUTIONS or operation.name in _TRANSPOSED_CONVOLUTIONS or operation.name == "linear":
+        weight = operation.argument(1, "weight")
+        return weight if isinstance(weight, Value) else None
+    return None
+
+
+def _note(facts: _Facts, number: int, operation: Operation) -> _Fact:
+    """Fact of an operation's outputs; notes gates, squeezes and attention on the way."""
+    known = [facts.of(value) for value in operation.inputs]
+    data = [fact for fact in known if fact.data]
+    if not data:
+        return _note_constant(operation, known)
+    fact = _Fact(
+        data=True,
+        channels=_agreed([item.channels for item in data]),
+        squeezes=frozenset().union(*(item.squeezes for item in data)) if all(i.squeezes for i in data) else frozenset(),
+        similarity=next((item.similarity for item in data if item.similarity), None),
+        grid=next((item.grid for item in data if item.grid), None),
+        hard_gate=_next_hard_gate(operation, data),
+    )
+    name = operation.name
+    output = operation.outputs[0]
+    weight = _weight_of(operation)
+    if weight is not None:
+        grid = output.shape[-2:] if len(output.shape) == 4 and name != "linear" and not fact.squeezes else fact.grid
+        return replace(fact, channels=_out_channels(name, weight.shape, output), grid=grid, affine=True)
+    if name in _PRODUCTS or name in _ADDED_PRODUCTS:
+        return _note_product(facts, number, operation, fact)
+    if name == "scaled_dot_product_attention":
+        return replace(fact, similarity=None)
+    if name == "multi_head_attention_forward":
+        return replace(fact, similarity=None, channels=output.shape[-1])
+    if name == "softmax" and len(output.shape) >= 2:
+        return replace(fact, similarity=fact.similarity or (output.shape[-2], output.shape[-1]))
+    if _squeezes(operation, data[0]):
+        return replace(fact, squeezes=fact.squeezes | {number}, similarity=None)
+    if name in _MULTIPLICATIONS and len(data) == 2 and bool(data[0].squeezes) != bool(data[1].squeezes):
+        facts.gates.add(number)
+        facts.squeezes |= data[0].squeezes | data[1].squeezes
+    return fact
+
+
+def _note_constant(operation: Operation, known: Sequence[_Fact]) -> _Fact:
+    """Fact of a value made from parameters and constants only."""
+    if operation.name == "linear" and len(known) > 1 and known[0].origin.values:
+        return _Fact(data=True, channels=operation.outputs[0].shape[-1], affine=True)  # a layer over learned tokens
+    values = tuple(dict.fromkeys(index for fact in known for index in fact.origin.values))
+    picks = operation.name == "getitem" and any(isinstance(item, Value) for item in _flat(operation.args[1:]))
+    return _Fact(
+        origin=_Origin(
+            values,
+            transposed=any(fact.origin.transposed for fact in known) != _swaps_last(operation),
+            looked_up=any(fact.origin.looked_up for fact in known) or operation.name in _LOOKUPS or picks,
+        )
+    )
+
+
+def _flat(items: Any) -> list[Any]:
+    if isinstance(items, (list, tuple)):
+        return [leaf for item in items for leaf in _flat(item)]
+    return [items]
+
+
+def _swaps_last(operation: Operation) -> bool:
+    """Whether the operation swaps the two dimensions of a matrix."""
+    if operation.name not in _TRANSPOSITIONS or not operation.inputs:
+        return False
+    rank = len(operation.inputs[0].shape)
+    if rank < 2:
+        return False
+    if operation.name == "permute":
+        order = [item % rank for item in _flat(operation.args[1:]) if isinstance(item, int)]
+        return order[-2:] == [rank - 1, rank - 2]
+    if operation.name in ("transpose", "swapaxes"):
+        axes = sorted(item % rank for item in _flat(operation.args[1:]) if isinstance(item, int))
+        return axes == [rank - 2, rank - 1]
+    return True
+
+
+def _agreed(channels: Sequence[int | None]) -> int | None:
+    known = {item for item in channels if item is not None}
+    return known.pop() if len(known) == 1 else None
+
+
+def _out_channels(name: str, weight: Shape, output: Value) -> int | None:
+    if name == "linear":
+        return output.shape[-1]
+    rank = _CONVOLUTIONS.get(name) or _TRANSPOSED_CONVOLUTIONS[name]
+    return output.shape[-rank - 1] if len(output.shape) > rank else weight[0]
+
+
+def _next_hard_gate(operation: Operation, data: Sequence[_Fact]) -> int | None:
+    if operation.name in _HARD_GATES:
+        return 0
+    steps = [fact.hard_gate for fact in data if fact.hard_gate is not None]
+    return min(steps) + 1 if steps and min(steps) < 2 else None
+
+
+def _note_product(facts: _Facts, number: int, operation: Operation, fact: _Fact) -> _Fact:
+    """A matrix product: a layer if one operand is a parameter, else similarities or attention."""
+    operands = [value for value in operation.inputs if len(value.shape) >= 2][-2:]
+    known = [facts.of(value) for value in operands]
+    output = operation.outputs[0]
+    if len(known) < 2 or not all(item.data for item in known):
+        channels = output.shape[-1] if output.shape else None
+        return replace(fact, channels=channels, affine=True)
+    if any(item.similarity for item in known):
+        facts.attentions.add(number)
+        return replace(fact, similarity=None)
+    sizes = (output.shape[-2], output.shape[-1]) if len(output.shape) >= 2 else None
+    return replace(fact, similarity=sizes)
+
+
+def _surviving(similarity: tuple[int, int] | None, shape: Shape) -> tuple[int, int] | None:
+    """The similarity's sizes if a tensor of that shape still has both of them."""
+    if similarity is None:
+        return None
+    sizes = list(shape)
+    for size in similarity:
+        if size not in sizes:
+            return None
+        sizes.remove(size)
+    return similarity
+
+
+def _squeezes(operation: Operation, source: _Fact) -> bool:
+    """Whether the operation reduces its input to one number a channel."""
+    if operation.name in _ADAPTIVE_POOLS:
+        return all(size == 1 for size in operation.outputs[0].shape[2:])
+    if operation.name not in _REDUCTIONS:
+        return False
+    shape = operation.inputs[0].shape
+    dims = _reduced_dims(operation, len(shape))
+    if not dims or 0 in dims or source.similarity is not None:
+        return False
+    left = [size for dim, size in enumerate(shape) if dim not in dims and dim > 0]
+    gone = [size for dim, size in enumerate(shape) if dim in dims]
+    if source.channels in left:
+        return source.channels not in gone or len(left) == 1 and dims[0] != len(shape) - 1
+    if source.channels in gone:
+        return False
+    return dims in ((2, 3), (1,)) if len(shape) > 3 else dims == (1,)
+
+
+def _reduced_dims(operation: Operation, rank: int) -> tuple[int, ...]:
+    keyword = "dim" if "dim" in operation.kwargs else "axis"
+    position = 2 if operation.name in ("norm", "vector_norm") else 1
+    dims = operation.argument(position, keyword)
+    if isinstance(dims, int):
+        dims = (dims,)
+    if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
+        return ()
+    return tuple(sorted(dim % rank for dim in dims))
+
+
+def _note_mixture(facts: _Facts, trace: Trace, number: int, weight: Value, makers: Mapping[int, int]) -> None:
+    """Find the parameters that a weight which depends on the input is mixed from (CondConv and its like)."""
+    pending, seen, found = [weight.index], set[int](), list[int]()
+    while pending:
+        index = pending.pop()
+        maker = makers.get(index)
+        if maker is None or maker in seen:
+            continue
+        seen.add(maker)
+        operation = trace.operations[maker]
+        origins = [origin for value in operation.inputs for origin in facts.of(value).origin.values]
+        if origins:
+            found.extend(origins)
+            facts.mixed.add(maker)
+        elif operation.name != "linear":
+            pending.extend(value.index for value in operation.inputs if facts.of(value).data)
+    facts.mixtures[number] = tuple(dict.fromkeys(found))
+
+
+# --- second pass ----------------------------------------------------------------------------------------------------
+
+
+class _Builder:
+    """Makes nodes and edges in the order of the operations."""
+
+    def __init__(self, trace: Trace, facts: _Facts, reading: Reading) -> None:
+        self._trace = trace
+        self._facts = facts
+        self._reading = reading
+        self._nodes: list[Node] = [Node(Op.INPUT)]
+        self._sources: list[tuple[int, ...]] = [()]
+        self._feeds: dict[int, tuple[int, ...]] = {index: (0,) for index in trace.inputs}  # nodes that make a value
+        self._taken: set[str] = set()
+        self._reasons: dict[str, str] = {}
+
+    # Nodes
+
+    def add(self, number: int, operation: Operation) -> None:
+        """Add the nodes of one operation and tell what feeds its outputs."""
+        sources = self._sources_of(operation.inputs)
+        fed = self._nodes_of(number, operation, sources)
+        for output in operation.outputs:
+            self._feeds[output.index] = fed
+
+    def _nodes_of(self, number: int, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
+        name, facts = operation.name, self._facts
+        if number in facts.mixed:
+            return sources
+        if name in _CONVOLUTIONS or name in _TRANSPOSED_CONVOLUTIONS:
+            return self._convolution(number, operation)
+        if name == "linear":
+            return self._linear(number, operation)
+        if name in _PRODUCTS or name in _ADDED_PRODUCTS:
+            return self._product(number, operation, sources)
+        if name in _NORMS:
+            return self._norm(operation, sources)
+        if name in ("scaled_dot_product_attention",):
+            return (self._node(Node(Op.MSA), sources),)
+        if name == "multi_head_attention_forward":
+            return self._multi_head_attention(operation)
+        if name in _RECURRENT:
+            return self._recurrent(operation, sources)
+        if not sources:
+            return ()
+        if name in _MAX_POOLS or name in _AVG_POOLS:
+            return (self._node(Node(Op.MAX_POOL if name in _MAX_POOLS else Op.AVG_POOL, _pool_shape(operation)), sources),)
+        if self._is_global_average(number, operation):
+            return (self._node(Node(Op.GLOB_AVG), sources),)
+        if name in _MULTIPLICATIONS and self._is_gate(number, operation):
+            return (self._node(Node(Op.CSE), sources),)
+        if name in _CONCATENATIONS:
+            self._explain(operation, "a learned token or row that is concatenated")
+            return self._join(Op.CONCAT, sources)
+        if name in _SUMS:
+            return self._sum(operation, sources)
+        self._explain(operation, _REASONS.get(name, f"used by {name}, which the graph vocabulary has no word for"))
+        return sources
+
+    def _node(self, node: Node, sources: Sequence[int]) -> int:
+        self._nodes.append(node)
+        self._sources.append(tuple(sorted(set(sources))))
+        return len(self._nodes) - 1
+
+    def _join(self, op: Op, sources: tuple[int, ...]) -> tuple[int, ...]:
+        return (self._node(Node(op), sources),) if len(sources) > 1 else sources
+
+    def _sources_of(self, values: Sequence[Value]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(node for value in values for node in self._feeds.get(value.index, ())))
+
+    # Layers
+
+    def _convolution(self, number: int, operation: Operation) -> tuple[int, ...]:
+        inputs, weight, bias = (operation.argument(i, key) for i, key in enumerate(("input", "weight", "bias")))
+        transposed = operation.name in _TRANSPOSED_CONVOLUTIONS
+        groups = operation.argument(6, "groups", 1)
+        dilation = operation.argument(7 if transposed else 5, "dilation", 1)
+        dilated = min(_flat(dilation)) > 1 if _flat(dilation) else False
+        op = Op.CONV if groups == 1 else Op.DIL_CONV if dilated else Op.SEP_CONV
+        spatial = (_TRANSPOSED_CONVOLUTIONS if transposed else _CONVOLUTIONS)[operation.name]
+        return self._layer(number, op, inputs, weight, bias, spatial=spatial, transposed=transposed)
+
+    def _linear(self, number: int, operation: Operation) -> tuple[int, ...]:
+        inputs, weight, bias = (operation.argument(i, key) for i, key in enumerate(("input", "weight", "bias")))
+        return self._layer(number, Op.CONV, inputs, weight, bias)
+
+    def _layer(
+        self, number: int, op: Op, inputs: Value, weight: Value, bias: Value | None,
+        *, spatial: int = 0, transposed: bool = False,
+    ) -> tuple[int, ...]:  # fmt: skip
+        sources = self._sources_of([inputs])
+        if number in self._facts.mixtures:
+            sources = self._sources_of([inputs, weight])
+            origins = self._facts.mixtures[number]
+        else:
+            origins = self._facts.of(weight).origin.values
+        if not sources and not self._facts.of(inputs).origin.values:
+            return ()
+        swapped = transposed or (not spatial and self._facts.of(weight).origin.transposed)
+        target = self._weight_target(origins, weight, spatial, swapped)
+        if target is None:
+            fed = sources
+        else:
+            shape, found = target
+            fed = (self._node(Node(op, shape, self._claim(found)), sources),)
+        return self._bias(bias, fed) if isinstance(bias, Value) else fed
+
+    def _product(self, number: int, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
+        if number in self._facts.attentions:
+            return (self._node(Node(Op.MSA), sources),)
+        operands = [value for value in operation.inputs if len(value.shape) >= 2][-2:]
+        known = [self._facts.of(value) for value in operands]
+        if len(operands) < 2 or all(fact.data for fact in known) or not any(fact.origin.values for fact in known):
+            return sources
+        if not any(fact.data for fact in known):
+            return ()  # a weight that is derived from others, or learned queries
+        second = known[0].data
+        weight, inputs = (operands[1], operands[0]) if second else (operands[0], operands[1])
+        origin = self._facts.of(weight).origin
+        # x @ w reads w as (C, K), w @ x as (K, C).
+        target = self._weight_target(origin.values, weight, 0, second != origin.transposed)
+        fed = sources
+        if target is not None:
+            fed = (self._node(Node(Op.CONV, target[0], self._claim(target[1])), self._sources_of([inputs])),)
+        if operation.name in _ADDED_PRODUCTS:
+            bias = operation.argument(0, "input")
+            return self._bias(bias, fed) if isinstance(bias, Value) else fed
+        return fed
+
+    def _weight_target(
+        self, origins: Sequence[int], operand: Value, spatial: int, swapped: bool
+    ) -> tuple[Shape, tuple[Target, ...]] | None:
+        """Shape that the GHN reads and the parameters that it predicts, for the operand of a layer."""
+        shapes = [(index, self._shape(index)) for index in origins]
+        kernels = [(index, shape) for index, shape in shapes if len([size for size in shape if size > 1]) > 1]
+        kernels = kernels or [(index, shape) for index, shape in shapes if len(shape) > 1]
+        if not kernels:
+            return None
+        largest = max(math.prod(shape) for _, shape in kernels)
+        targets: list[Target] = []
+        canonical: Shape | None = None
+        for index, shape in kernels:
+            if math.prod(shape) < largest:
+                continue
+            canonical, layout = _canonical(shape, operand.shape, spatial, swapped)
+            targets.append(Target(self._name(index), shape, Role.WEIGHT, layout))
+        return (canonical, tuple(targets)) if canonical is not None else None
+
+    def _bias(self, bias: Value, fed: tuple[int, ...]) -> tuple[int, ...]:
+        names = [index for index in self._facts.of(bias).origin.values if len(self._shape(index)) >= 1]
+        vectors = [index for index in names if math.prod(self._shape(index)) == max(self._shape(index))]
+        if not vectors or self._facts.of(bias).data:
+            return fed
+        size = max(bias.shape) if bias.shape else 1
+        targets = tuple(Target(self._name(index), self._shape(index), Role.BIAS) for index in vectors)
+        return (self._node(Node(Op.BIAS, (size,), self._claim(targets)), fed),)
+
+    def _norm(self, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
+        position, op = _NORMS[operation.name]
+        operands = (operation.argument(position, "weight"), operation.argument(position + 1, "bias"))
+        if not sources:
+            return ()
+        targets = []
+        for value, role in zip(operands, (Role.NORM_WEIGHT, Role.NORM_BIAS), strict=True):
+            if isinstance(value, Value):
+                for index in self._facts.of(value).origin.values:
+                    if math.prod(self._shape(index)) == math.prod(value.shape):
+                        targets.append(Target(self._name(index), self._shape(index), role))
+        if not targets:
+            return sources
+        size = max(math.prod(target.shape) for target in targets)
+        return (self._node(Node(op, (size,), self._claim(tuple(targets))), self._sources_of([operation.inputs[0]])),)
+
+    def _multi_head_attention(self, operation: Operation) -> tuple[int, ...]:
+        query, key, value = (operation.argument(i, name) for i, name in enumerate(("query", "key", "value")))
+        weights = [operation.argument(5, "in_proj_weight")] + [
+            operation.kwargs.get(f"{letter}_proj_weight") for letter in "qkv"
+        ]
+        sources = self._sources_of([query, key, value])
+        fed = self._chain(weights, operation.argument(6, "in_proj_bias"), sources)
+        fed = (self._node(Node(Op.MSA), fed),)
+        out_weight, out_bias = operation.argument(11, "out_proj_weight"), operation.argument(12, "out_proj_bias")
+        return self._chain([out_weight], out_bias, fed)
+
+    def _recurrent(self, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
+        weights = [item for item in _flat(operation.args) if isinstance(item, Value)]
+        fed = self._sources_of(weights[:1])
+        for value in weights[1:]:
+            if self._facts.of(value).origin.values:
+                fed = self._chain([value], None, fed) if len(value.shape) > 1 else self._bias(value, fed)
+        return fed
+
+    def _chain(self, weights: Sequence[Value | None], bias: Value | None, fed: tuple[int, ...]) -> tuple[int, ...]:
+        """Linear layers that read the same input, side by side, and their common bias."""
+        nodes: list[int] = []
+        for weight in weights:
+            target = isinstance(weight, Value) and self._weight_target(
+                self._facts.of(weight).origin.values, weight, 0, False
+            )
+            if target:
+                nodes.append(self._node(Node(Op.CONV, target[0], self._claim(target[1])), fed))
+        made = tuple(nodes) or fed
+        return self._bias(bias, made) if isinstance(bias, Value) else made
+
+    def _sum(self, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
+        data = [value for value in operation.inputs if self._facts.of(value).data]
+        learned = [value for value in operation.inputs if self._facts.of(value).origin.values]
+        if len(data) == 1 and len(learned) == 1 and operation.name == "add":
+            return self._add_learned(data[0], learned[0], sources)
+        self._explain(operation, "added to an activation in a way that the graph vocabulary has no word for")
+        return self._join(Op.SUM, sources)
+
+    def _add_learned(self, data: Value, learned: Value, sources: tuple[int, ...]) -> tuple[int, ...]:
+        """A parameter added to an activation: the bias of the layer before, a table of positions, or neither."""
+        extents = [size for size in learned.shape if size > 1]
+        fact, origin = self._facts.of(data), self._facts.of(learned).origin
+        if len(extents) <= 1:
+            if fact.affine:
+                return self._bias(learned, sources)
+            self._explain_values(origin.values, "a vector added outside of a norm or a layer with weights")
+            return sources
+        table = self._table_target(origin, data, learned)
+        if table is None or fact.similarity is not None or fact.squeezes:
+            reason = "a table looked up by index (relative positions)" if origin.looked_up else "added to an activation"
+            self._explain_values(origin.values, reason)
+            return sources
+        shape, target = table
+        position = self._node(Node(Op.POS_ENC, shape, self._claim((target,))), ())
+        return (self._node(Node(Op.SUM), (*sources, position)),)
+
+    def _table_target(self, origin: _Origin, data: Value, learned: Value) -> tuple[Shape, Target] | None:
+        """Shape (1, C, h, w) and parameter of a table of positions; None if it is not one."""
+        tables = [index for index in origin.values if len([s for s in self._shape(index) if s > 1]) > 1]
+        if origin.looked_up or len(tables) != 1:
+            return None
+        shape = self._shape(tables[0])
+        if len(shape) == 4 and shape[0] == 1:
+            last = len(data.shape) == 4 and shape[-1] == data.shape[-1] and shape[1] != data.shape[1]
+            canonical = (1, shape[3], shape[1], shape[2]) if last else shape
+            return canonical, Target(self._name(tables[0]), shape, Role.POS_ENC, Layout.CHANNELS_LAST if last else Layout.PLAIN)
+        if len(shape) in (2, 3) and (len(shape) == 2 or shape[0] == 1) and shape[-1] == data.shape[-1]:
+            height, width = _grid(shape[-2], self._facts.of(data).grid)
+            canonical = (1, shape[-1], height, width)
+            return canonical, Target(self._name(tables[0]), shape, Role.POS_ENC, Layout.TOKENS)
+        return None
+
+    # Decisions
+
+    def _is_global_average(self, number: int, operation: Operation) -> bool:
+        name = operation.name
+        if name in _ADAPTIVE_AVG_POOLS:
+            return self._reading is Reading.PPUDA or number not in self._facts.squeezes
+        if name != "mean":
+            return False
+        if self._reading is Reading.PPUDA:
+            return bool(operation.argument(2, "keepdim", False))
+        made = self._facts.of(operation.outputs[0]).squeezes
+        return number in made and number not in self._facts.squeezes
+
+    def _is_gate(self, number: int, operation: Operation) -> bool:
+        if self._reading is Reading.PPUDA:
+            return any(self._facts.of(value).hard_gate == 1 for value in operation.inputs)
+        return number in self._facts.gates
+
+    # Parameters
+
+    def _name(self, index: int) -> str:
+        return self._trace.parameters[index][0]
+
+    def _shape(self, index: int) -> Shape:
+        return self._trace.parameter_shapes[self._name(index)]
+
+    def _claim(self, targets: tuple[Target, ...]) -> tuple[Target, ...]:
+        """Those of the targets that no earlier node predicts."""
+        free = tuple(target for target in targets if target.name not in self._taken)
+        self._taken.update(target.name for target in free)
+        return free
+
+    def _explain(self, operation: Operation, reason: str) -> None:
+        for value in operation.inputs:
+            fact = self._facts.of(value)
+            if not fact.data and any(self._facts.of(output).data for output in operation.outputs):
+                lookup = "a table looked up by index (relative positions)" if fact.origin.looked_up else reason
+                self._explain_values(fact.origin.values, lookup)
+
+    def _explain_values(self, values: Sequence[int], reason: str) -> None:
+        for index in values:
+            self._reasons.setdefault(self._name(index), reason)
+
+    # Result
+
+    def finish(self, max_distance: int) -> Graph:
+        """The graph of all nodes that lead to an output.
+
+        Raises:
+            GraphError: If the output does not depend on the input.
+        """
+        outputs = self._trace.outputs[:1] if self._reading is Reading.PPUDA else self._trace.outputs
+        ends = {node for index in outputs for node in self._feeds.get(index, ())}
+        if not ends:
+            raise GraphError("the output of this model does not depend on its input")
+        kept = sorted(self._ancestors(ends) | {0})
+        number = {node: position for position, node in enumerate(kept)}
+        edges = sorted((number[source], number[node]) for node in kept for source in self._sources[node])
+        nodes = _mark_classifiers([self._nodes[node] for node in kept], edges, self._class_counts(outputs))
+        predicted = {target.name for node in nodes for target in node.targets}
+        return Graph(tuple(nodes), tuple(edges), max_distance, self._unused(predicted))
+
+    def _ancestors(self, ends: set[int]) -> set[int]:
+        found, pending = set(ends), list(ends)
+        while pending:
+            for source in self._sources[pending.pop()]:
+                if source not in found:
+                    found.add(source)
+                    pending.append(source)
+        return found
+
+    def _class_counts(self, outputs: Sequence[int]) -> set[int]:
+        shapes = {v.index: v.shape for operation in self._trace.operations for v in operation.outputs}
+        return {shapes[index][-1] for index in outputs if len(shapes.get(index, ())) == 2}
+
+    def _unused(self, predicted: set[str]) -> tuple[tuple[str, str], ...]:
+        tied = {name: names[0] for names in self._trace.parameters.values() for name in names[1:]}
+        rows = []
+        for name in self._trace.parameter_shapes:
+            if name in predicted:
+                continue
+            reason = self._reasons.get(name, "not on a path from the input to the output")
+            rows.append((name, f"tied to {tied[name]}" if name in tied else reason))
+        return tuple(rows)
+
+
+_REASONS = {
+    "mul": "multiplied elementwise (layer scale, gain or gate)",
+    "div": "multiplied elementwise (layer scale, gain or gate)",
+    "expand": "a learned token or query",
+    "repeat": "a learned token or query",
+}
+
+
+def _canonical(shape: Shape, operand: Shape, spatial: int, swapped: bool) -> tuple[Shape, Layout]:
+    """Kernel shape (K, C) or (K, C, kh, kw) that the GHN reads for a parameter, and how the parameter stores it.
+
+    Args:
+        shape: Shape of the parameter.
+        operand: Shape of the tensor that the layer was called with, which may be derived from the parameter.
+        spatial: Number of spatial dimensions of the layer; 0 for linear layers.
+        swapped: Whether input channels come first.
+    """
+    if spatial == 0:
+        if len(shape) > 2 and math.prod(shape[2:]) > 1:
+            shape = (shape[0], math.prod(shape[1:]))
+        rows, columns = shape[0], shape[1] if len(shape) > 1 else 1
+        return ((columns, rows), Layout.TRANSPOSED) if swapped else ((rows, columns), Layout.PLAIN)
+    kernel = operand if len(operand) == spatial + 2 else (1,) * (spatial + 2)
+    if math.prod(shape) != math.prod(kernel):
+        # An expert of a mixture; grouped mixtures fold the batch (1 here) into the output channels.
+        return (*kernel[:2], *_plane(kernel[2:])), Layout.MIXTURE
+    if swapped:
+        return (kernel[1], kernel[0], *_plane(kernel[2:])), Layout.TRANSPOSED
+    return (*kernel[:2], *_plane(kernel[2:])), Layout.DEPTH if spatial == 3 else Layout.PLAIN
+
+
+def _plane(kernel: Shape) -> tuple[int, int]:
+    """The two sides of the closest 2-D kernel."""
+    if len(kernel) == 1:
+        return kernel[0], 1
+    return kernel[-2], kernel[-1]
+
+
+def _pool_shape(operation: Operation) -> Shape:
+    kernel = [size for size in _flat(operation.argument(1, "kernel_size", 1)) if isinstance(size, int)]
+    return (1, 1, kernel[-2] if len(kernel) > 1 else kernel[0], kernel[-1])
+
+
+def _grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of a table of tokens: the feature map's if it fits, else the largest square."""
+    if grid is not None and 0 <= tokens - grid[0] * grid[1] <= 16:
+        return grid
+    side = math.isqrt(tokens)
+    return side, side
+
+
+def _mark_classifiers(nodes: Sequence[Node], edges: Sequence[tuple[int, int]], counts: set[int]) -> list[Node]:
+    """Give classifier roles to the linear layers that make the logits.
+
+    These are weights with one row a class from which only biases, sums and concatenations lead on.
+    """
+    successors: list[list[int]] = [[] for _ in nodes]
+    for source, target in edges:
+        successors[source].append(target)
+    marked = list(nodes)
+    last = [True] * len(nodes)
+    for index in reversed(range(len(nodes))):
+        node = nodes[index]
+        last[index] = all(last[n] and nodes[n].op in (Op.BIAS, Op.SUM, Op.CONCAT) for n in successors[index])
+        if not last[index] or node.shape is None or node.shape[0] not in counts:
+            continue
+        is_weight = node.op is Op.CONV and math.prod(node.shape) == math.prod(node.shape[:2])
+        if is_weight:
+            marked[index] = _with_role(node, Role.CLASS_WEIGHT)
+            for follower in successors[index]:
+                if nodes[follower].op is Op.BIAS:
+                    marked[follower] = _with_role(nodes[follower], Role.CLASS_BIAS)
+    return marked
+
+
+def _with_role(node: Node, role: Role) -> Node:
+    return replace(node, targets=tuple(replace(target, role=role) for target in node.targets))

@@ -1,0 +1,301 @@
+"""The computational graph that a GHN reads: frozen nodes, edges and shortest-path distances.
+
+The vocabulary and its order are those of DeepNets-1M (Knyazev et al. 2021, arXiv 2110.13100, table 1): a node's
+operator id is its position in `Op`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from timm_ghn.errors import GraphError
+
+if TYPE_CHECKING:
+    from timm_ghn.graph._ppuda import PpudaGraph
+
+MAX_DISTANCE = 50
+"""Hops beyond which two nodes are not joined by a virtual edge (arXiv 2110.13100, section 4.1)."""
+
+
+class Op(str, Enum):
+    """Operator of a node; the order of the members is the order of the GHN's embedding rows."""
+
+    MAX_POOL = "max_pool"
+    AVG_POOL = "avg_pool"
+    SEP_CONV = "sep_conv"
+    DIL_CONV = "dil_conv"
+    CONV = "conv"
+    MSA = "msa"
+    CSE = "cse"
+    SUM = "sum"
+    CONCAT = "concat"
+    INPUT = "input"
+    BIAS = "bias"
+    BN = "bn"
+    LN = "ln"
+    POS_ENC = "pos_enc"
+    GLOB_AVG = "glob_avg"
+
+    @property
+    def index(self) -> int:
+        """Row of the operator in the GHN's embedding table."""
+        return _OP_INDEX[self]
+
+
+_OP_INDEX = {op: index for index, op in enumerate(Op)}
+
+
+class Role(str, Enum):
+    """What a parameter is to its node, which decides the decoder and the scaling that it gets."""
+
+    WEIGHT = "weight"
+    BIAS = "bias"
+    NORM_WEIGHT = "norm_weight"
+    NORM_BIAS = "norm_bias"
+    POS_ENC = "pos_enc"
+    CLASS_WEIGHT = "class_weight"
+    CLASS_BIAS = "class_bias"
+
+
+class Layout(str, Enum):
+    """How a parameter stores the (K, C, kh, kw) kernel, or the (1, C, h, w) table, that a GHN predicts."""
+
+    PLAIN = "plain"
+    """Same order of elements: convolutions, linear weights (K, C), vectors."""
+    TRANSPOSED = "transposed"
+    """Input channels first: transposed convolutions (C, K / groups, ...), `x @ weight` with a (C, K) weight."""
+    DEPTH = "depth"
+    """A 3-D kernel (K, C, kd, kh, kw): the 2-D kernel repeated kd times and divided by kd."""
+    MIXTURE = "mixture"
+    """(experts, K * C * kh * kw) or (experts, K, C, kh, kw): every expert starts from the one kernel."""
+    TOKENS = "tokens"
+    """A table of tokens (1, prefix + h * w, C) or (h * w, C); the prefix tokens are not predicted."""
+    CHANNELS_LAST = "channels_last"
+    """A table (1, h, w, C)."""
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parameter of the model whose value a node predicts.
+
+    Attributes:
+        name: Qualified name in `model.named_parameters()`.
+        shape: Shape of the parameter.
+        role: What the parameter is to its node.
+        layout: How the parameter stores what the GHN predicts.
+    """
+
+    name: str
+    shape: Shape
+    role: Role
+    layout: Layout = Layout.PLAIN
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An operator of the graph.
+
+    Attributes:
+        op: Operator.
+        shape: Shape that the GHN reads: the parameter's, as (K,), (K, C) or (K, C, kh, kw); (1, 1, kh, kw) for a
+            pooling kernel; (1, C, h, w) for positional encodings; None for operators without one.
+        targets: Parameters that the node predicts: one for weights and biases, weight and bias for a norm layer.
+            Empty for operators without parameters and for repeated uses of a shared parameter.
+    """
+
+    op: Op
+    shape: Shape | None = None
+    targets: tuple[Target, ...] = ()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An immutable directed acyclic graph of a network, in topological order.
+
+    Attributes:
+        nodes: Operators; every edge goes from a lower to a higher index.
+        edges: Sorted pairs (source, target) of node indices.
+        max_distance: Longest distance, in hops, that `distances` lists.
+        unused: Names and reasons of parameters that no node predicts.
+
+    Raises:
+        GraphError: If an edge is out of range or goes backwards, or if there is no node.
+    """
+
+    nodes: tuple[Node, ...]
+    edges: tuple[tuple[int, int], ...]
+    max_distance: int = MAX_DISTANCE
+    unused: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.nodes:
+            raise GraphError("a graph needs at least one node")
+        count = len(self.nodes)
+        for source, target in self.edges:
+            if not 0 <= source < target < count:
+                raise GraphError(f"edge ({source}, {target}) is not in topological order of {count} nodes")
+        if list(self.edges) != sorted(set(self.edges)):
+            raise GraphError("edges must be sorted and distinct")
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @cached_property
+    def distance_matrix(self) -> npt.NDArray[np.uint8]:
+        """Shortest-path lengths, uint8 (N, N): [u, v] for u -> v; 0 where v is not within `max_distance` of u.
+
+        One pass in topological order: the distances to v are those to its predecessors plus one.
+        """
+        count = len(self.nodes)
+        far = self.max_distance + 1
+        # Row v holds the distances from every node to v, so that each step works on contiguous memory.
+        to_node = np.full((count, count), far, dtype=np.uint8)
+        predecessors: list[list[int]] = [[] for _ in range(count)]
+        for source, target in self.edges:
+            predecessors[target].append(source)
+        for node, sources in enumerate(predecessors):
+            row = to_node[node, :node]
+            for source in sources:
+                np.minimum(row[:source], to_node[source, :source] + 1, out=row[:source])
+                row[source] = 1
+        to_node[to_node >= far] = 0
+        return np.ascontiguousarray(to_node.T)
+
+    @cached_property
+    def distances(self) -> npt.NDArray[np.int64]:
+        """Edges and virtual edges, int64 (M, 3): rows (source, target, shortest-path distance), sorted."""
+        sources, targets = np.nonzero(self.distance_matrix)
+        return np.stack([sources, targets, self.distance_matrix[sources, targets].astype(np.int64)], axis=1)
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """Nodes by the length of the longest path that leads to them: no two nodes of a level see each other."""
+        depth = [0] * len(self.nodes)
+        for source, target in self.edges:  # sorted by source, and sources precede targets
+            depth[target] = max(depth[target], depth[source] + 1)
+        groups: list[list[int]] = [[] for _ in range(max(depth) + 1)]
+        for node, level in enumerate(depth):
+            groups[level].append(node)
+        return tuple(tuple(group) for group in groups)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """All parameters that the nodes predict, in node order."""
+        return tuple(target for node in self.nodes for target in node.targets)
+
+    @property
+    def operators(self) -> Counter[str]:
+        """Number of nodes by operator."""
+        return Counter(node.op.value for node in self.nodes)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the graph's JSON form: equal for equal graphs on every machine."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-compatible form; `from_dict` reads it back."""
+        return {
+            "max_distance": self.max_distance,
+            "nodes": [
+                {
+                    "op": node.op.value,
+                    "shape": None if node.shape is None else list(node.shape),
+                    "targets": [
+                        {"name": t.name, "shape": list(t.shape), "role": t.role.value, "layout": t.layout.value}
+                        for t in node.targets
+                    ],
+                }
+                for node in self.nodes
+            ],
+            "edges": [list(edge) for edge in self.edges],
+            "unused": [list(item) for item in self.unused],
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The graph as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Graph:
+        """Build a graph from `to_dict`'s form.
+
+        Raises:
+            GraphError: If the data is not of that form.
+        """
+        try:
+            nodes = tuple(
+                Node(
+                    op=Op(node["op"]),
+                    shape=None if node["shape"] is None else tuple(int(size) for size in node["shape"]),
+                    targets=tuple(
+                        Target(
+                            str(t["name"]),
+                            tuple(int(size) for size in t["shape"]),
+                            Role(t["role"]),
+                            Layout(t["layout"]),
+                        )
+                        for t in node["targets"]
+                    ),
+                )
+                for node in data["nodes"]
+            )
+            edges = tuple((int(source), int(target)) for source, target in data["edges"])
+            unused = tuple((str(name), str(reason)) for name, reason in data["unused"])
+            return cls(nodes, edges, int(data["max_distance"]), unused)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, GraphError):
+                raise
+            raise GraphError(f"not a graph in timm-ghn's JSON form: {error!r}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Graph:
+        """Build a graph from `to_json`'s text.
+
+        Raises:
+            GraphError: If the text is not JSON of that form.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise GraphError(f"not JSON: {error}") from error
+        return cls.from_dict(data)
+
+    def __str__(self) -> str:
+        operators = ", ".join(f"{name} {count}" for name, count in self.operators.most_common())
+        return f"Graph of {len(self.nodes)} nodes and {len(self.edges)} edges: {operators}"
+
+    def to_text(self) -> str:
+        """One line a node: index, operator, shape, parameter and the nodes that it reads."""
+        incoming: list[list[int]] = [[] for _ in self.nodes]
+        for source, target in self.edges:
+            incoming[target].append(source)
+        lines = [str(self)]
+        for index, node in enumerate(self.nodes):
+            shape = "" if node.shape is None else "x".join(str(size) for size in node.shape)
+            names = " ".join(target.name for target in node.targets)
+            sources = ", ".join(str(source) for source in incoming[index])
+            lines.append(f"{index:5d}  {node.op.value:<9s} {shape:<16s} {names:<48s} <- {sources}".rstrip(" <-"))
+        return "\n".join(lines)
+
+    def to_ppuda(self) -> PpudaGraph:
+        """The same graph as a `ppuda.deepnets1m.graph.Graph`.
+
+        Raises:
+            MissingDependencyError: If ppuda is not installed.
+        """
+        from timm_ghn.graph._ppuda import to_ppuda
+
+        return to_ppuda(self)
