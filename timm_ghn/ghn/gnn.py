@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,10 @@ class MLP(nn.Module):
         for inputs, outputs in itertools.pairwise([in_features, *sizes]):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         self.fc = nn.Sequential(*(layers if last_activation else layers[:-1]))
+
+    def linear(self, index: int) -> nn.Linear:
+        """A linear layer, counted from 0."""
+        return cast(nn.Linear, self.fc[2 * index])
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layers to the last dimension."""
@@ -191,7 +196,7 @@ class GatedGNN(nn.Module):
         layers = self._message_layers()
         hidden = torch.empty_like(x).index_copy(0, schedule.order, x)
         hidden = self._traverse(hidden, schedule.forward, layers)
-        hidden = self._traverse(hidden, schedule.backward[:], layers, reverse=True)
+        hidden = self._traverse(hidden, schedule.backward, layers, reverse=True)
         return hidden[schedule.order]
 
     def _traverse(self, hidden: Tensor, pushes: Sequence[Push], layers: MessageLayers, reverse: bool = False) -> Tensor:
@@ -229,10 +234,11 @@ class MessageLayers:
     @classmethod
     def fuse(cls, mlps: Sequence[MLP]) -> MessageLayers:
         """Join MLPs of two layers."""
-        firsts, seconds = [mlp.fc[0] for mlp in mlps], [mlp.fc[2] for mlp in mlps]
+        firsts, seconds = [mlp.linear(0) for mlp in mlps], [mlp.linear(1) for mlp in mlps]
+        blocks: Tensor = torch.block_diag(*[layer.weight for layer in seconds])  # type: ignore[no-untyped-call]
         return cls(
             (torch.cat([layer.weight for layer in firsts]).t(), torch.cat([layer.bias for layer in firsts])),
-            (torch.block_diag(*[layer.weight for layer in seconds]).t(), torch.cat([layer.bias for layer in seconds])),
+            (blocks.t(), torch.cat([layer.bias for layer in seconds])),
         )
 
     def messages(self, state: Tensor) -> Tensor:

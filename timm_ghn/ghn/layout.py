@@ -120,7 +120,7 @@ def arrange(kernel: Tensor, shape: Shape, layout: Layout) -> Tensor:
         return kernel.permute(0, 2, 3, 1).reshape(shape)
     if layout is Layout.TRANSPOSED:
         groups = _groups(tuple(kernel.shape), shape) or 1
-        return kernel.unflatten(0, (groups, -1)).transpose(1, 2).reshape(shape)
+        return kernel.reshape(groups, -1, *kernel.shape[1:]).transpose(1, 2).reshape(shape)
     return kernel.reshape(shape)
 
 

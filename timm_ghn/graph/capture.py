@@ -179,7 +179,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta
     try:
         skeleton: nn.Module = copy.deepcopy(model, memo)
-    except Exception as error:  # noqa: BLE001 - deepcopy runs arbitrary code of the model
+    except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied to the meta device ({error!r}); build it under "
             "torch.device('meta') and pass that model's graph instead"
@@ -223,7 +223,19 @@ def operation_name(function: Callable[..., Any]) -> str:
 
 
 # Calls that make no new tensor of the computation although they may return one, or that only ask for a size.
-_SILENT = {"size", "shape", "dim", "ndim", "device", "dtype", "numel", "stride", "is_contiguous", "requires_grad", "len"}
+_SILENT = {
+    "size",
+    "shape",
+    "dim",
+    "ndim",
+    "device",
+    "dtype",
+    "numel",
+    "stride",
+    "is_contiguous",
+    "requires_grad",
+    "len",
+}
 
 
 class _Recorder(TorchFunctionMode):
@@ -248,7 +260,7 @@ class _Recorder(TorchFunctionMode):
         self._inputs = frozenset(self._value(tensor).index for tensor in tensors)
 
     def trace(self, output: Any) -> Trace:
-        leaves = [leaf for leaf in _tensors(output)]
+        leaves = list(_tensors(output))
         return Trace(
             operations=tuple(self._operations),
             inputs=self._inputs,
@@ -372,5 +384,3 @@ def _noted_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-

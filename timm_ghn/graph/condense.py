@@ -26,13 +26,24 @@ recurrent layer                 conv, bias, conv, bias: input and hidden weights
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
-from typing import Any
 
 from timm_ghn.errors import GraphError
 from timm_ghn.graph.capture import Operation, Trace, Value
+from timm_ghn.graph.facts import (
+    ADAPTIVE_AVG_POOLS,
+    ADDED_PRODUCTS,
+    CONVOLUTIONS,
+    MULTIPLICATIONS,
+    PRODUCTS,
+    TRANSPOSED_CONVOLUTIONS,
+    Facts,
+    Origin,
+    find_facts,
+    flat,
+)
 from timm_ghn.graph.graph import MAX_DISTANCE, Graph, Layout, Node, Op, Role, Shape, Target
 
 
@@ -49,11 +60,12 @@ class Reading(str, Enum):
     PPUDA = "ppuda"
 
 
-_CONVOLUTIONS = {f"conv{rank}d": rank for rank in (1, 2, 3)}
-_TRANSPOSED_CONVOLUTIONS = {f"conv_transpose{rank}d": rank for rank in (1, 2, 3)}
-_PRODUCTS = {"matmul", "mm", "bmm", "einsum", "tensordot"}
-_ADDED_PRODUCTS = {"addmm", "baddbmm", "addbmm"}
-# Function, position of its weight (the bias follows it), operator.
+_MAX_POOLS = {"max_pool1d", "max_pool2d", "max_pool3d"}
+_AVG_POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d"}
+_SUMS = {"add", "sub", "addcmul"}
+_CONCATENATIONS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+# Position of the weight (the bias follows it), and the operator.
 _NORMS = {
     "batch_norm": (3, Op.BN),
     "instance_norm": (3, Op.BN),
@@ -61,77 +73,6 @@ _NORMS = {
     "layer_norm": (2, Op.LN),
     "rms_norm": (2, Op.LN),
 }
-_MAX_POOLS = {"max_pool1d", "max_pool2d", "max_pool3d"}
-_AVG_POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d"}
-_ADAPTIVE_AVG_POOLS = {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
-_ADAPTIVE_POOLS = _ADAPTIVE_AVG_POOLS | {"adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"}
-_REDUCTIONS = {"mean", "amax", "max", "norm", "vector_norm", "logsumexp", "std", "var"}
-_SUMS = {"add", "sub", "addcmul"}
-_CONCATENATIONS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
-_MULTIPLICATIONS = {"mul", "multiply"}
-_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
-_HARD_GATES = {"hardsigmoid", "hardswish"}
-# Operations that only rearrange elements: a parameter that went through them is still the weight itself.
-_TRANSPOSITIONS = {"t", "T", "mT", "transpose", "permute", "swapaxes", "movedim"}
-_LOOKUPS = {"embedding", "index_select", "gather", "take", "grid_sample", "index"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """The parameters that a value which does not depend on the input is made from.
-
-    Attributes:
-        values: Indices of the parameters' values.
-        transposed: Whether the last two dimensions were swapped on the way.
-        looked_up: Whether entries were picked by an index, as from a table of relative positions.
-    """
-
-    values: tuple[int, ...] = ()
-    transposed: bool = False
-    looked_up: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Fact:
-    """What the first pass knows of a value.
-
-    Attributes:
-        data: Whether it depends on the input.
-        origin: What it is made from, if not.
-        channels: Number of channels that the layer before gave it; None if unknown.
-        squeezes: Operations (by number) that reduced it to one number a channel; empty for a value with positions.
-        similarity: Sizes of the two dimensions of a matrix of similarities, else None.
-        grid: (h, w) of the last feature map that led to it.
-        hard_gate: Operations since a hard sigmoid or swish (ppuda's reading of cse), None if there was none.
-        affine: Whether it comes straight from a product with a parameter, so that a vector added is its bias.
-    """
-
-    data: bool = False
-    origin: _Origin = _Origin()
-    channels: int | None = None
-    squeezes: frozenset[int] = frozenset()
-    similarity: tuple[int, int] | None = None
-    grid: tuple[int, int] | None = None
-    hard_gate: int | None = None
-    affine: bool = False
-
-
-@dataclass(slots=True)
-class _Facts:
-    """Result of the first pass: facts by value, and the roles of single operations."""
-
-    by_value: dict[int, _Fact] = field(default_factory=dict)
-    gates: set[int] = field(default_factory=set)
-    squeezes: set[int] = field(default_factory=set)
-    attentions: set[int] = field(default_factory=set)
-    mixtures: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by operation that uses the mixed weight
-    mixed: set[int] = field(default_factory=set)  # operations that mix weights
-
-    def of(self, value: Value) -> _Fact:
-        return self.by_value.get(value.index, _NOTHING)
-
-
-_NOTHING = _Fact()
 
 
 def condense(trace: Trace, *, reading: Reading = Reading.DEFAULT, max_distance: int = MAX_DISTANCE) -> Graph:
@@ -145,7 +86,7 @@ def condense(trace: Trace, *, reading: Reading = Reading.DEFAULT, max_distance: 
     Raises:
         GraphError: If the output does not depend on the input, or no layer has parameters that a GHN can predict.
     """
-    facts = _find_facts(trace)
+    facts = find_facts(trace)
     builder = _Builder(trace, facts, reading)
     for number, operation in enumerate(trace.operations):
         builder.add(number, operation)
@@ -155,217 +96,16 @@ def condense(trace: Trace, *, reading: Reading = Reading.DEFAULT, max_distance: 
     return graph
 
 
-# --- first pass -----------------------------------------------------------------------------------------------------
-
-
-def _find_facts(trace: Trace) -> _Facts:
-    facts = _Facts()
-    for index in trace.inputs:
-        facts.by_value[index] = _Fact(data=True)
-    for index in trace.parameters:
-        facts.by_value[index] = _Fact(origin=_Origin((index,)))
-    makers: dict[int, int] = {}
-    for number, operation in enumerate(trace.operations):
-        fact = _note(facts, number, operation)
-        for output in operation.outputs:
-            facts.by_value[output.index] = replace(fact, similarity=_surviving(fact.similarity, output.shape))
-            makers[output.index] = number
-    for number, operation in enumerate(trace.operations):
-        weight = _weight_of(operation)
-        if weight is not None and facts.of(weight).data:
-            _note_mixture(facts, trace, number, weight, makers)
-    return facts
-
-
-def _weight_of(operation: Operation) -> Value | None:
-    """Second operand of a convolution or linear layer."""
-    if operation.name in _CONVOLUTIONS or operation.name in _TRANSPOSED_CONVOLUTIONS or operation.name == "linear":
-        weight = operation.argument(1, "weight")
-        return weight if isinstance(weight, Value) else None
-    return None
-
-
-def _note(facts: _Facts, number: int, operation: Operation) -> _Fact:
-    """Fact of an operation's outputs; notes gates, squeezes and attention on the way."""
-    known = [facts.of(value) for value in operation.inputs]
-    data = [fact for fact in known if fact.data]
-    if not data:
-        return _note_constant(operation, known)
-    fact = _Fact(
-        data=True,
-        channels=_agreed([item.channels for item in data]),
-        squeezes=frozenset().union(*(item.squeezes for item in data)) if all(i.squeezes for i in data) else frozenset(),
-        similarity=next((item.similarity for item in data if item.similarity), None),
-        grid=next((item.grid for item in data if item.grid), None),
-        hard_gate=_next_hard_gate(operation, data),
-    )
-    name = operation.name
-    output = operation.outputs[0]
-    weight = _weight_of(operation)
-    if weight is not None:
-        grid = output.shape[-2:] if len(output.shape) == 4 and name != "linear" and not fact.squeezes else fact.grid
-        return replace(fact, channels=_out_channels(name, weight.shape, output), grid=grid, affine=True)
-    if name in _PRODUCTS or name in _ADDED_PRODUCTS:
-        return _note_product(facts, number, operation, fact)
-    if name == "scaled_dot_product_attention":
-        return replace(fact, similarity=None)
-    if name == "multi_head_attention_forward":
-        return replace(fact, similarity=None, channels=output.shape[-1])
-    if name == "softmax" and len(output.shape) >= 2:
-        return replace(fact, similarity=fact.similarity or (output.shape[-2], output.shape[-1]))
-    if _squeezes(operation, data[0]):
-        return replace(fact, squeezes=fact.squeezes | {number}, similarity=None)
-    if name in _MULTIPLICATIONS and len(data) == 2 and bool(data[0].squeezes) != bool(data[1].squeezes):
-        facts.gates.add(number)
-        facts.squeezes |= data[0].squeezes | data[1].squeezes
-    return fact
-
-
-def _note_constant(operation: Operation, known: Sequence[_Fact]) -> _Fact:
-    """Fact of a value made from parameters and constants only."""
-    if operation.name == "linear" and len(known) > 1 and known[0].origin.values:
-        return _Fact(data=True, channels=operation.outputs[0].shape[-1], affine=True)  # a layer over learned tokens
-    values = tuple(dict.fromkeys(index for fact in known for index in fact.origin.values))
-    picks = operation.name == "getitem" and any(isinstance(item, Value) for item in _flat(operation.args[1:]))
-    return _Fact(
-        origin=_Origin(
-            values,
-            transposed=any(fact.origin.transposed for fact in known) != _swaps_last(operation),
-            looked_up=any(fact.origin.looked_up for fact in known) or operation.name in _LOOKUPS or picks,
-        )
-    )
-
-
-def _flat(items: Any) -> list[Any]:
-    if isinstance(items, (list, tuple)):
-        return [leaf for item in items for leaf in _flat(item)]
-    return [items]
-
-
-def _swaps_last(operation: Operation) -> bool:
-    """Whether the operation swaps the two dimensions of a matrix."""
-    if operation.name not in _TRANSPOSITIONS or not operation.inputs:
-        return False
-    rank = len(operation.inputs[0].shape)
-    if rank < 2:
-        return False
-    if operation.name == "permute":
-        order = [item % rank for item in _flat(operation.args[1:]) if isinstance(item, int)]
-        return order[-2:] == [rank - 1, rank - 2]
-    if operation.name in ("transpose", "swapaxes"):
-        axes = sorted(item % rank for item in _flat(operation.args[1:]) if isinstance(item, int))
-        return axes == [rank - 2, rank - 1]
-    return True
-
-
-def _agreed(channels: Sequence[int | None]) -> int | None:
-    known = {item for item in channels if item is not None}
-    return known.pop() if len(known) == 1 else None
-
-
-def _out_channels(name: str, weight: Shape, output: Value) -> int | None:
-    if name == "linear":
-        return output.shape[-1]
-    rank = _CONVOLUTIONS.get(name) or _TRANSPOSED_CONVOLUTIONS[name]
-    return output.shape[-rank - 1] if len(output.shape) > rank else weight[0]
-
-
-def _next_hard_gate(operation: Operation, data: Sequence[_Fact]) -> int | None:
-    if operation.name in _HARD_GATES:
-        return 0
-    steps = [fact.hard_gate for fact in data if fact.hard_gate is not None]
-    return min(steps) + 1 if steps and min(steps) < 2 else None
-
-
-def _note_product(facts: _Facts, number: int, operation: Operation, fact: _Fact) -> _Fact:
-    """A matrix product: a layer if one operand is a parameter, else similarities or attention."""
-    operands = [value for value in operation.inputs if len(value.shape) >= 2][-2:]
-    known = [facts.of(value) for value in operands]
-    output = operation.outputs[0]
-    if len(known) < 2 or not all(item.data for item in known):
-        channels = output.shape[-1] if output.shape else None
-        return replace(fact, channels=channels, affine=True)
-    if any(item.similarity for item in known):
-        facts.attentions.add(number)
-        return replace(fact, similarity=None)
-    sizes = (output.shape[-2], output.shape[-1]) if len(output.shape) >= 2 else None
-    return replace(fact, similarity=sizes)
-
-
-def _surviving(similarity: tuple[int, int] | None, shape: Shape) -> tuple[int, int] | None:
-    """The similarity's sizes if a tensor of that shape still has both of them."""
-    if similarity is None:
-        return None
-    sizes = list(shape)
-    for size in similarity:
-        if size not in sizes:
-            return None
-        sizes.remove(size)
-    return similarity
-
-
-def _squeezes(operation: Operation, source: _Fact) -> bool:
-    """Whether the operation reduces its input to one number a channel."""
-    if operation.name in _ADAPTIVE_POOLS:
-        return all(size == 1 for size in operation.outputs[0].shape[2:])
-    if operation.name not in _REDUCTIONS:
-        return False
-    shape = operation.inputs[0].shape
-    dims = _reduced_dims(operation, len(shape))
-    if not dims or 0 in dims or source.similarity is not None:
-        return False
-    left = [size for dim, size in enumerate(shape) if dim not in dims and dim > 0]
-    gone = [size for dim, size in enumerate(shape) if dim in dims]
-    if source.channels in left:
-        return source.channels not in gone or len(left) == 1 and dims[0] != len(shape) - 1
-    if source.channels in gone:
-        return False
-    return dims in ((2, 3), (1,)) if len(shape) > 3 else dims == (1,)
-
-
-def _reduced_dims(operation: Operation, rank: int) -> tuple[int, ...]:
-    keyword = "dim" if "dim" in operation.kwargs else "axis"
-    position = 2 if operation.name in ("norm", "vector_norm") else 1
-    dims = operation.argument(position, keyword)
-    if isinstance(dims, int):
-        dims = (dims,)
-    if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
-        return ()
-    return tuple(sorted(dim % rank for dim in dims))
-
-
-def _note_mixture(facts: _Facts, trace: Trace, number: int, weight: Value, makers: Mapping[int, int]) -> None:
-    """Find the parameters that a weight which depends on the input is mixed from (CondConv and its like)."""
-    pending, seen, found = [weight.index], set[int](), list[int]()
-    while pending:
-        index = pending.pop()
-        maker = makers.get(index)
-        if maker is None or maker in seen:
-            continue
-        seen.add(maker)
-        operation = trace.operations[maker]
-        origins = [origin for value in operation.inputs for origin in facts.of(value).origin.values]
-        if origins:
-            found.extend(origins)
-            facts.mixed.add(maker)
-        elif operation.name != "linear":
-            pending.extend(value.index for value in operation.inputs if facts.of(value).data)
-    facts.mixtures[number] = tuple(dict.fromkeys(found))
-
-
-# --- second pass ----------------------------------------------------------------------------------------------------
-
-
 class _Builder:
     """Makes nodes and edges in the order of the operations."""
 
-    def __init__(self, trace: Trace, facts: _Facts, reading: Reading) -> None:
+    def __init__(self, trace: Trace, facts: Facts, reading: Reading) -> None:
         self._trace = trace
         self._facts = facts
         self._reading = reading
         self._nodes: list[Node] = [Node(Op.INPUT)]
         self._sources: list[tuple[int, ...]] = [()]
-        self._feeds: dict[int, tuple[int, ...]] = {index: (0,) for index in trace.inputs}  # nodes that make a value
+        self._feeds: dict[int, tuple[int, ...]] = dict.fromkeys(trace.inputs, (0,))  # nodes that make a value
         self._taken: set[str] = set()
         self._reasons: dict[str, str] = {}
 
@@ -379,30 +119,36 @@ class _Builder:
             self._feeds[output.index] = fed
 
     def _nodes_of(self, number: int, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
-        name, facts = operation.name, self._facts
-        if number in facts.mixed:
+        name = operation.name
+        if number in self._facts.mixed:
             return sources
-        if name in _CONVOLUTIONS or name in _TRANSPOSED_CONVOLUTIONS:
+        if name in CONVOLUTIONS or name in TRANSPOSED_CONVOLUTIONS:
             return self._convolution(number, operation)
         if name == "linear":
             return self._linear(number, operation)
-        if name in _PRODUCTS or name in _ADDED_PRODUCTS:
+        if name in PRODUCTS or name in ADDED_PRODUCTS:
             return self._product(number, operation, sources)
-        if name in _NORMS:
-            return self._norm(operation, sources)
-        if name in ("scaled_dot_product_attention",):
-            return (self._node(Node(Op.MSA), sources),)
         if name == "multi_head_attention_forward":
             return self._multi_head_attention(operation)
         if name in _RECURRENT:
-            return self._recurrent(operation, sources)
+            return self._recurrent(operation)
         if not sources:
             return ()
+        if name in _NORMS:
+            return self._norm(operation, sources)
+        return self._plain(number, operation, sources)
+
+    def _plain(self, number: int, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
+        """Operations without parameters of their own."""
+        name = operation.name
+        if name == "scaled_dot_product_attention":
+            return (self._node(Node(Op.MSA), sources),)
         if name in _MAX_POOLS or name in _AVG_POOLS:
-            return (self._node(Node(Op.MAX_POOL if name in _MAX_POOLS else Op.AVG_POOL, _pool_shape(operation)), sources),)
+            op = Op.MAX_POOL if name in _MAX_POOLS else Op.AVG_POOL
+            return (self._node(Node(op, _pool_shape(operation)), sources),)
         if self._is_global_average(number, operation):
             return (self._node(Node(Op.GLOB_AVG), sources),)
-        if name in _MULTIPLICATIONS and self._is_gate(number, operation):
+        if name in MULTIPLICATIONS and self._is_gate(number, operation):
             return (self._node(Node(Op.CSE), sources),)
         if name in _CONCATENATIONS:
             self._explain(operation, "a learned token or row that is concatenated")
@@ -427,12 +173,12 @@ class _Builder:
 
     def _convolution(self, number: int, operation: Operation) -> tuple[int, ...]:
         inputs, weight, bias = (operation.argument(i, key) for i, key in enumerate(("input", "weight", "bias")))
-        transposed = operation.name in _TRANSPOSED_CONVOLUTIONS
+        transposed = operation.name in TRANSPOSED_CONVOLUTIONS
         groups = operation.argument(6, "groups", 1)
         dilation = operation.argument(7 if transposed else 5, "dilation", 1)
-        dilated = min(_flat(dilation)) > 1 if _flat(dilation) else False
+        dilated = min(flat(dilation)) > 1 if flat(dilation) else False
         op = Op.CONV if groups == 1 else Op.DIL_CONV if dilated else Op.SEP_CONV
-        spatial = (_TRANSPOSED_CONVOLUTIONS if transposed else _CONVOLUTIONS)[operation.name]
+        spatial = (TRANSPOSED_CONVOLUTIONS if transposed else CONVOLUTIONS)[operation.name]
         return self._layer(number, op, inputs, weight, bias, spatial=spatial, transposed=transposed)
 
     def _linear(self, number: int, operation: Operation) -> tuple[int, ...]:
@@ -477,7 +223,7 @@ class _Builder:
         fed = sources
         if target is not None:
             fed = (self._node(Node(Op.CONV, target[0], self._claim(target[1])), self._sources_of([inputs])),)
-        if operation.name in _ADDED_PRODUCTS:
+        if operation.name in ADDED_PRODUCTS:
             bias = operation.argument(0, "input")
             return self._bias(bias, fed) if isinstance(bias, Value) else fed
         return fed
@@ -513,8 +259,6 @@ class _Builder:
     def _norm(self, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
         position, op = _NORMS[operation.name]
         operands = (operation.argument(position, "weight"), operation.argument(position + 1, "bias"))
-        if not sources:
-            return ()
         targets = []
         for value, role in zip(operands, (Role.NORM_WEIGHT, Role.NORM_BIAS), strict=True):
             if isinstance(value, Value):
@@ -537,8 +281,8 @@ class _Builder:
         out_weight, out_bias = operation.argument(11, "out_proj_weight"), operation.argument(12, "out_proj_bias")
         return self._chain([out_weight], out_bias, fed)
 
-    def _recurrent(self, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
-        weights = [item for item in _flat(operation.args) if isinstance(item, Value)]
+    def _recurrent(self, operation: Operation) -> tuple[int, ...]:
+        weights = [item for item in flat(operation.args) if isinstance(item, Value)]
         fed = self._sources_of(weights[:1])
         for value in weights[1:]:
             if self._facts.of(value).origin.values:
@@ -583,7 +327,7 @@ class _Builder:
         position = self._node(Node(Op.POS_ENC, shape, self._claim((target,))), ())
         return (self._node(Node(Op.SUM), (*sources, position)),)
 
-    def _table_target(self, origin: _Origin, data: Value, learned: Value) -> tuple[Shape, Target] | None:
+    def _table_target(self, origin: Origin, data: Value, learned: Value) -> tuple[Shape, Target] | None:
         """Shape (1, C, h, w) and parameter of a table of positions; None if it is not one."""
         tables = [index for index in origin.values if len([s for s in self._shape(index) if s > 1]) > 1]
         if origin.looked_up or len(tables) != 1:
@@ -592,7 +336,8 @@ class _Builder:
         if len(shape) == 4 and shape[0] == 1:
             last = len(data.shape) == 4 and shape[-1] == data.shape[-1] and shape[1] != data.shape[1]
             canonical = (1, shape[3], shape[1], shape[2]) if last else shape
-            return canonical, Target(self._name(tables[0]), shape, Role.POS_ENC, Layout.CHANNELS_LAST if last else Layout.PLAIN)
+            layout = Layout.CHANNELS_LAST if last else Layout.PLAIN
+            return canonical, Target(self._name(tables[0]), shape, Role.POS_ENC, layout)
         if len(shape) in (2, 3) and (len(shape) == 2 or shape[0] == 1) and shape[-1] == data.shape[-1]:
             height, width = _grid(shape[-2], self._facts.of(data).grid)
             canonical = (1, shape[-1], height, width)
@@ -603,7 +348,7 @@ class _Builder:
 
     def _is_global_average(self, number: int, operation: Operation) -> bool:
         name = operation.name
-        if name in _ADAPTIVE_AVG_POOLS:
+        if name in ADAPTIVE_AVG_POOLS:
             return self._reading is Reading.PPUDA or number not in self._facts.squeezes
         if name != "mean":
             return False
@@ -724,7 +469,7 @@ def _plane(kernel: Shape) -> tuple[int, int]:
 
 
 def _pool_shape(operation: Operation) -> Shape:
-    kernel = [size for size in _flat(operation.argument(1, "kernel_size", 1)) if isinstance(size, int)]
+    kernel = [size for size in flat(operation.argument(1, "kernel_size", 1)) if isinstance(size, int)]
     return (1, 1, kernel[-2] if len(kernel) > 1 else kernel[0], kernel[-1])
 
 

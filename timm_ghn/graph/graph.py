@@ -46,12 +46,12 @@ class Op(str, Enum):
     GLOB_AVG = "glob_avg"
 
     @property
-    def index(self) -> int:
+    def row(self) -> int:
         """Row of the operator in the GHN's embedding table."""
-        return _OP_INDEX[self]
+        return _ROWS[self]
 
 
-_OP_INDEX = {op: index for index, op in enumerate(Op)}
+_ROWS = {op: row for row, op in enumerate(Op)}
 
 
 class Role(str, Enum):

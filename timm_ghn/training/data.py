@@ -321,14 +321,50 @@ def _reflect(index: Tensor, size: int) -> Tensor:
     return torch.where(index >= size, 2 * (size - 1) - index, index)
 
 
+class BatchSampler:
+    """Draws batches of a few classes with equally many images each.
+
+    Args:
+        data: Images.
+    """
+
+    def __init__(self, data: ImageSet) -> None:
+        self.data = data
+        self._order = torch.argsort(data.labels, stable=True)
+        self._classes, self._counts = data.labels.unique(return_counts=True)
+        self._starts = torch.cumsum(self._counts, 0) - self._counts
+
+    def draw(self, count: int, ways: int, generator: torch.Generator) -> Tensor:
+        """Indices (count,) of images: the first half has as many images of each drawn class as the second.
+
+        Args:
+            count: Images.
+            ways: Classes; 0 draws images of any class, one by one.
+            generator: CPU generator that every draw comes from.
+        """
+        if not ways:
+            return torch.randint(len(self.data), (count,), generator=generator)
+        chosen = torch.randperm(len(self._classes), generator=generator)[:ways]
+        chosen = chosen.repeat(-(-count // len(chosen)))[:count]
+        place = (torch.rand(count, generator=generator, dtype=torch.float64) * self._counts[chosen]).long()
+        return self._order[self._starts[chosen] + place]
+
+
 def sample_batch(
-    data: ImageSet, count: int, generator: torch.Generator, device: torch.device, *, padding: int = 2
+    sampler: BatchSampler,
+    count: int,
+    generator: torch.Generator,
+    device: torch.device,
+    *,
+    ways: int = 0,
+    padding: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """Draw, augment and normalize a batch of images.
 
     Returns:
         Normalized images (count, 3, S, S) and labels (count,), on `device`.
     """
-    index = torch.randint(len(data), (count,), generator=generator)
+    data = sampler.data
+    index = sampler.draw(count, ways, generator)
     images = augment(data.images[index], generator, padding).to(device)
     return normalize(images), data.labels[index].to(device)

@@ -1,0 +1,320 @@
+"""Reading and writing GHNs, and refusing everything else with a sentence that says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from ghn_reference import PPUDA_CONFIG, SMALL, ppuda_checkpoint, seeded_ghn
+from torch import nn
+
+from timm_ghn import paths
+from timm_ghn.errors import CheckpointError
+from timm_ghn.ghn import (
+    GHN,
+    GHNConfig,
+    content_hash,
+    from_module,
+    read,
+    read_ppuda,
+    read_safetensors,
+    write_safetensors,
+)
+
+
+@pytest.fixture(scope="module")
+def ghn() -> GHN:
+    return seeded_ghn(SMALL)
+
+
+def save(path: Path, data: Any) -> Path:
+    torch.save(data, path)
+    return path
+
+
+def equal(a: GHN, b: GHN) -> bool:
+    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
+    return a.config == b.config and all(n == m and torch.equal(x, y) for (n, x), (m, y) in pairs)
+
+
+# Formats
+
+
+def test_a_ppuda_file_is_read_whatever_its_extension(ghn: GHN, tmp_path: Path) -> None:
+    loaded = read(save(tmp_path / "ghn.safetensors", ppuda_checkpoint(ghn)))
+    assert equal(loaded, ghn)
+    assert loaded.info is not None
+    assert loaded.info.metadata == {"epoch": "7"}
+    assert loaded.info.hash == content_hash(ghn)
+    assert not loaded.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_file_of_torch_before_1_6_is_read(ghn: GHN, tmp_path: Path) -> None:
+    torch.save(ppuda_checkpoint(ghn), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert equal(read(tmp_path / "old.pt"), ghn)
+
+
+def test_safetensors_keep_weights_config_hash_and_metadata(ghn: GHN, tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "ghn.pt"
+    write_safetensors(ghn, path, {"card": "trained on nothing"})
+    loaded = read(path)
+    assert equal(loaded, ghn)
+    assert loaded.info is not None
+    assert loaded.info.metadata["card"] == "trained on nothing"
+    assert loaded.info.hash == content_hash(ghn)
+    assert os.listdir(path.parent) == ["ghn.pt"]
+
+
+def test_the_published_config_round_trips() -> None:
+    config = GHNConfig.from_dict(PPUDA_CONFIG)
+    assert config == GHNConfig()
+    assert GHNConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ve": False, "layernorm": False, "weight_norm": False},
+        {"hypernet": "mlp"},
+        {"decoder": "mlp"},
+    ],
+)
+def test_other_kinds_of_ghn_round_trip(changes: dict[str, Any], tmp_path: Path) -> None:
+    ghn = seeded_ghn(GHNConfig.from_dict({**SMALL.to_dict(), **changes}))
+    write_safetensors(ghn, tmp_path / "ghn.safetensors")
+    assert equal(read(save(tmp_path / "ghn.pt", ppuda_checkpoint(ghn))), ghn)
+    assert equal(read(tmp_path / "ghn.safetensors"), ghn)
+
+
+def test_reading_leaves_the_generator_and_ignores_the_default_device(ghn: GHN, tmp_path: Path) -> None:
+    path = save(tmp_path / "ghn.pt", ppuda_checkpoint(ghn))
+    state = torch.random.get_rng_state()
+    with torch.device("meta"):
+        loaded = read(path)
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_the_hash_is_of_config_and_weights_alone(ghn: GHN) -> None:
+    other = seeded_ghn(SMALL)
+    assert content_hash(other) == content_hash(ghn)
+    with torch.no_grad():
+        other.embed.weight[0, 0] += 1
+    assert content_hash(other) != content_hash(ghn)
+    rescaled = seeded_ghn(GHNConfig.from_dict({**SMALL.to_dict(), "weight_norm": False}))
+    assert content_hash(rescaled) != content_hash(ghn)
+
+
+def test_a_failed_write_leaves_the_old_file(ghn: GHN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ghn.safetensors"
+    write_safetensors(ghn, path)
+    before = path.read_bytes()
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(paths.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_safetensors(seeded_ghn(), path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["ghn.safetensors"]
+
+
+# Live modules
+
+
+class PpudaLike(nn.Module):
+    """The attributes and the state dict of ppuda's GHN class."""
+
+    def __init__(self, ghn: GHN) -> None:
+        super().__init__()
+        for name, value in ghn.config.to_dict().items():
+            if name not in ("hid", "hypernet", "decoder"):
+                setattr(self, name, value)
+        for name, child in ghn.named_children():
+            self.add_module(name, child)
+
+
+def test_a_live_module_is_copied(ghn: GHN) -> None:
+    live = PpudaLike(ghn)
+    for module in (live, nn.DataParallel(live), ghn):
+        copy = from_module(module)
+        assert equal(copy, ghn)
+        assert copy.embed.weight.data_ptr() != ghn.embed.weight.data_ptr()
+
+
+def test_another_module_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="Linear is not a ppuda GHN"):
+        from_module(nn.Linear(3, 3))
+
+
+# Files that are refused
+
+
+def rebuilt(ghn: GHN, change: Callable[[dict[str, torch.Tensor]], Any]) -> dict[str, Any]:
+    data = ppuda_checkpoint(ghn)
+    change(data["state_dict"])
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("ln.weight"), "ln.weight is missing"),
+        (lambda s: s.update(extra=torch.zeros(2)), "extra is unknown"),
+        (lambda s: s.update({"ln.weight": torch.zeros(9)}), r"ln.weight has shape \(9,\) instead of \(8,\)"),
+        (lambda s: s["ln.weight"].fill_(float("nan")), "ln.weight has NaN"),
+        (lambda s: s["ln.bias"].fill_(float("inf")), "ln.bias has NaN or infinite"),
+        (lambda s: s.update({"ln.weight": torch.ones(8, dtype=torch.int64)}), "ln.weight is torch.int64"),
+        (lambda s: s.update({"ln.weight": torch.zeros(1).expand(2**40)}), "ln.weight has shape"),
+        (lambda s: s.update({"ln.weight": "text"}), "not a table of tensors"),
+    ],
+)
+def test_wrong_tensors_are_refused(
+    ghn: GHN, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], Any], message: str
+) -> None:
+    path = save(tmp_path / "ghn.pt", rebuilt(ghn, change))
+    with pytest.raises(CheckpointError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hid": 30}, "hid is 30, not a multiple of 4"),
+        ({"hid": 2**40}, "hid is .*, not between 1 and 1024"),
+        ({"hid": True}, "hid is True, not a whole number"),
+        ({"max_shape": (64, 64, 11)}, "not four sizes"),
+        ({"max_shape": (64, 64, 11, 12)}, "not square"),
+        ({"max_shape": (64, 10**9, 11, 11)}, r"max_shape\[1\] is 1000000000"),
+        ({"max_shape": (1024, 1024, 64, 64), "hid": 1024}, "the decoder would have"),
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"num_classes": "10"}, "num_classes is '10', not a whole number"),
+        ({"hypernet": "transformer"}, "hypernet is 'transformer', not one of gatedgnn, mlp"),
+        ({"decoder": ["conv"]}, "decoder is"),
+        ({"ve": 1}, "ve is 1, not true or false"),
+        ({"heads": 8}, "unknown settings heads"),
+    ],
+)
+def test_wrong_configs_are_refused(ghn: GHN, tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    data = ppuda_checkpoint(ghn)
+    data["config"].update(config)
+    with pytest.raises(CheckpointError, match=rf"ghn.pt: GHN config: .*{message}"):
+        read(save(tmp_path / "ghn.pt", data))
+
+
+def test_configs_that_are_missing_or_short_are_refused(ghn: GHN, tmp_path: Path) -> None:
+    data = ppuda_checkpoint(ghn)
+    del data["config"]["weight_norm"]
+    with pytest.raises(CheckpointError, match="missing settings weight_norm"):
+        read(save(tmp_path / "short.pt", data))
+    with pytest.raises(CheckpointError, match="expected a table of settings, not list"):
+        read(save(tmp_path / "list.pt", {**data, "config": [1]}))
+    with pytest.raises(CheckpointError, match="no 'state_dict' and 'config'"):
+        read(save(tmp_path / "none.pt", data["state_dict"]))
+
+
+class Payload:
+    """Pickles to a call of os.system."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("echo executed > executed.txt",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_refused(ghn: GHN, tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = {**ppuda_checkpoint(ghn), "extra": Payload()}
+    torch.save(data, tmp_path / "ghn.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="pickled code or objects, which are never run"):
+        read(tmp_path / "ghn.pt")
+    assert not (tmp_path / "executed.txt").exists()
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+@pytest.mark.parametrize("part", [0.001, 0.3, 0.9, 0.9999])
+def test_truncated_files_are_refused(ghn: GHN, tmp_path: Path, kind: str, part: float) -> None:
+    path = tmp_path / "ghn"
+    if kind == "pt":
+        save(path, ppuda_checkpoint(ghn))
+    else:
+        write_safetensors(ghn, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: max(9, int(len(content) * part))])
+    with pytest.raises(CheckpointError, match=r"ghn is truncated or damaged.*get the file again"):
+        read(path)
+
+
+def test_a_flipped_bit_is_noticed(ghn: GHN, tmp_path: Path) -> None:
+    path = tmp_path / "ghn.safetensors"
+    write_safetensors(ghn, path)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged: its content does not have the hash"):
+        read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"hello, this is not a checkpoint", b"\x80\x02", b"\0" * 64])
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "ghn.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"not a GHN checkpoint|truncated or damaged"):
+        read(tmp_path / "ghn.pt")
+
+
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        read(tmp_path / "nothing.pt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read(tmp_path)
+    for reader in (read_ppuda, read_safetensors):
+        with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+            reader(tmp_path / "nothing.pt")
+
+
+def header(entries: dict[str, Any]) -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<Q", 2**62) + b"{}",
+        struct.pack("<Q", 90 * 2**20) + b'{"a": 1}',
+        header({"ln.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}),
+        header({"ln.weight": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 0]}}),
+        header({"ln.weight": {"dtype": "F32", "shape": [8], "data_offsets": [0, 4]}}) + b"\0" * 4,
+    ],
+)
+def test_headers_that_lie_about_sizes_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "ghn.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        read(tmp_path / "ghn.safetensors")
+
+
+def test_safetensors_without_a_config_are_refused(ghn: GHN, tmp_path: Path) -> None:
+    safetensors.torch.save_file(dict(ghn.state_dict()), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="without a GHN: its metadata have no 'timm_ghn'"):
+        read(tmp_path / "model.safetensors")
+    safetensors.torch.save_file(dict(ghn.state_dict()), tmp_path / "model.safetensors", {"timm_ghn": "[" * 10_000})
+    with pytest.raises(CheckpointError, match="are not JSON"):
+        read(tmp_path / "model.safetensors")
+
+
+def test_compressed_archives_are_refused(ghn: GHN, tmp_path: Path) -> None:
+    plain = save(tmp_path / "plain.pt", ppuda_checkpoint(ghn))
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(CheckpointError, match="refused: it would unpack to"):
+        read(tmp_path / "bomb.pt")

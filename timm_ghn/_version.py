@@ -1,0 +1,3 @@
+"""Version of the package; part of every cache key."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,132 @@
+"""Building a model without paying for random weights that will be overwritten.
+
+Within `DeferredRandom`, random in-place fills of tensors (`uniform_`, `kaiming_normal_`, ...) are written down instead
+of carried out. Later each tensor's fills are either dropped (its values come from a GHN) or replayed (it keeps timm's
+own initialization). Memory of a dropped tensor is not even touched before the prediction is written to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+_RANDOM_FILLS = {
+    "uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_",
+    "bernoulli_", "exponential_", "cauchy_", "log_normal_", "geometric_", "random_",
+}  # fmt: skip
+_CONSTANT_FILLS = {"zero_", "fill_", "constant_", "zeros_", "ones_", "copy_"}
+# Calls that read no values: they may run while fills are pending, since what they return shares the memory.
+_VIEWS = {
+    "__get__", "__set__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "is_complex",
+    "storage_offset", "untyped_storage", "element_size", "data_ptr", "__len__", "__hash__", "requires_grad_",
+    "view", "view_as", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "expand", "narrow", "select",
+    "squeeze", "unsqueeze", "detach", "chunk", "split", "unbind", "__getitem__", "empty_like", "zeros_like",
+    "ones_like", "new_empty", "new_zeros", "new_ones", "get_device",
+}  # fmt: skip
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on its arguments alone, on every machine."""
+    digest = hashlib.sha256("\0".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Run with torch's generators seeded, and leave their states as they were."""
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class _Fill:
+    """An in-place call that was put off."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class DeferredRandom(TorchFunctionMode):
+    """Puts off random fills, and what is done in place to a tensor after one, until `replay`.
+
+    Args:
+        seed: Seed of replayed fills. What a tensor gets depends on it and on the tensor's label alone.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed = seed
+        self._pending: dict[int, list[_Fill]] = {}
+        self._count = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if not self._pending and name not in _RANDOM_FILLS:
+            return func(*args, **kwargs)
+        subject = args[0] if args else kwargs.get("tensor")
+        if name in _RANDOM_FILLS and isinstance(subject, Tensor) and subject.device.type != "meta":
+            return self._defer(subject, _Fill(func, args, kwargs), overwrites=True)
+        if name in _VIEWS:
+            return func(*args, **kwargs)
+        touched = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and self._is_pending(leaf)]
+        if touched and all(leaf is subject for leaf in touched) and name.endswith("_") and not name.endswith("__"):
+            if name not in _CONSTANT_FILLS or not _is_whole(touched[0]):
+                return self._defer(touched[0], _Fill(func, args, kwargs), overwrites=False)
+            self.drop([touched[0]])
+        else:
+            self._replay_unlabelled(touched)
+        return func(*args, **kwargs)
+
+    def drop(self, tensors: Iterable[Tensor]) -> None:
+        """Forget what was put off for these tensors, whose values will be written by someone else."""
+        for tensor in tensors:
+            self._pending.pop(_storage(tensor), None)
+
+    def replay(self, tensor: Tensor, label: str) -> None:
+        """Carry out what was put off for a tensor, with random numbers that depend on the seed and the label."""
+        fills = self._pending.pop(_storage(tensor), None)
+        if not fills:
+            return
+        with seeded(derived_seed(self._seed, label), tensor.device), torch.no_grad():
+            for fill in fills:
+                fill.function(*fill.args, **fill.kwargs)
+
+    def _defer(self, tensor: Tensor, fill: _Fill, *, overwrites: bool) -> Tensor:
+        fills = self._pending.setdefault(_storage(tensor), [])
+        if overwrites and _is_whole(tensor):
+            fills.clear()
+        fills.append(fill)
+        return tensor
+
+    def _is_pending(self, tensor: Tensor) -> bool:
+        return tensor.device.type != "meta" and _storage(tensor) in self._pending
+
+    def _replay_unlabelled(self, tensors: list[Tensor]) -> None:
+        """Some code of the model is about to read these values."""
+        for tensor in tensors:
+            self._count += 1
+            with torch._C.DisableTorchFunction():
+                self.replay(tensor, f"read during construction, {self._count}")
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether the tensor covers all of its storage."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()

@@ -1,0 +1,299 @@
+"""Reading and writing GHNs: ppuda's `.pt` files, safetensors, and live ppuda modules.
+
+Whatever the file, the configuration and the shape of every tensor are checked before a GHN is built, and nothing in a
+file is executed: pickles are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from timm_ghn.errors import CheckpointError
+from timm_ghn.ghn.config import MAX_PARAMETERS, GHNConfig, GHNInfo
+from timm_ghn.ghn.model import GHN
+from timm_ghn.paths import write_atomically
+
+CONFIG_KEY = "timm_ghn"
+"""Metadata key of a safetensors file whose value is the GHN's configuration as JSON."""
+HASH_KEY = "ghn_hash"
+"""Metadata key whose value is the `content_hash` that the file had when it was written."""
+
+_MAX_FILE_BYTES = 8 * MAX_PARAMETERS  # weights, and as much again for an optimizer's state beside them
+_ADVICE = "get the file again, or name another GHN"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def read(path: str | os.PathLike[str]) -> GHN:
+    """Read a GHN from a file of either format; the content decides which, not the extension.
+
+    Args:
+        path: A ppuda checkpoint or a safetensors file.
+
+    Returns:
+        The GHN, float32 on the CPU and in eval mode, with `info` set.
+
+    Raises:
+        CheckpointError: If the file cannot be read, is damaged, or is not a GHN.
+    """
+    start = _first_bytes(path, 9)
+    if start[:2] == b"PK" or start[:1] == b"\x80":  # a zip archive, or a bare pickle as torch wrote before 1.6
+        return read_ppuda(path)
+    if start[8:9] == b"{":
+        return read_safetensors(path)
+    raise CheckpointError(f"{path} is not a GHN checkpoint: it is neither a torch nor a safetensors file")
+
+
+def read_ppuda(path: str | os.PathLike[str]) -> GHN:
+    """Read a checkpoint that ppuda saved with `torch.save`.
+
+    Args:
+        path: The `.pt` file.
+
+    Returns:
+        The GHN, float32 on the CPU and in eval mode. `info.metadata` has the training epoch.
+
+    Raises:
+        CheckpointError: If the file cannot be read, is damaged, holds code, or is not a GHN.
+    """
+    _check_file_size(path)
+    try:
+        with open(path, "rb") as file:
+            return parse_ppuda(file, str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def parse_ppuda(file: BinaryIO | bytes, name: str) -> GHN:
+    """Read a ppuda checkpoint from an open file or from memory; `name` is what errors call it.
+
+    Raises:
+        CheckpointError: As `read_ppuda`.
+    """
+    stream = io.BytesIO(file) if isinstance(file, bytes) else file
+    _check_archive(stream, name)
+    try:
+        data = torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make torch and pickle raise almost anything
+        text = str(error)
+        if "weights_only" in text or "Unsupported global" in text or "Unsupported operand" in text:
+            reason = "it holds pickled code or objects, which are never run; save only tensors and plain values"
+            raise CheckpointError(f"{name} was refused: {reason}") from error
+        raise CheckpointError(f"{name} is truncated or damaged; {_ADVICE}") from error
+    if not isinstance(data, dict) or "state_dict" not in data or "config" not in data:
+        raise CheckpointError(f"{name} is not a GHN checkpoint: it has no 'state_dict' and 'config'; {_ADVICE}")
+    epoch = data.get("epoch")
+    metadata = {"epoch": str(epoch)} if isinstance(epoch, int) else {}
+    return _build(_config(data["config"], name), data["state_dict"], name, metadata)
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> GHN:
+    """Read a GHN from a file that `write_safetensors` wrote.
+
+    Args:
+        path: The `.safetensors` file.
+
+    Returns:
+        The GHN, float32 on the CPU and in eval mode. `info.metadata` has the file's metadata.
+
+    Raises:
+        CheckpointError: If the file cannot be read, is damaged, or is not a GHN.
+    """
+    _check_file_size(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            config = _config(_json(metadata.pop(CONFIG_KEY, None), str(path)), str(path))
+            keys = list(file.keys())
+            _check_shapes({key: tuple(file.get_slice(key).get_shape()) for key in keys}, config, str(path))
+            tensors = {key: file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); {_ADVICE}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    expected = metadata.pop(HASH_KEY, None)
+    ghn = _build(config, tensors, str(path), metadata)
+    if expected is not None and ghn.info is not None and ghn.info.hash != expected:
+        raise CheckpointError(
+            f"{path} is damaged: its content does not have the hash that it was written with; {_ADVICE}"
+        )
+    return ghn
+
+
+def write_safetensors(ghn: GHN, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a GHN as safetensors, all of it or nothing.
+
+    Args:
+        ghn: The GHN.
+        path: File to write; its folder is created and an existing file replaced.
+        metadata: Further facts to keep beside the configuration.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in ghn.state_dict().items()}
+    facts = {"format": "pt", **(metadata or {})}
+    facts[CONFIG_KEY] = json.dumps(ghn.config.to_dict())
+    facts[HASH_KEY] = content_hash(ghn)
+    write_atomically(path, safetensors.torch.save(tensors, facts))
+
+
+def from_module(module: nn.Module, name: str = "live module") -> GHN:
+    """Copy a live ppuda GHN, wrapped in `DataParallel` or not.
+
+    Args:
+        module: A GHN-1 or GHN-2 of ppuda's `GHN` class; our own are copied as well.
+        name: What `info` and errors call it.
+
+    Returns:
+        A GHN with copies of its weights, float32 on the CPU and in eval mode.
+
+    Raises:
+        CheckpointError: If the module is no such GHN.
+    """
+    inner = getattr(module, "module", None)
+    module = inner if isinstance(inner, nn.Module) and not hasattr(module, "gnn") else module
+    if isinstance(module, GHN):
+        return _build(module.config, module.state_dict(), name, {})
+    try:
+        config = {
+            "max_shape": tuple(int(size) for size in module.max_shape),  # type: ignore[union-attr]
+            "num_classes": int(module.num_classes),  # type: ignore[arg-type]
+            "hypernet": "gatedgnn" if hasattr(module.gnn, "gru") else "mlp",
+            "decoder": "conv" if hasattr(module.decoder, "conv") else "mlp",
+            "weight_norm": bool(module.weight_norm),
+            "ve": bool(module.ve),
+            "layernorm": bool(module.layernorm),
+            "hid": int(module.embed.weight.shape[1]),  # type: ignore[union-attr, index]
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{type(module).__name__} is not a ppuda GHN: {error}") from error
+    return _build(GHNConfig.from_dict(config), module.state_dict(), name, {})
+
+
+def content_hash(ghn: GHN) -> str:
+    """SHA-256 of a GHN's configuration and weights, whatever file it came from."""
+    digest = hashlib.sha256(json.dumps(ghn.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(ghn.state_dict().items()):
+        values = tensor.detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"\0{name}\0{tuple(values.shape)}\0".encode())
+        digest.update(values.numpy().astype("<f4", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def _build(config: GHNConfig, tensors: Any, name: str, metadata: Mapping[str, str]) -> GHN:
+    """A GHN with copies of the tensors, which are checked first."""
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{name} is not a GHN checkpoint: its 'state_dict' is not a table of tensors")
+    _check_shapes({str(key): tuple(tensor.shape) for key, tensor in tensors.items()}, config, name)
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise CheckpointError(f"{name}: tensor {key} is {tensor.dtype}, not a floating-point type")
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name}: tensor {key} has NaN or infinite values; {_ADVICE}")
+    ghn = _empty(config)
+    copies = {key: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for key, tensor in tensors.items()}
+    ghn.load_state_dict(copies, assign=True)
+    ghn.info = GHNInfo(name, content_hash(ghn), MappingProxyType(dict(metadata)))
+    return ghn.eval()
+
+
+class _SkipInitialization(TorchFunctionMode):
+    """Leaves new parameters as they are: a meta tensor has no values, and the first draw into one costs seconds."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ in {"kaiming_uniform_", "uniform_", "normal_", "fill_", "zero_"}:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _empty(config: GHNConfig) -> GHN:
+    """A GHN on the meta device: names and shapes only."""
+    with torch.device("meta"), _SkipInitialization():
+        return GHN(config)
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: GHNConfig, name: str) -> None:
+    """Raise CheckpointError unless the tensors are those of a GHN of that configuration; nothing is allocated."""
+    expected = {key: tuple(tensor.shape) for key, tensor in _empty(config).state_dict().items()}
+    wrong = [
+        *(f"{key} is missing" for key in expected if key not in shapes),
+        *(f"{key} is unknown" for key in shapes if key not in expected),
+        *(
+            f"{key} has shape {shapes[key]} instead of {expected[key]}"
+            for key in expected
+            if key in shapes and shapes[key] != expected[key]
+        ),
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"{name}: the tensors are not those of a GHN of its config: {', '.join(wrong[:3])}{more}; {_ADVICE}"
+        )
+
+
+def _config(data: Any, name: str) -> GHNConfig:
+    try:
+        return GHNConfig.from_dict(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def _json(text: str | None, name: str) -> Any:
+    if text is None:
+        raise CheckpointError(
+            f"{name} is a safetensors file without a GHN: its metadata have no {CONFIG_KEY!r}; {_ADVICE}"
+        )
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: the metadata {CONFIG_KEY!r} are not JSON; {_ADVICE}") from error
+
+
+def _check_archive(stream: BinaryIO, name: str) -> None:
+    """Refuse archives that would unpack to more than they hold; torch itself never compresses."""
+    is_zip = stream.read(2) == b"PK"
+    stream.seek(0)
+    if not is_zip:
+        return
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+            size = sum(entry.file_size for entry in archive.infolist())
+    except Exception as error:  # zipfile raises many kinds on damaged directories
+        raise CheckpointError(f"{name} is truncated or damaged; {_ADVICE}") from error
+    stream.seek(0)
+    if packed or size > _MAX_FILE_BYTES:
+        raise CheckpointError(f"{name} was refused: it would unpack to {size:,} bytes; torch does not compress GHNs")
+
+
+def _check_file_size(path: str | os.PathLike[str]) -> None:
+    try:
+        size = Path(path).stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if size > _MAX_FILE_BYTES:
+        raise CheckpointError(f"{path} was refused: {size:,} bytes are more than any GHN has")
+
+
+def _first_bytes(path: str | os.PathLike[str], count: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error

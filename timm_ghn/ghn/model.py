@@ -1,0 +1,270 @@
+"""The graph hypernetwork: from a graph to the parameters of its network (GHN-2, arXiv 2110.13100)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from timm_ghn.errors import GraphError
+from timm_ghn.ghn import decoder as decoders
+from timm_ghn.ghn import layout
+from timm_ghn.ghn.config import GHNConfig, GHNInfo
+from timm_ghn.ghn.features import ShapeEncoder, shape_4d
+from timm_ghn.ghn.gnn import MLP, GatedGNN
+from timm_ghn.graph.graph import Graph, Layout, Op, Role, Shape, Target
+
+CHUNK_BYTES = 64 * 2**20
+"""Upper bound of the blocks that are decoded at once; a single node may exceed it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A predicted parameter, before it is tiled to its full size.
+
+    Attributes:
+        target: The parameter.
+        block: What the GHN emitted for it, scaled: (k, c, h, w), (k, c) for class weights or (k,) for vectors.
+        kernel: Shape, of the rank of `block`, that the block is tiled to before it is laid out as the parameter.
+    """
+
+    target: Target
+    block: Tensor
+    kernel: Shape
+
+    @property
+    def num_written(self) -> int:
+        """Number of the parameter's elements that are predicted: all but the prefix rows of a table of tokens."""
+        if self.target.layout is Layout.TOKENS:
+            return math.prod(self.kernel)
+        return math.prod(self.target.shape)
+
+    def destination(self, parameter: Tensor) -> Tensor:
+        """View of the elements of a parameter that `write_` sets: all but the prefix rows of a table of tokens."""
+        return layout.token_rows(parameter, self.kernel) if self.target.layout is Layout.TOKENS else parameter
+
+    def materialize(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
+        """The parameter as a new tensor of `target.shape`; elements that are not predicted are zero.
+
+        Args:
+            dtype: Type of the result; that of the block by default.
+            device: Device of the result; that of the block by default.
+        """
+        block = self.block.to(device=device, dtype=dtype)
+        kernel = layout.tile(block, self.kernel)
+        return layout.arrange(kernel, self.target.shape, self.target.layout)
+
+    @torch.no_grad()
+    def write_(self, parameter: Tensor) -> None:
+        """Write the prediction into an existing tensor, without a full-size temporary where its strides allow.
+
+        Args:
+            parameter: Tensor of `target.shape`, of any floating type and device. Elements that are not predicted
+                are left as they are.
+
+        Raises:
+            GraphError: If the shape is another one.
+        """
+        if tuple(parameter.shape) != self.target.shape:
+            raise GraphError(
+                f"{self.target.name}: the graph says shape {self.target.shape}, the tensor to write has "
+                f"{tuple(parameter.shape)}; capture the graph of this very model"
+            )
+        view = layout.kernel_view(parameter, self.kernel, self.target.layout)
+        if view is None:
+            destination = self.destination(parameter)
+            destination.copy_(self.destination(self.materialize(parameter.dtype, parameter.device)))
+            return
+        block = self.block.to(parameter.device)
+        layout.tile_(view, block[(None,) * (view.dim() - block.dim())])
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Parameters that one call of a decoder emits: those of one kind and of one size of block."""
+
+    kind: str  # "kernel", "class_weight", "vector" or "class_bias"
+    block: Shape = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A parameter to predict: its graph, its node among those of all graphs, and the shape that the node reads."""
+
+    graph: int
+    node: int
+    target: Target
+    shape: Shape
+
+
+class GHN(nn.Module):
+    """A graph hypernetwork whose state dict has the names and shapes of ppuda's (GHN-1 and GHN-2).
+
+    Args:
+        config: Hyperparameters.
+
+    Attributes:
+        config: Hyperparameters.
+        info: Where the weights came from; None for one that was not loaded.
+    """
+
+    def __init__(self, config: GHNConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.info: GHNInfo | None = None
+        hid = config.hid
+        if config.layernorm:
+            self.ln = nn.LayerNorm(hid)
+        self.embed = nn.Embedding(len(Op), hid)
+        self.shape_enc = ShapeEncoder(hid, config.num_classes, config.max_shape[3])
+        self.gnn: GatedGNN | MLP = GatedGNN(hid, config.ve) if config.hypernet == "gatedgnn" else MLP(hid, (hid, hid))
+        self.decoder = decoders.make_decoder(config)
+        self.decoder_1d = decoders.vector_decoder(config)
+        self.bias_class = decoders.class_bias_layer(config)
+
+    def embed_nodes(self, graphs: Graph | Sequence[Graph]) -> Tensor:
+        """Features (N, hid) of the nodes of one or more graphs, one graph after the other.
+
+        Raises:
+            GraphError: If there is no graph, or the shape of a node has no dimensions or more than four.
+        """
+        batch = [graphs] if isinstance(graphs, Graph) else list(graphs)
+        if not batch:
+            raise GraphError("no graph to embed")
+        nodes = [node for graph in batch for node in graph.nodes]
+        operators = torch.tensor([node.op.row for node in nodes], device=self.embed.weight.device)
+        x = self.embed(operators) + self.shape_enc(nodes)
+        x = self.gnn(x, batch) if isinstance(self.gnn, GatedGNN) else self.gnn(x)
+        x = self.ln(x) if self.config.layernorm else x
+        return cast(Tensor, x)
+
+    @torch.no_grad()
+    def predict(self, graph: Graph) -> Iterator[Prediction]:
+        """Predict the parameters of one network, without gradients.
+
+        Args:
+            graph: The network's graph.
+
+        Yields:
+            One prediction for each target of the graph, those of equal size of kernel after each other. Blocks are
+            decoded as they are asked for, at most about 64 MiB at a time.
+
+        Raises:
+            GraphError: If a target does not fit what its node predicts; raised before the first prediction.
+        """
+        for _, prediction in self._predictions([graph]):
+            yield prediction
+
+    def forward(self, graphs: Sequence[Graph]) -> list[dict[str, Tensor]]:
+        """Predict the parameters of several networks at once, with gradients.
+
+        Args:
+            graphs: Graphs of the networks.
+
+        Returns:
+            For each graph, full-size tensors by name of parameter, for `torch.func.functional_call`. Rows of a
+            table of tokens that are not predicted are zero.
+
+        Raises:
+            GraphError: If a target does not fit what its node predicts.
+        """
+        outputs: list[dict[str, Tensor]] = [{} for _ in graphs]
+        for index, prediction in self._predictions(graphs):
+            outputs[index][prediction.target.name] = prediction.materialize()
+        return outputs
+
+    def _predictions(self, graphs: Sequence[Graph]) -> Iterator[tuple[int, Prediction]]:
+        """Predictions for all targets of all graphs, with the index of their graph."""
+        groups = self._groups(graphs)
+        features = self.embed_nodes(graphs)
+        for group, jobs in groups.items():
+            for chunk in _chunks(jobs, self._bytes(group)):
+                nodes = torch.tensor([job.node for job in chunk], device=features.device)
+                blocks = self._decode(group, features[nodes])
+                for job, block in zip(chunk, blocks.unbind(), strict=True):
+                    yield job.graph, self._finish(job, block)
+
+    def _groups(self, graphs: Sequence[Graph]) -> dict[_Group, list[_Job]]:
+        """All targets, grouped by what a decoder emits at once."""
+        groups: dict[_Group, list[_Job]] = {}
+        offset = 0
+        for index, graph in enumerate(graphs):
+            for position, node in enumerate(graph.nodes):
+                for target in node.targets:
+                    job = _Job(index, offset + position, target, _kernel_shape(target, node.shape))
+                    groups.setdefault(self._group(job), []).append(job)
+            offset += len(graph)
+        return groups
+
+    def _group(self, job: _Job) -> _Group:
+        role = job.target.role
+        if role in (Role.WEIGHT, Role.POS_ENC):
+            largest = self.config.max_shape
+            sizes = tuple(min(size, limit) for size, limit in zip(shape_4d(job.shape), largest, strict=True))
+            return _Group("kernel", sizes)
+        if role is Role.CLASS_WEIGHT:
+            return _Group("class_weight", (self.config.num_classes, min(job.shape[1], self.config.max_shape[1])))
+        return _Group("class_bias") if role is Role.CLASS_BIAS else _Group("vector")
+
+    def _bytes(self, group: _Group) -> int:
+        return 4 * max(math.prod(group.block), 2 * max(self.config.max_shape[:2]), self.config.num_classes)
+
+    def _decode(self, group: _Group, x: Tensor) -> Tensor:
+        """Blocks (n, ...) of a group for node features (n, hid), neither scaled nor cut to their targets."""
+        if group.kind == "kernel":
+            out_channels, in_channels, height, width = group.block
+            return cast(Tensor, self.decoder(x, (out_channels, in_channels, height, width)))
+        if group.kind == "class_weight":
+            return self.decoder.class_weights(x, group.block[1])
+        vectors: Tensor = self.decoder_1d(x).view(len(x), 2, -1)
+        return cast(Tensor, self.bias_class(vectors[:, 1])) if group.kind == "class_bias" else vectors
+
+    def _finish(self, job: _Job, block: Tensor) -> Prediction:
+        """Cut a block to what its target needs, and scale it."""
+        target, shape = job.target, job.shape
+        normalize = self.config.weight_norm
+        if target.role in (Role.WEIGHT, Role.POS_ENC, Role.CLASS_WEIGHT):
+            kernel = shape[:2] if target.role is Role.CLASS_WEIGHT else shape_4d(shape)
+            block = block[: kernel[0]]
+            if normalize:
+                block = decoders.scale(block, shape, target.role is Role.POS_ENC)
+            copies = layout.repeats(kernel, target.shape, target.layout)
+            block = block / copies if target.layout is Layout.DEPTH else block
+            return Prediction(target, block, kernel)
+        if target.role is Role.CLASS_BIAS:
+            block = block[: shape[0]]
+        else:
+            block = block[0 if target.role is Role.NORM_WEIGHT else 1, : shape[0]]
+        if normalize:
+            is_weight = target.role is Role.NORM_WEIGHT
+            block = 2 * torch.sigmoid(block / 2) if is_weight else torch.tanh(block / 5)
+        return Prediction(target, block, shape)
+
+
+def _kernel_shape(target: Target, shape: Shape | None) -> Shape:
+    """Shape of the tensor that a node predicts for a target, checked against the target.
+
+    Raises:
+        GraphError: If the node has no shape, one of the wrong rank, or one that does not fit the target's.
+    """
+    is_vector = target.role in (Role.BIAS, Role.NORM_WEIGHT, Role.NORM_BIAS, Role.CLASS_BIAS)
+    if shape is None or (not is_vector and len(shape) < 2):
+        raise GraphError(f"{target.name}: a {target.role.value} cannot be predicted by a node of shape {shape}")
+    if is_vector:
+        shape = (math.prod(shape),)
+    kernel = shape if is_vector else shape_4d(shape)
+    if 0 in shape or not layout.is_consistent(kernel, target.shape, target.layout):
+        raise GraphError(
+            f"{target.name}: shape {target.shape} cannot hold a {shape} prediction in layout {target.layout.value}"
+        )
+    return shape
+
+
+def _chunks(jobs: Sequence[_Job], size: int) -> Iterator[Sequence[_Job]]:
+    """Split jobs whose blocks have `size` bytes each into parts of at most `CHUNK_BYTES`."""
+    count = max(1, CHUNK_BYTES // size)
+    return (jobs[start : start + count] for start in range(0, len(jobs), count))

@@ -1,0 +1,282 @@
+"""What a value of a recorded forward pass is: derived from the input or from parameters, squeezed, a similarity.
+
+One pass over the operations, in order. The facts decide which products are gates or attention, and which means are
+global poolings, before any node of the graph is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from timm_ghn.graph.capture import Operation, Trace, Value
+from timm_ghn.graph.graph import Shape
+
+CONVOLUTIONS = {f"conv{rank}d": rank for rank in (1, 2, 3)}
+TRANSPOSED_CONVOLUTIONS = {f"conv_transpose{rank}d": rank for rank in (1, 2, 3)}
+PRODUCTS = {"matmul", "mm", "bmm", "einsum", "tensordot"}
+ADDED_PRODUCTS = {"addmm", "baddbmm", "addbmm"}
+ADAPTIVE_AVG_POOLS = {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
+_ADAPTIVE_POOLS = ADAPTIVE_AVG_POOLS | {"adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"}
+_REDUCTIONS = {"mean", "amax", "max", "norm", "vector_norm", "logsumexp", "std", "var"}
+MULTIPLICATIONS = {"mul", "multiply"}
+_HARD_GATES = {"hardsigmoid", "hardswish"}
+_TRANSPOSITIONS = {"t", "T", "mT", "transpose", "permute", "swapaxes", "movedim"}
+_LOOKUPS = {"embedding", "index_select", "gather", "take", "grid_sample", "index"}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The parameters that a value which does not depend on the input is made from.
+
+    Attributes:
+        values: Indices of the parameters' values.
+        transposed: Whether the last two dimensions were swapped on the way.
+        looked_up: Whether entries were picked by an index, as from a table of relative positions.
+    """
+
+    values: tuple[int, ...] = ()
+    transposed: bool = False
+    looked_up: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What the first pass knows of a value.
+
+    Attributes:
+        data: Whether it depends on the input.
+        origin: What it is made from, if not.
+        channels: Number of channels that the layer before gave it; None if unknown.
+        squeezes: Operations (by number) that reduced it to one number a channel; empty for a value with positions.
+        similarity: Sizes of the two dimensions of a matrix of similarities, else None.
+        grid: (h, w) of the last feature map that led to it.
+        hard_gate: Operations since a hard sigmoid or swish (ppuda's reading of cse), None if there was none.
+        affine: Whether it comes straight from a product with a parameter, so that a vector added is its bias.
+    """
+
+    data: bool = False
+    origin: Origin = Origin()
+    channels: int | None = None
+    squeezes: frozenset[int] = frozenset()
+    similarity: tuple[int, int] | None = None
+    grid: tuple[int, int] | None = None
+    hard_gate: int | None = None
+    affine: bool = False
+
+
+@dataclass(slots=True)
+class Facts:
+    """Result of the first pass: facts by value, and the roles of single operations."""
+
+    by_value: dict[int, Fact] = field(default_factory=dict)
+    gates: set[int] = field(default_factory=set)
+    squeezes: set[int] = field(default_factory=set)
+    attentions: set[int] = field(default_factory=set)
+    mixtures: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by operation that uses the mixed weight
+    mixed: set[int] = field(default_factory=set)  # operations that mix weights
+
+    def of(self, value: Value) -> Fact:
+        """What is known of a value."""
+        return self.by_value.get(value.index, _NOTHING)
+
+
+_NOTHING = Fact()
+
+
+def find_facts(trace: Trace) -> Facts:
+    """Go through the operations once, and note what every value is."""
+    facts = Facts()
+    for index in trace.inputs:
+        facts.by_value[index] = Fact(data=True)
+    for index in trace.parameters:
+        facts.by_value[index] = Fact(origin=Origin((index,)))
+    makers: dict[int, int] = {}
+    for number, operation in enumerate(trace.operations):
+        fact = _note(facts, number, operation)
+        for output in operation.outputs:
+            facts.by_value[output.index] = replace(fact, similarity=_surviving(fact.similarity, output.shape))
+            makers[output.index] = number
+    for number, operation in enumerate(trace.operations):
+        weight = _weight_of(operation)
+        if weight is not None and facts.of(weight).data:
+            _note_mixture(facts, trace, number, weight, makers)
+    return facts
+
+
+def _weight_of(operation: Operation) -> Value | None:
+    """Second operand of a convolution or linear layer."""
+    if operation.name in CONVOLUTIONS or operation.name in TRANSPOSED_CONVOLUTIONS or operation.name == "linear":
+        weight = operation.argument(1, "weight")
+        return weight if isinstance(weight, Value) else None
+    return None
+
+
+def _note(facts: Facts, number: int, operation: Operation) -> Fact:
+    """Fact of an operation's outputs; notes gates, squeezes and attention on the way."""
+    known = [facts.of(value) for value in operation.inputs]
+    data = [fact for fact in known if fact.data]
+    if not data:
+        return _note_constant(operation, known)
+    fact = Fact(
+        data=True,
+        channels=_agreed([item.channels for item in data]),
+        squeezes=frozenset().union(*(item.squeezes for item in data)) if all(i.squeezes for i in data) else frozenset(),
+        similarity=next((item.similarity for item in data if item.similarity), None),
+        grid=next((item.grid for item in data if item.grid), None),
+        hard_gate=_next_hard_gate(operation, data),
+    )
+    name = operation.name
+    output = operation.outputs[0]
+    weight = _weight_of(operation)
+    if weight is not None:
+        grid = output.shape[-2:] if len(output.shape) == 4 and name != "linear" and not fact.squeezes else fact.grid
+        return replace(fact, channels=_out_channels(name, weight.shape, output), grid=grid, affine=True)
+    if name in PRODUCTS or name in ADDED_PRODUCTS:
+        return _note_product(facts, number, operation, fact)
+    if name == "scaled_dot_product_attention":
+        return replace(fact, similarity=None)
+    if name == "multi_head_attention_forward":
+        return replace(fact, similarity=None, channels=output.shape[-1])
+    if name == "softmax" and len(output.shape) >= 2:
+        return replace(fact, similarity=fact.similarity or (output.shape[-2], output.shape[-1]))
+    if _squeezes(operation, data[0]):
+        return replace(fact, squeezes=fact.squeezes | {number}, similarity=None)
+    if name in MULTIPLICATIONS and len(data) == 2 and bool(data[0].squeezes) != bool(data[1].squeezes):
+        facts.gates.add(number)
+        facts.squeezes |= data[0].squeezes | data[1].squeezes
+    return fact
+
+
+def _note_constant(operation: Operation, known: Sequence[Fact]) -> Fact:
+    """Fact of a value made from parameters and constants only."""
+    if operation.name == "linear" and len(known) > 1 and known[0].origin.values:
+        return Fact(data=True, channels=operation.outputs[0].shape[-1], affine=True)  # a layer over learned tokens
+    values = tuple(dict.fromkeys(index for fact in known for index in fact.origin.values))
+    picks = operation.name == "getitem" and any(isinstance(item, Value) for item in flat(operation.args[1:]))
+    return Fact(
+        origin=Origin(
+            values,
+            transposed=any(fact.origin.transposed for fact in known) != _swaps_last(operation),
+            looked_up=any(fact.origin.looked_up for fact in known) or operation.name in _LOOKUPS or picks,
+        )
+    )
+
+
+def flat(items: Any) -> list[Any]:
+    """The leaves of nested lists and tuples; a single item as a list of one."""
+    if isinstance(items, (list, tuple)):
+        return [leaf for item in items for leaf in flat(item)]
+    return [items]
+
+
+def _swaps_last(operation: Operation) -> bool:
+    """Whether the operation swaps the two dimensions of a matrix."""
+    if operation.name not in _TRANSPOSITIONS or not operation.inputs:
+        return False
+    rank = len(operation.inputs[0].shape)
+    if rank < 2:
+        return False
+    if operation.name == "permute":
+        order = [item % rank for item in flat(operation.args[1:]) if isinstance(item, int)]
+        return order[-2:] == [rank - 1, rank - 2]
+    if operation.name in ("transpose", "swapaxes"):
+        axes = sorted(item % rank for item in flat(operation.args[1:]) if isinstance(item, int))
+        return axes == [rank - 2, rank - 1]
+    return True
+
+
+def _agreed(channels: Sequence[int | None]) -> int | None:
+    known = {item for item in channels if item is not None}
+    return known.pop() if len(known) == 1 else None
+
+
+def _out_channels(name: str, weight: Shape, output: Value) -> int | None:
+    if name == "linear":
+        return output.shape[-1]
+    rank = CONVOLUTIONS.get(name) or TRANSPOSED_CONVOLUTIONS[name]
+    return output.shape[-rank - 1] if len(output.shape) > rank else weight[0]
+
+
+def _next_hard_gate(operation: Operation, data: Sequence[Fact]) -> int | None:
+    if operation.name in _HARD_GATES:
+        return 0
+    steps = [fact.hard_gate for fact in data if fact.hard_gate is not None]
+    return min(steps) + 1 if steps and min(steps) < 2 else None
+
+
+def _note_product(facts: Facts, number: int, operation: Operation, fact: Fact) -> Fact:
+    """A matrix product: a layer if one operand is a parameter, else similarities or attention."""
+    operands = [value for value in operation.inputs if len(value.shape) >= 2][-2:]
+    known = [facts.of(value) for value in operands]
+    output = operation.outputs[0]
+    if len(known) < 2 or not all(item.data for item in known):
+        channels = output.shape[-1] if output.shape else None
+        return replace(fact, channels=channels, affine=True)
+    if any(item.similarity for item in known):
+        facts.attentions.add(number)
+        return replace(fact, similarity=None)
+    sizes = (output.shape[-2], output.shape[-1]) if len(output.shape) >= 2 else None
+    return replace(fact, similarity=sizes)
+
+
+def _surviving(similarity: tuple[int, int] | None, shape: Shape) -> tuple[int, int] | None:
+    """The similarity's sizes if a tensor of that shape still has both of them."""
+    if similarity is None:
+        return None
+    sizes = list(shape)
+    for size in similarity:
+        if size not in sizes:
+            return None
+        sizes.remove(size)
+    return similarity
+
+
+def _squeezes(operation: Operation, source: Fact) -> bool:
+    """Whether the operation reduces its input to one number a channel."""
+    if operation.name in _ADAPTIVE_POOLS:
+        return all(size == 1 for size in operation.outputs[0].shape[2:])
+    if operation.name not in _REDUCTIONS:
+        return False
+    shape = operation.inputs[0].shape
+    dims = _reduced_dims(operation, len(shape))
+    if not dims or 0 in dims or source.similarity is not None:
+        return False
+    left = [size for dim, size in enumerate(shape) if dim not in dims and dim > 0]
+    gone = [size for dim, size in enumerate(shape) if dim in dims]
+    if source.channels in left:
+        return source.channels not in gone or (len(left) == 1 and dims[0] != len(shape) - 1)
+    if source.channels in gone:
+        return False
+    return dims in ((2, 3), (1,)) if len(shape) > 3 else dims == (1,)
+
+
+def _reduced_dims(operation: Operation, rank: int) -> tuple[int, ...]:
+    keyword = "dim" if "dim" in operation.kwargs else "axis"
+    position = 2 if operation.name in ("norm", "vector_norm") else 1
+    dims = operation.argument(position, keyword)
+    if isinstance(dims, int):
+        dims = (dims,)
+    if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
+        return ()
+    return tuple(sorted(dim % rank for dim in dims))
+
+
+def _note_mixture(facts: Facts, trace: Trace, number: int, weight: Value, makers: Mapping[int, int]) -> None:
+    """Find the parameters that a weight which depends on the input is mixed from (CondConv and its like)."""
+    pending, seen, found = [weight.index], set[int](), list[int]()
+    while pending:
+        index = pending.pop()
+        maker = makers.get(index)
+        if maker is None or maker in seen:
+            continue
+        seen.add(maker)
+        operation = trace.operations[maker]
+        origins = [origin for value in operation.inputs for origin in facts.of(value).origin.values]
+        if origins:
+            found.extend(origins)
+            facts.mixed.add(maker)
+        elif operation.name != "linear":
+            pending.extend(value.index for value in operation.inputs if facts.of(value).data)
+    facts.mixtures[number] = tuple(dict.fromkeys(found))

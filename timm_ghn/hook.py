@@ -1,0 +1,138 @@
+"""`timm.create_model` gains `init=` and the tag `ghn-orth`.
+
+The function is bound in several of timm's modules; all of them are given the same wrapper, and get back what they had
+on `uninstall`. A call that asks for no initialization goes to timm's function untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from timm_ghn.deferred import DeferredRandom, seeded
+from timm_ghn.errors import InitError
+from timm_ghn.initialize import initialize_
+from timm_ghn.methods import METHODS, Init, Source
+
+_logger = logging.getLogger(__name__)
+
+_MODULES = ("timm", "timm.models", "timm.models._factory")
+_DEPRECATED_MODULE = "timm.models.factory"
+"""Warns when it is imported, so it is patched only if somebody else has."""
+
+_original: dict[str, Callable[..., nn.Module]] = {}
+
+
+def install() -> None:
+    """Give `timm.create_model` the keyword `init=` and the tags of the methods. Calling it again changes nothing."""
+    original = importlib.import_module("timm.models._factory").create_model
+    if getattr(original, "__timm_ghn__", False):
+        return
+    wrapper = _wrap(original)
+    names = (*_MODULES, *({_DEPRECATED_MODULE} & sys.modules.keys()))
+    for name in names:
+        module = importlib.import_module(name)
+        if getattr(module, "create_model", None) is original:
+            _original[name] = original
+            module.create_model = wrapper  # type: ignore[attr-defined]
+
+
+def uninstall() -> None:
+    """Give timm its own `create_model` back. Calling it again changes nothing."""
+    while _original:
+        name, original = _original.popitem()
+        importlib.import_module(name).create_model = original  # type: ignore[attr-defined]
+
+
+def is_installed() -> bool:
+    """Whether `timm.create_model` knows `init=`."""
+    return getattr(timm.create_model, "__timm_ghn__", False)
+
+
+def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    @functools.wraps(original)
+    def create_model(
+        model_name: str,
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        *args: Any,
+        init: str | Mapping[str, Any] | Init | None = None,
+        **kwargs: Any,
+    ) -> nn.Module:
+        name, config, tag = _split_request(model_name, pretrained_cfg)
+        if init is None and tag is None:
+            return original(model_name, pretrained, pretrained_cfg, *args, **kwargs)
+        settings = _settings(init, tag)
+        if pretrained and tag is None:
+            raise InitError(
+                f"init={settings.method!r} and pretrained=True ask for different weights of {model_name!r}; leave one "
+                f"out, or ask for the initialization as a tag: '{name.partition('.')[0]}.{settings.method}'"
+            )
+        if kwargs.get("checkpoint_path") or (len(args) > 1 and args[1]):
+            raise InitError(f"init={settings.method!r} and checkpoint_path ask for different weights; leave one out")
+        build = functools.partial(original, name, False, config, *args, **kwargs)
+        return _initialized(build, settings, kwargs)
+
+    create_model.__timm_ghn__ = True  # type: ignore[attr-defined]
+    return create_model
+
+
+def _split_request(model_name: str, pretrained_cfg: Any) -> tuple[str, Any, str | None]:
+    """Model name, configuration and method if one of the two asks for a method by a tag."""
+    if isinstance(pretrained_cfg, str) and _is_method(pretrained_cfg):
+        return model_name, None, pretrained_cfg
+    name, _, tag = model_name.partition(".")
+    if ":" not in model_name and _is_method(tag):
+        return name, pretrained_cfg, tag
+    return model_name, pretrained_cfg, None
+
+
+def _is_method(tag: str) -> bool:
+    return tag.replace("_", "-").lower() in METHODS
+
+
+def _settings(init: str | Mapping[str, Any] | Init | None, tag: str | None) -> Init:
+    """Settings of the initialization that was asked for by `init=`, by a tag, or by both.
+
+    Raises:
+        InitError: If the two disagree.
+    """
+    settings = Init.of(init if init is not None else tag or "")
+    if tag is not None and Init.of(tag).method != settings.method:
+        raise InitError(f"the tag {tag!r} and init={settings.method!r} ask for different weights; leave one out")
+    return settings
+
+
+def _initialized(build: Callable[[], nn.Module], settings: Init, kwargs: Mapping[str, Any]) -> nn.Module:
+    """Build a model without the cost of random weights, and initialize it."""
+    if settings.spec.source is Source.TIMM:
+        return build()
+    if torch.device(kwargs.get("device") or torch.get_default_device()).type == "meta":
+        raise InitError(
+            f"init={settings.method!r} needs memory for the weights, but the model is built on the meta device; "
+            "build it on a real device, or call timm_ghn.to_graph for its graph alone"
+        )
+    deferred = DeferredRandom(settings.seed)
+    with seeded(settings.seed), deferred:
+        model = build()
+    report = initialize_(model, settings, input_size=_input_size(model, kwargs), deferred=deferred)
+    _logger.info("%s", report)
+    return model
+
+
+def _input_size(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """(channels, height, width) where the caller chose the image size; None leaves it to the model."""
+    size = kwargs.get("img_size")
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = kwargs.get("in_chans") or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3,))[0]
+    return channels, height, width

@@ -1,0 +1,33 @@
+"""Post-processing: noise, then orthogonalization, of the later layers of a network (arXiv 2207.10049).
+
+`layers` says which weights are concerned, `noise` is Eq. 1, `orthogonal` is Eq. 2, and `run` applies both.
+"""
+
+from timm_ghn.postprocess.layers import WeightLayer, default_start_layer, resolve_start_layer, weight_layers
+from timm_ghn.postprocess.noise import Correlation, correlation_std, layer_generator
+from timm_ghn.postprocess.orthogonal import orthogonal_factor
+from timm_ghn.postprocess.run import (
+    PostProcess,
+    Progress,
+    orthogonalize_,
+    postprocess_many,
+    postprocess_tensor,
+    selected_layers,
+)
+
+__all__ = [
+    "Correlation",
+    "PostProcess",
+    "Progress",
+    "WeightLayer",
+    "correlation_std",
+    "default_start_layer",
+    "layer_generator",
+    "orthogonal_factor",
+    "orthogonalize_",
+    "postprocess_many",
+    "postprocess_tensor",
+    "resolve_start_layer",
+    "selected_layers",
+    "weight_layers",
+]

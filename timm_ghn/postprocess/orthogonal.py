@@ -1,0 +1,195 @@
+"""The orthogonal factor of a weight matrix (arXiv 2207.10049, Eq. 2), faster and more exact than by LAPACK alone.
+
+Shapes: `M x N` is the tall orientation of a matrix (`M >= N`); `W` is the matrix itself, `Z = W T` with a unit upper
+triangular `T`, `G = Z^T Z` its Gram matrix. Three facts carry the module:
+
+1. `W = Q R` with a positive diagonal of `R` is unique for full rank, and `W T = Q (R T)` has the same `Q` for every
+   upper triangular `T` with a positive diagonal. So columns may be rescaled, and multiples of earlier columns may be
+   subtracted from later ones, without changing the answer.
+2. A GHN predicts one 64 x 64 block and tiles it. `W` is then `rank 64 + a little noise`, so badly conditioned that
+   only Householder reflections can factorize it. The contrasts of its column blocks (block `k` minus the mean of the
+   blocks before it) leave the first block and, as all others, nearly independent noise: `Z` is well conditioned. The
+   contrasts are differences of almost equal numbers, hence nearly exact in floating point, and the result is closer
+   to the exact `Q` of `W` than that of Householder reflections applied to `W`.
+3. For a well-conditioned `Z` the Cholesky factor of `G` is `R`, and its diagonal is positive, which is the sign
+   convention of Eq. 2. That costs half the operations of Householder QR, all of them matrix products.
+
+Every fast result is tested for orthogonality. What fails is refined by a second pass, and what still fails, or is
+rank-deficient, goes to Householder QR (`torch.linalg.qr`), which is orthogonal whatever the input.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from timm_ghn.errors import InitError
+
+TILE = 64
+"""Side of the block that a GHN predicts and tiles."""
+
+_GRAM_BLOCK = 128
+"""Width of the column blocks in which a Gram matrix is computed, to skip what symmetry gives."""
+
+_MIN_ASPECT = 1.5
+"""Below this M / N even random matrices are too badly conditioned for Cholesky, and Householder QR is cheap."""
+
+_PROBES = 16
+"""Number of random sign vectors that test a result for orthogonality."""
+
+
+def orthogonal_factor(matrix: Tensor, name: str = "matrix") -> Tensor:
+    """Replaces a matrix by the orthogonal factor of its QR decomposition (Eq. 2).
+
+    The matrix is transposed if it is wide, factorized as `Q R`, and `Q sign(diag R)` is transposed back, with
+    `sign(0) = 1`. The scale of the matrix does not matter; a rank-deficient matrix (a zero matrix, exact copies) gets
+    the completion that Householder reflections give. The input is not changed.
+
+    Args:
+        matrix: `(K, D)` of a floating dtype, on the CPU. The arithmetic is float64 for float64 and else float32.
+        name: What error messages call the matrix.
+
+    Returns:
+        `(K, D)` of the dtype of the input, with orthonormal columns (rows if `K < D`): `max |Q^T Q - I| <= 1e-5`
+        before rounding to a 16-bit dtype. Contiguous.
+
+    Raises:
+        InitError: The matrix is not a floating matrix of two dimensions, or holds NaN or infinity.
+    """
+    if matrix.dim() != 2 or not matrix.is_floating_point():
+        got = f"{matrix.dtype} {tuple(matrix.shape)}"
+        raise InitError(f"{name}: expected a floating matrix of two dimensions, got {got}")
+    if matrix.numel() == 0:
+        return matrix.clone()
+    wide = matrix.shape[0] < matrix.shape[1]
+    scaled = checked_and_scaled(matrix.detach(), name)
+    tall = (scaled if wide else scaled.mT).contiguous().mT
+    factor = _tall_factor(tall).to(matrix.dtype)
+    return (factor.mT if wide else factor).contiguous()
+
+
+def checked_and_scaled(matrix: Tensor, name: str) -> Tensor:
+    """Returns the matrix in float32 or float64, divided by a power of two (exactly) if its entries are huge or tiny."""
+    low, high = (float(bound) for bound in torch.aminmax(matrix))
+    largest = max(-low, high)
+    if not math.isfinite(largest):
+        raise InitError(f"{name}: the weight holds NaN or infinity, so it cannot be orthogonalized")
+    matrix = matrix.to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
+    exponent = math.frexp(largest)[1]
+    if abs(exponent) <= 16:
+        return matrix
+    half = exponent // 2  # in two steps: the whole factor may lie outside the range of float32
+    return matrix.mul(2.0**-half).mul_(2.0 ** (half - exponent))
+
+
+def _empty_in_column_order(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Returns an `M x N` matrix whose columns are contiguous, as LAPACK wants them."""
+    return torch.empty(columns, rows, dtype=dtype, device="cpu").mT
+
+
+def _tall_factor(matrix: Tensor) -> Tensor:
+    """Returns `Q sign(diag R)` of an `M x N` matrix with `M >= N`; its columns should be contiguous."""
+    rows, columns = matrix.shape
+    if columns > TILE and _is_periodic(matrix):
+        matrix = _contrasts(matrix)
+    if columns > TILE and rows >= _MIN_ASPECT * columns:
+        factor = _cholesky_factor(matrix)
+        if factor is not None:
+            return factor
+    return _householder(matrix)
+
+
+def _householder(matrix: Tensor) -> Tensor:
+    """Returns `Q sign(diag R)` by Householder reflections."""
+    factor, triangle = torch.linalg.qr(matrix)
+    signed: Tensor = factor.mul_(torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(factor.dtype))
+    return signed
+
+
+def _is_periodic(matrix: Tensor) -> bool:
+    """Tells whether the second block of columns is the first one up to a small difference."""
+    width = min(TILE, matrix.shape[1] - TILE)
+    first, second = matrix[:, :width], matrix[:, TILE : TILE + width]
+    return bool((second - first).norm() < 0.1 * first.norm())
+
+
+def _contrasts(matrix: Tensor) -> Tensor:
+    """Returns `Z`, in which each block of 64 columns but the first has lost the mean of the blocks before it.
+
+    The first block is replaced by its own orthogonal factor, since the tile itself may be badly conditioned; before
+    that, it is subtracted from all others, so that the rounding errors of the means are relative to the differences of
+    the blocks, not to the blocks.
+    """
+    rows, columns = matrix.shape
+    result = _empty_in_column_order(rows, columns, matrix.dtype)
+    first = matrix[:, :TILE]
+    result[:, :TILE] = _householder(first)
+    total = torch.zeros_like(first)
+    for index, start in enumerate(range(TILE, columns, TILE), start=1):
+        block = matrix[:, start : start + TILE]
+        width = block.shape[1]
+        difference = block - first[:, :width]
+        torch.add(difference, total[:, :width], alpha=-1 / index, out=result[:, start : start + width])
+        total[:, :width] += difference
+    return result
+
+
+def _cholesky_factor(matrix: Tensor) -> Tensor | None:
+    """Returns `Q` with a positive diagonal of `R` from one or two rounds of Cholesky QR, or None where that is unsafe.
+
+    One round leaves an error of about `eps cond(Z)^2`, two rounds one of `eps` as long as `eps cond(Z)^2 << 1`
+    (Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015).
+    """
+    factor: Tensor = matrix
+    for _ in range(2):
+        triangle = _triangle(_gram(factor))
+        if triangle is None:
+            return None
+        factor = torch.linalg.solve_triangular(triangle, factor, upper=True, left=False)
+        if _is_orthonormal(factor):
+            return factor
+    return None
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """Returns the upper triangle of `Z^T Z` (`N x N`); what is below its blocks is zero."""
+    columns = matrix.shape[1]
+    gram = matrix.new_zeros(columns, columns)
+    for start in range(0, columns, _GRAM_BLOCK):
+        stop = min(start + _GRAM_BLOCK, columns)
+        torch.mm(matrix[:, start:stop].mT, matrix[:, start:], out=gram[start:stop, start:])
+    return gram
+
+
+def _triangle(gram: Tensor) -> Tensor | None:
+    """Returns the upper Cholesky factor, or None for a matrix that is not safely positive definite.
+
+    It is computed for columns of unit norm, so that the scales of the columns do not count as bad conditioning.
+    """
+    diagonal = gram.diagonal()
+    limits = torch.finfo(gram.dtype)
+    if not bool((diagonal > limits.tiny / limits.eps).all()):
+        return None  # a zero column, or one whose square underflows
+    scale = diagonal.rsqrt()
+    triangle: Tensor
+    triangle, info = torch.linalg.cholesky_ex(gram * scale * scale.unsqueeze(1), upper=True)
+    independent = float(triangle.diagonal().min()) ** 2  # the share of a column that earlier ones do not explain
+    if int(info) != 0 or not independent > 64 * limits.eps * math.sqrt(gram.shape[0]):
+        return None
+    return triangle.div_(scale)
+
+
+def _is_orthonormal(factor: Tensor) -> bool:
+    """Estimates the norms of the rows of `Q^T Q - I` from a few random sign vectors.
+
+    A row of the error that is concentrated in one entry shows up with its full size in every probe, and one that is
+    spread out with its norm on average, so no entry above the tolerance goes unnoticed.
+    """
+    columns = factor.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (_PROBES, columns), generator=generator, device="cpu").to(factor.dtype).mul_(2).sub_(1)
+    error = ((signs @ factor.mT) @ factor).sub_(signs)
+    largest = float(error.square().mean(dim=0).max().sqrt())
+    return largest <= torch.finfo(factor.dtype).eps * max(48.0, 1.5 * math.sqrt(columns))

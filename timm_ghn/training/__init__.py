@@ -1,0 +1,1 @@
+"""Training of graph hypernetworks: images, sampled architectures, the loop and its command."""

@@ -1,0 +1,218 @@
+"""The `train` command: `timm-ghn train --images PATH... --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from timm_ghn.errors import TrainingError
+from timm_ghn.ghn.checkpoint import write_safetensors
+from timm_ghn.ghn.config import GHNConfig
+from timm_ghn.ghn.model import GHN
+from timm_ghn.training.architectures import FAMILY_WEIGHTS
+from timm_ghn.training.config import PRESETS, TrainConfig
+from timm_ghn.training.data import HOW_TO_GET_IMAGES, Splits, load_images, split
+from timm_ghn.training.export import fill_unseen_sizes, smooth_sizes
+from timm_ghn.training.loop import Trainer, rescale_decoder, share_decoder
+from timm_ghn.training.pool import ArchitecturePool, PoolConfig
+
+_OVERRIDES = (
+    ("steps", int, "updates of the GHN"),
+    ("minutes", float, "let the schedules follow the clock, and stop after so many minutes"),
+    ("meta_batch", int, "architectures a step, over all processes"),
+    ("batch_size", int, "images an architecture"),
+    ("lr", float, "peak learning rate"),
+    ("pool_size", int, "distinct architectures to train on"),
+    ("eval_pool_size", int, "other architectures to evaluate on"),
+    ("held_out_classes", int, "classes that are kept for measuring"),
+    ("groups", int, "groups of classes that training begins with"),
+    ("eval_every", int, "steps between evaluations"),
+    ("save_every", int, "steps between checkpoints"),
+    ("log_every", int, "steps between lines in metrics.jsonl"),
+    ("seed", int, "seed of everything drawn"),
+    ("num_threads", int, "threads a process"),
+)
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `timm-ghn train`."""
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        metavar="PATH",
+        help="JPEG shards (safetensors), or one folder with a sub-folder a class",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of checkpoints and metrics")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="bundled", help="configuration to start from")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    parser.add_argument("--workers", type=int, default=1, help="processes that record graphs before training")
+    parser.add_argument("--hid", type=int, default=32, help="size of the GHN's node features")
+    parser.add_argument("--image-size", type=int, default=32, help="side of the images in pixels")
+    parser.add_argument(
+        "--without-family",
+        nargs="+",
+        default=[],
+        choices=sorted(FAMILY_WEIGHTS),
+        help="families of architectures never to train on, for measuring generalization",
+    )
+    for name, kind, text in _OVERRIDES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: the preset's)")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="also write the final GHN to this file")
+
+
+def make_config(args: argparse.Namespace) -> TrainConfig:
+    """The preset with the overrides of the command line.
+
+    Raises:
+        TrainingError: If a value is out of range.
+    """
+    config = PRESETS[args.preset]
+    changes = {name: getattr(args, name) for name, _, _ in _OVERRIDES if getattr(args, name) is not None}
+    families = {k: w for k, w in config.sampler.families.items() if k not in args.without_family}
+    sampler = replace(config.sampler, families=families, input_size=args.image_size)
+    return replace(config, sampler=sampler, **changes)
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Run `timm-ghn train`.
+
+    Returns:
+        Exit status.
+
+    Raises:
+        TrainingError: If images are missing, the folder holds another run, or training cannot go on.
+    """
+    if not args.images:
+        raise TrainingError(f"--images is needed: JPEG shards or a folder of classes. {HOW_TO_GET_IMAGES}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    config = make_config(args)
+    device = torch.device(args.device)
+    _join_group(device)
+    try:
+        trainer = prepare(args.images, config, args.out, device, hid=args.hid, workers=args.workers, resume=args.resume)
+        result = trainer.run()
+        if trainer.rank == 0:
+            if args.export is not None:
+                export(trainer, args.export)
+            tqdm.write(json.dumps(result.to_dict()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _join_group(device: torch.device) -> None:
+    """Join the process group if torchrun started this process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+
+
+def prepare(
+    images: Sequence[str | Path],
+    config: TrainConfig,
+    out: Path,
+    device: torch.device,
+    *,
+    hid: int = 32,
+    workers: int = 1,
+    resume: bool = False,
+) -> Trainer:
+    """Load images and architectures, and make or restore the trainer.
+
+    Raises:
+        TrainingError: If images are missing, or the folder holds another run.
+    """
+    _check_folder(out, config, resume)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    data = load_images(images, config.sampler.input_size, progress=rank == 0)
+    splits = split(data, held_out=config.held_out_classes, validation=config.validation, seed=config.seed)
+    if rank > 0:
+        dist.barrier()  # the first process builds the pools, the others read them
+    pool, eval_pool = _pools(out, config, workers, rank == 0)
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    return make_trainer(config, splits, pool, eval_pool, out, device, hid=hid, resume=resume)
+
+
+def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
+    latest = out / "latest.json"
+    if not latest.exists():
+        return
+    if not resume:
+        raise TrainingError(f"{out} holds a run already: give --resume, or another folder")
+    try:
+        before = TrainConfig.from_dict(json.loads(latest.read_text())["config"])
+    except (ValueError, KeyError) as error:
+        raise TrainingError(f"{latest} is damaged: {error}") from error
+    changed = [
+        entry.name for entry in fields(config) if getattr(before, entry.name) != getattr(config, entry.name)
+    ]
+    if changed:
+        logging.getLogger(__name__).warning("resuming with other settings than before: %s", ", ".join(changed))
+
+
+def _pools(out: Path, config: TrainConfig, workers: int, progress: bool) -> tuple[ArchitecturePool, ArchitecturePool]:
+    held_out = ArchitecturePool.load_or_build(
+        out / "pool-evaluation.jsonl.gz",
+        PoolConfig(config.eval_pool_size, config.seed, "evaluation", replace(config.sampler, families=FAMILY_WEIGHTS)),
+        workers=workers,
+        progress=progress,
+    )
+    pool = ArchitecturePool.load_or_build(
+        out / "pool-train.jsonl.gz",
+        PoolConfig(config.pool_size, config.seed, "train", config.sampler),
+        exclude=held_out,
+        workers=workers,
+        progress=progress,
+    )
+    return pool, held_out
+
+
+def make_trainer(
+    config: TrainConfig,
+    splits: Splits,
+    pool: ArchitecturePool,
+    eval_pool: ArchitecturePool,
+    out: Path,
+    device: torch.device,
+    *,
+    hid: int = 32,
+    resume: bool = False,
+) -> Trainer:
+    """A trainer with a new GHN at a good scale, or with that of the folder's checkpoint."""
+    torch.manual_seed(config.seed)
+    ghn = GHN(GHNConfig(num_classes=len(splits.train.classes), hid=hid)).to(device)
+    smooth_sizes(ghn, config.seed)
+    share_decoder(ghn, config.share, config.seed)
+    rescale_decoder(ghn, [member.graph for member in pool[:32]])
+    trainer = Trainer(ghn, config, splits, pool, eval_pool, out, device)
+    if resume:
+        trainer.resume()
+    return trainer
+
+
+def export(trainer: Trainer, path: Path) -> None:
+    """Write the trained GHN, its unseen sizes filled in, as safetensors."""
+    fill_unseen_sizes(trainer.ghn, [member.graph for member in trainer.pool])
+    write_safetensors(
+        trainer.ghn,
+        path,
+        {
+            "step": str(trainer.step),
+            "train_config": json.dumps(trainer.config.to_dict()),
+            "classes": " ".join(trainer.splits.train.classes),
+            "held_out_classes": " ".join(map(str, trainer.splits.held_out_classes)),
+        },
+    )

@@ -1,0 +1,149 @@
+"""The configuration of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from timm_ghn.errors import TrainingError
+from timm_ghn.training.architectures import SamplerConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the course of a training run.
+
+    Attributes:
+        steps: Number of updates.
+        minutes: If given, the schedules follow the clock and training ends after so many minutes (or `steps`).
+            Such a run cannot be repeated exactly.
+        meta_batch: Architectures a step, over all processes.
+        batch_size: Images that each of them sees, all different.
+        lr: Peak learning rate.
+        warmup: Steps of linear warm-up; a cosine to zero follows.
+        weight_decay: AdamW's.
+        clip: Largest norm of the GHN's gradient.
+        network_clip: Largest norm of the gradient by one network's predicted parameters: one network that explodes
+            does not drown the others.
+        smoothing: Label smoothing.
+        coarse_until: Share of the run after which the loss is over classes alone; before, the weight of groups of
+            classes falls linearly from `coarse_from` on.
+        coarse_from: Share of the run up to which the loss is over groups of classes alone.
+        coarse_rest: Weight of the groups that stays until the end.
+        groups: Number of groups of classes.
+        ways: Classes in a batch of images; 0 draws images of any class.
+        head_weight: Weight of the loss of the predicted classifier.
+        ridge_weight: Weight of the loss of a classifier fitted to half of a batch (needs `ways`).
+        share: How different the kernels of different nodes are to begin with, see `share_decoder`.
+        norm_penalty: Weight of the penalty on predicted kernels that leave the scale of He's initialization.
+        correlation_penalty: Weight of the penalty on correlated channels in predicted kernels.
+        padding: Largest shift, in pixels, of augmented images.
+        held_out_classes: Classes that the GHN never sees, for measuring.
+        validation: Share of every class's images for validation.
+        pool_size: Distinct architectures to train on.
+        eval_pool_size: Other architectures to evaluate on.
+        eval_every: Steps between evaluations.
+        eval_images: Images an architecture in an evaluation.
+        save_every: Steps between checkpoints.
+        log_every: Steps between lines in the metrics file.
+        seed: Seed of everything drawn: what step i of process r draws depends on (seed, i, r) alone.
+        num_threads: Threads a process; None leaves torch's choice.
+        amp: Whether networks run in bfloat16 (CUDA).
+        max_skipped: Steps with non-finite gradients in a row after which training gives up.
+        sampler: What architectures are drawn.
+    """
+
+    steps: int = 10_000
+    minutes: float | None = None
+    meta_batch: int = 8
+    batch_size: int = 48
+    lr: float = 1e-3
+    warmup: int = 200
+    weight_decay: float = 1e-4
+    clip: float = 5.0
+    network_clip: float = 5.0
+    smoothing: float = 0.0
+    coarse_from: float = 0.05
+    coarse_until: float = 0.4
+    coarse_rest: float = 0.0
+    groups: int = 20
+    ways: int = 8
+    head_weight: float = 1.0
+    ridge_weight: float = 1.0
+    share: float = 0.3
+    norm_penalty: float = 0.0
+    correlation_penalty: float = 0.0
+    padding: int = 2
+    held_out_classes: int = 50
+    validation: float = 0.04
+    pool_size: int = 1500
+    eval_pool_size: int = 24
+    eval_every: int = 500
+    eval_images: int = 240
+    save_every: int = 250
+    log_every: int = 50
+    seed: int = 0
+    num_threads: int | None = 1
+    amp: bool = False
+    max_skipped: int = 50
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "meta_batch", "batch_size", "groups", "pool_size", "eval_pool_size", "eval_every"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("save_every", "log_every", "eval_images", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch_size < 2:
+            raise TrainingError("batch_size must be at least 2: batch norms use the statistics of the batch")
+        if self.ridge_weight and self.ways < 2:
+            raise TrainingError("ridge_weight needs batches of at least 2 ways")
+        if not self.lr > 0:
+            raise TrainingError(f"lr must be positive, not {self.lr}")
+        if not 0 <= self.coarse_from <= self.coarse_until <= 1:
+            raise TrainingError("the curriculum needs 0 <= coarse_from <= coarse_until <= 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-compatible form; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrainConfig:
+        """Read `to_dict`'s form.
+
+        Raises:
+            TrainingError: If the data is not of that form.
+        """
+        try:
+            return cls(**{**data, "sampler": SamplerConfig(**data["sampler"])})
+        except (KeyError, TypeError) as error:
+            raise TrainingError(f"not a training configuration: {error}") from error
+
+    def coarse_weight(self, progress: float) -> float:
+        """Weight of the groups of classes at a share of the run."""
+        if progress <= self.coarse_from:
+            return 1.0
+        if progress >= self.coarse_until:
+            return self.coarse_rest
+        done = (progress - self.coarse_from) / (self.coarse_until - self.coarse_from)
+        return 1.0 - done * (1.0 - self.coarse_rest)
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "bundled": TrainConfig(
+        lr=2e-3,
+        warmup=100,
+        coarse_from=0.1,
+        coarse_until=0.6,
+        coarse_rest=0.1,
+        norm_penalty=0.1,
+        correlation_penalty=0.3,
+        share=0.3,
+    ),
+    "smoke": replace(
+        TrainConfig(), steps=20, warmup=5, pool_size=16, eval_pool_size=4, eval_every=10, save_every=10, log_every=5
+    ),
+}
+"""Named configurations of `timm-ghn train`."""

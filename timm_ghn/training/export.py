@@ -1,0 +1,81 @@
+"""Size embeddings: smooth to begin with, and filled in for sizes that no training architecture had."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from timm_ghn.ghn.model import GHN
+from timm_ghn.graph.graph import Graph
+
+
+@torch.no_grad()
+def smooth_sizes(ghn: GHN, seed: int = 0) -> None:
+    """Let the channel embeddings of a new GHN vary slowly with the logarithm of the size.
+
+    Independent random rows, torch's default, make neighbouring widths as different as any two.
+
+    Args:
+        ghn: GHN; changed in place. The row of the number of classes and that of "no shape" stay.
+        seed: Seed of the random waves.
+    """
+    encoder = ghn.shape_enc
+    known = encoder.channels.known
+    weight = encoder.embed_channel.weight
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.from_numpy(known).double().log2()
+    columns = weight.shape[1]
+    frequency = torch.rand(columns, generator=generator, dtype=torch.float64) * 0.2 + 0.05  # waves of 4 to 20 octaves
+    phase = torch.rand(columns, generator=generator, dtype=torch.float64) * 2 * math.pi
+    waves = math.sqrt(2) * torch.sin(2 * math.pi * size[:, None] * frequency + phase)
+    keep = torch.from_numpy(known == ghn.config.num_classes)
+    rows = torch.nonzero(~keep).flatten()
+    weight[rows.to(weight.device)] = waves[rows].to(weight)
+
+
+@torch.no_grad()
+def fill_unseen_sizes(ghn: GHN, graphs: Sequence[Graph]) -> int:
+    """Give sizes that no graph has the embedding between those of the nearest sizes that some graph has.
+
+    Args:
+        ghn: Trained GHN; changed in place.
+        graphs: Graphs that it was trained on.
+
+    Returns:
+        Number of rows that were filled in.
+    """
+    encoder = ghn.shape_enc
+    channels, kernels = set(), set()
+    for graph in graphs:
+        for shape in {node.shape for node in graph.nodes if node.shape is not None}:
+            out_channels, in_channels, height, width = encoder.indices(shape)
+            channels |= {out_channels, in_channels}
+            kernels |= {height, width}
+    classes = int((encoder.channels.known == ghn.config.num_classes).argmax())
+    return _fill(encoder.embed_channel.weight, encoder.channels.known.tolist(), channels, classes) + _fill(
+        encoder.embed_spatial.weight, encoder.kernels.known.tolist(), kernels
+    )
+
+
+def _fill(weight: Tensor, known: list[int], seen: set[int], special: int | None = None) -> int:
+    """Interpolate the rows of sizes that were not seen, linearly in the logarithm of the size."""
+    anchors = sorted(row for row in seen if row < len(known) and row != special)
+    if not anchors:
+        return 0
+    count = 0
+    for row, size in enumerate(known):
+        if row in seen:
+            continue
+        lower = [anchor for anchor in anchors if anchor < row]
+        upper = [anchor for anchor in anchors if anchor > row]
+        count += 1
+        if not lower or not upper:
+            weight[row] = weight[lower[-1] if lower else upper[0]]
+            continue
+        low, high = lower[-1], upper[0]
+        share = math.log(size / known[low]) / math.log(known[high] / known[low])
+        weight[row] = torch.lerp(weight[low], weight[high], share)
+    return count

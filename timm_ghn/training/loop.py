@@ -1,0 +1,598 @@
+"""The training of a GHN: several architectures a step, their losses on images, one update of the GHN.
+
+Each process of a `torchrun` group takes its share of a step's architectures; gradients are averaged. What a step
+draws depends on (seed, step, process) alone, so a run that was interrupted goes on exactly as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+from timm_ghn.errors import TrainingError
+from timm_ghn.ghn.checkpoint import write_safetensors
+from timm_ghn.ghn.model import GHN
+from timm_ghn.graph.graph import Graph
+from timm_ghn.paths import write_atomically
+from timm_ghn.training.architectures import build
+from timm_ghn.training.config import TrainConfig
+from timm_ghn.training.data import BatchSampler, ImageSet, Splits, normalize, sample_batch
+from timm_ghn.training.objective import Objective, Score, group_classes, ridge_loss
+from timm_ghn.training.pool import ArchitecturePool, PoolMember
+
+logger = logging.getLogger(__name__)
+
+_LATEST = "latest.json"
+
+
+@dataclass
+class Meter:
+    """Running sums since the last line of the metrics file."""
+
+    loss: float = 0.0
+    classes: int = 0
+    groups: int = 0
+    images: int = 0
+    networks: int = 0
+    steps: int = 0
+    ridge_loss: float = 0.0
+    ridge_accuracy: float = 0.0
+    norm_penalty: float = 0.0
+    correlation_penalty: float = 0.0
+    gradient: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: {"ghn": 0.0, "networks": 0.0, "total": 0.0})
+
+    def add(self, score: Score) -> None:
+        """Count a network's batch."""
+        self.loss += float(score.loss.detach())
+        self.classes += score.classes
+        self.groups += score.groups
+        self.images += score.count
+        self.networks += 1
+
+    def summary(self) -> dict[str, float]:
+        """Means, rates and shares; empty if nothing was counted."""
+        if not self.networks or not self.steps:
+            return {}
+        total = max(self.seconds["total"], 1e-9)
+        return {
+            "loss": self.loss / self.networks,
+            "accuracy": self.classes / self.images,
+            "group_accuracy": self.groups / self.images,
+            "ridge_loss": self.ridge_loss / self.networks,
+            "ridge_accuracy": self.ridge_accuracy / self.networks,
+            "norm_penalty": self.norm_penalty / self.steps,
+            "correlation_penalty": self.correlation_penalty / self.steps,
+            "gradient": self.gradient / self.steps,
+            "steps_per_second": self.steps / total,
+            "architectures_per_second": self.networks / total,
+            "images_per_second": self.images / total,
+            "ghn_share": self.seconds["ghn"] / total,
+            "network_share": self.seconds["networks"] / total,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What held-out architectures with predicted parameters reach on validation images.
+
+    Attributes:
+        loss: Mean cross-entropy over classes.
+        accuracy: Share of images whose class is right.
+        group_accuracy: Share of images whose group of classes is right.
+        few_shot: Accuracy of a linear classifier fitted to six images of each of twenty held-out classes.
+        by_family: `few_shot` by family of architectures.
+    """
+
+    loss: float
+    accuracy: float
+    group_accuracy: float
+    few_shot: float
+    by_family: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-compatible form, for the metrics file."""
+        return {
+            "eval_loss": self.loss,
+            "eval_accuracy": self.accuracy,
+            "eval_group_accuracy": self.group_accuracy,
+            "eval_few_shot": self.few_shot,
+            "eval_by_family": self.by_family,
+        }
+
+
+def predict_and_call(model: nn.Module, predicted: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """Logits of a network whose predicted parameters take the place of its own."""
+    logits: Tensor = functional_call(model, dict(predicted), (images,))
+    return logits
+
+
+def call_with_features(model: nn.Module, predicted: Mapping[str, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of a network with predicted parameters, and the features (B, D) that its last linear layer reads.
+
+    Raises:
+        TrainingError: If the network has no linear layer.
+    """
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise TrainingError(f"{type(model).__name__} has no linear classifier")
+    caught: list[Tensor] = []
+    handle = linear[-1].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    try:
+        logits = predict_and_call(model, predicted, images)
+    finally:
+        handle.remove()
+    return logits, caught[-1]
+
+
+@torch.no_grad()
+def evaluate(
+    ghn: GHN,
+    members: Sequence[PoolMember],
+    splits: Splits,
+    objective: Objective,
+    *,
+    num_images: int = 240,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Accuracy of architectures with predicted parameters, without any training of them.
+
+    Batch norms use the statistics of the batch. Every architecture sees the same images.
+
+    Args:
+        ghn: GHN that predicts; its mode is restored.
+        members: Architectures.
+        splits: Images: validation images for the predicted classifier, held-out classes (validation images if there
+            are none) for classifiers fitted to features.
+        objective: What is scored.
+        num_images: Images for each architecture and each of the two.
+        seed: Decides which.
+        device: Where to compute.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    plain = BatchSampler(splits.validation).draw(num_images, 0, generator)
+    batch, labels = _on_device(splits.validation, plain, device)
+    few_images = splits.held_out or splits.validation
+    few_batch, few_labels = _on_device(few_images, BatchSampler(few_images).draw(num_images, 20, generator), device)
+    was_training = ghn.training
+    ghn.eval()
+    scores: list[Score] = []
+    families: dict[str, list[float]] = {}
+    try:
+        for member in members:
+            predicted = ghn([member.graph])[0]
+            model = build(member.spec, ghn.config.num_classes).to(device)
+            scores.append(objective(predict_and_call(model, predicted, batch), labels))
+            _, features = call_with_features(model, predicted, few_batch)
+            accuracy = ridge_loss(features, few_labels)[1] if bool(torch.isfinite(features).all()) else 0.0
+            families.setdefault(member.spec.family, []).append(accuracy)
+    finally:
+        ghn.train(was_training)
+    finite = [float(s.loss) for s in scores if math.isfinite(float(s.loss))]
+    count = sum(s.count for s in scores)
+    return Evaluation(
+        sum(finite) / max(1, len(finite)),
+        sum(s.classes for s in scores) / count,
+        sum(s.groups for s in scores) / count,
+        sum(sum(values) for values in families.values()) / len(scores),
+        {name: sum(values) / len(values) for name, values in sorted(families.items())},
+    )
+
+
+def _on_device(images: ImageSet, chosen: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    return normalize(images.images[chosen].to(device)), images.labels[chosen].to(device)
+
+
+def kernel_penalties(predicted: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two measures of how far predicted kernels are from a good initialization.
+
+    Args:
+        predicted: Tensors of one network by name; those with less than two dimensions do not count.
+
+    Returns:
+        Mean squared logarithm of a kernel's root mean square over He's (sqrt(2 / fan-in)), and the mean squared
+        cosine between its channels (rows or columns, whichever are fewer; the first 64 of them).
+    """
+    scales, cosines = [], []
+    for name, tensor in predicted.items():
+        if tensor.ndim < 2 or tensor.shape[0] == 1:
+            continue
+        matrix = tensor.flatten(1)
+        fan_in = matrix.shape[1]
+        scales.append((matrix.square().mean() * (fan_in / 2) + 1e-8).log() / 2)
+        block = matrix[:64] if tensor.ndim > 2 else matrix[:64, :64]
+        if block.shape[0] > block.shape[1]:
+            block = block.T
+        rows = block / (block.norm(dim=1, keepdim=True) + 1e-8)
+        side = len(rows)
+        if side > 1:
+            gram = rows @ rows.T
+            cosines.append((gram.square().sum() - side) / (side * (side - 1)))
+    zero = torch.zeros(())
+    return (
+        torch.stack(scales).square().mean() if scales else zero,
+        torch.stack(cosines).mean() if cosines else zero,
+    )
+
+
+@torch.no_grad()
+def share_decoder(ghn: GHN, share: float, seed: int = 0) -> None:
+    """Let an untrained GHN predict nearly the same kernels for all nodes: a network of shared weights.
+
+    Classes can be learned only if the channels of the last layer mean the same in all networks. With torch's default
+    initialization the kernels of different nodes have next to nothing in common.
+
+    Args:
+        ghn: GHN with a convolutional decoder; changed in place.
+        share: Scale of the node features against the shared bias of the decoder's first layer.
+        seed: Seed of that bias.
+    """
+    parameters = dict(ghn.named_parameters())
+    bias, weight = parameters["decoder.fc.0.bias"], parameters["decoder.fc.0.weight"]
+    generator = torch.Generator().manual_seed(seed)
+    deviation = float(weight.std()) * math.sqrt(weight.shape[1])
+    bias.copy_(torch.randn(bias.shape, generator=generator) * deviation)
+    weight.mul_(share)
+
+
+@torch.no_grad()
+def rescale_decoder(ghn: GHN, graphs: Sequence[Graph]) -> float:
+    """Scale the kernel decoder's last layer so that an untrained GHN predicts kernels of He's scale.
+
+    With torch's default initialization they come out several times smaller.
+
+    Args:
+        ghn: GHN with a convolutional decoder; changed in place.
+        graphs: Architectures to measure on.
+
+    Returns:
+        The factor.
+
+    Raises:
+        TrainingError: If the GHN has no such layer.
+    """
+    parameters = dict(ghn.named_parameters())
+    names = ("decoder.conv.2.weight", "decoder.conv.2.bias")
+    if not set(names) <= set(parameters):
+        raise TrainingError("only a GHN with a convolutional decoder can be rescaled")
+    logs = []
+    for graph in graphs:
+        roles = {target.name: target.role.value for target in graph.targets}
+        for name, tensor in ghn([graph])[0].items():
+            if tensor.ndim >= 2 and roles.get(name) == "weight":
+                fan_in = tensor[0].numel()
+                logs.append(float((tensor.square().mean() * fan_in / 2).clamp_min(1e-12).log()) / 2)
+    factor = math.exp(-sum(logs) / len(logs))
+    for name in names:
+        parameters[name].mul_(factor)
+    return factor
+
+
+class Trainer:
+    """Trains a GHN on a pool of architectures.
+
+    Args:
+        ghn: GHN to train, on `device`.
+        config: The run.
+        splits: Images.
+        pool: Architectures to train on.
+        eval_pool: Other architectures.
+        out: Folder of checkpoints and metrics.
+        device: Where to compute.
+    """
+
+    def __init__(
+        self,
+        ghn: GHN,
+        config: TrainConfig,
+        splits: Splits,
+        pool: ArchitecturePool,
+        eval_pool: ArchitecturePool,
+        out: Path,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.ghn = ghn
+        self.config = config
+        self.splits = splits
+        self.pool = pool
+        self.eval_pool = eval_pool
+        self.out = out
+        self.device = torch.device(device)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        if config.meta_batch % self.world:
+            raise TrainingError(f"{config.meta_batch} architectures a step cannot be shared by {self.world} processes")
+        classes = ghn.config.num_classes
+        if classes != len(splits.train.classes):
+            raise TrainingError(f"the GHN has {classes} classes, the images have {len(splits.train.classes)}")
+        groups = group_classes(splits.train, config.groups, config.seed)
+        self.objective = Objective(classes, splits.train_classes, groups, config.smoothing, self.device)
+        self.plain_objective = Objective(classes, splits.train_classes, groups, 0.0, self.device)
+        self.optimizer = torch.optim.AdamW(ghn.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.sampler = BatchSampler(splits.train)
+        self.step = 0
+        self.skipped = 0
+        self.elapsed = 0.0
+        self._skipped_in_a_row = 0
+        self._started = time.monotonic()
+        self.meter = Meter()
+
+    # Schedules
+
+    def progress(self) -> float:
+        """Share of the run that is done, by steps or by the clock."""
+        share = self.step / self.config.steps
+        if self.config.minutes is not None:
+            share = max(share, (self.elapsed + time.monotonic() - self._started) / (60 * self.config.minutes))
+        return self._agree(min(1.0, share))
+
+    def _agree(self, value: float) -> float:
+        """The first process's value, in all processes."""
+        if self.world == 1 or self.config.minutes is None:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(tensor, 0)
+        return float(tensor)
+
+    def learning_rate(self, progress: float) -> float:
+        """Warm-up over steps, then a cosine over the run."""
+        warm = min(1.0, (self.step + 1) / max(1, self.config.warmup))
+        return self.config.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+    # One step
+
+    def train_step(self, progress: float) -> bool:
+        """Draw architectures and images, and update the GHN.
+
+        Returns:
+            Whether the GHN was updated; not if a gradient was not finite.
+        """
+        started = time.perf_counter()
+        generator = torch.Generator().manual_seed(_step_seed(self.config.seed, self.step, self.rank))
+        count = self.config.meta_batch // self.world
+        members = [self.pool[int(i)] for i in torch.randint(len(self.pool), (count,), generator=generator)]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(progress)
+        self.ghn.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        predictions = self.ghn([member.graph for member in members])
+        outputs: list[Tensor] = []
+        gradients: list[Tensor] = []
+        networks_started = time.perf_counter()
+        for member, predicted in zip(members, predictions):
+            grads = self._network_gradients(member, predicted, generator, self.config.coarse_weight(progress))
+            for name, grad in grads.items():
+                outputs.append(predicted[name])
+                gradients.append(grad / self.config.meta_batch * self.world)
+        networks_done = time.perf_counter()
+        if outputs:
+            torch.autograd.backward(outputs, gradients)
+        updated = self._update()
+        finished = time.perf_counter()
+        self.meter.steps += 1
+        self.meter.seconds["networks"] += networks_done - networks_started
+        self.meter.seconds["ghn"] += finished - started - (networks_done - networks_started)
+        self.meter.seconds["total"] += finished - started
+        return updated
+
+    def _network_gradients(
+        self, member: PoolMember, predicted: Mapping[str, Tensor], generator: torch.Generator, coarse: float
+    ) -> dict[str, Tensor]:
+        """Gradient of one network's loss by its predicted parameters; empty if it is not finite."""
+        config = self.config
+        images, labels = sample_batch(
+            self.sampler,
+            config.batch_size,
+            generator,
+            self.device,
+            ways=config.ways,
+            padding=config.padding,
+        )
+        model = build(member.spec, self.ghn.config.num_classes).to(self.device)
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in predicted.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
+            logits, features = call_with_features(model, leaves, images)
+        score = self.objective(logits, labels, coarse)
+        loss = config.head_weight * score.loss
+        if config.ridge_weight and bool(torch.isfinite(features).all()):
+            ridge, accuracy = ridge_loss(features, labels)
+            loss = loss + config.ridge_weight * ridge
+        if not bool(torch.isfinite(loss)):
+            return {}
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        found = {name: grad for name, grad in zip(leaves, grads) if grad is not None}
+        norm = torch.stack([grad.norm() for grad in found.values()]).norm()
+        if not bool(torch.isfinite(norm)):
+            return {}
+        self.meter.add(score)
+        if config.ridge_weight:
+            self.meter.ridge_loss += float(ridge.detach())
+            self.meter.ridge_accuracy += accuracy
+        scale = (config.network_clip / (norm + 1e-12)).clamp(max=1.0)
+        found = {name: grad * scale for name, grad in found.items()}
+        self._add_penalties(leaves, found)
+        return found
+
+    def _add_penalties(self, leaves: Mapping[str, Tensor], grads: dict[str, Tensor]) -> None:
+        config = self.config
+        if not config.norm_penalty and not config.correlation_penalty:
+            return
+        scale, cosine = kernel_penalties(leaves)
+        count = self.config.meta_batch // self.world
+        self.meter.norm_penalty += float(scale.detach()) / count
+        self.meter.correlation_penalty += float(cosine.detach()) / count
+        total = config.norm_penalty * scale + config.correlation_penalty * cosine
+        if not total.requires_grad:
+            return
+        for (name, leaf), grad in zip(
+            leaves.items(), torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        ):
+            if grad is not None:
+                grads[name] = grads[name] + grad if name in grads else grad
+
+    def _update(self) -> bool:
+        """Average gradients over the processes, clip, and step; skip the step if they are not finite."""
+        parameters = [p for p in self.ghn.parameters() if p.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if self.world > 1:
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            flat /= self.world
+            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+                grad.copy_(part.view_as(grad))
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        if not bool(torch.isfinite(norm)):
+            self.skipped += 1
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row >= self.config.max_skipped:
+                raise TrainingError(
+                    f"the gradient was not finite in {self._skipped_in_a_row} steps in a row: lower the learning rate"
+                )
+            return False
+        self._skipped_in_a_row = 0
+        self.meter.gradient += float(norm)
+        self.optimizer.step()
+        return True
+
+    # The run
+
+    def run(self) -> Evaluation:
+        """Train to the end of the configuration, and evaluate.
+
+        Raises:
+            TrainingError: If gradients are not finite again and again.
+        """
+        config = self.config
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self._started = time.monotonic()
+        self.out.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=config.steps, initial=self.step, disable=self.rank > 0, mininterval=5) as bar:
+            while (progress := self.progress()) < 1:
+                self.train_step(progress)
+                self.step += 1
+                bar.update()
+                if self.step % config.log_every == 0:
+                    self._log(bar, progress)
+                if self.step % config.eval_every == 0 and self.step < config.steps:
+                    self._evaluate()
+                if self.step % config.save_every == 0:
+                    self.save()
+        self.save()
+        return self._evaluate()
+
+    def _log(self, bar: Any, progress: float) -> None:
+        summary = self.meter.summary()
+        self.meter = Meter()
+        if self.rank > 0:
+            return
+        row = {
+            "step": self.step,
+            "progress": progress,
+            "seconds": self.elapsed + time.monotonic() - self._started,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "coarse": self.config.coarse_weight(progress),
+            "skipped": self.skipped,
+            **summary,
+        }
+        self._write_metrics(row)
+        if summary:
+            bar.set_postfix(loss=f"{summary['loss']:.3f}", acc=f"{summary['accuracy']:.3f}", skipped=self.skipped)
+
+    def _evaluate(self) -> Evaluation:
+        """Evaluate in the first process while the others wait."""
+        config = self.config
+        result = Evaluation(math.nan, math.nan, math.nan, math.nan, {})
+        if self.rank == 0:
+            result = evaluate(
+                self.ghn,
+                self.eval_pool,
+                self.splits,
+                self.plain_objective,
+                num_images=config.eval_images,
+                seed=config.seed,
+                device=self.device,
+            )
+            self._write_metrics({"step": self.step, **result.to_dict()})
+            logger.info("step %d: held-out architectures: %s", self.step, result)
+        if self.world > 1:
+            dist.barrier()
+        return result
+
+    def _write_metrics(self, row: Mapping[str, Any]) -> None:
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Write weights and optimizer state, and then, atomically, the file that names them."""
+        if self.rank > 0:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        weights, state = f"ghn-{self.step:07d}.safetensors", f"optimizer-{self.step:07d}.pt"
+        write_safetensors(self.ghn, self.out / weights, {"step": str(self.step)})
+        temporary = self.out / f".{state}.tmp"
+        torch.save({"optimizer": self.optimizer.state_dict()}, temporary)
+        os.replace(temporary, self.out / state)
+        latest = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "elapsed": self.elapsed + time.monotonic() - self._started,
+            "weights": weights,
+            "optimizer": state,
+            "config": self.config.to_dict(),
+        }
+        write_atomically(self.out / _LATEST, json.dumps(latest, indent=2).encode())
+        for old in [*self.out.glob("ghn-*.safetensors"), *self.out.glob("optimizer-*.pt")]:
+            if old.name not in (weights, state):
+                old.unlink(missing_ok=True)
+
+    def resume(self) -> bool:
+        """Go on from the folder's checkpoint.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            TrainingError: If it is damaged.
+        """
+        path = self.out / _LATEST
+        if not path.exists():
+            return False
+        try:
+            latest = json.loads(path.read_text())
+            weights = load_file(self.out / latest["weights"], device=str(self.device))
+            state = torch.load(self.out / latest["optimizer"], map_location=self.device, weights_only=True)
+            self.ghn.load_state_dict(weights)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.skipped, self.elapsed = int(latest["step"]), int(latest["skipped"]), latest["elapsed"]
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            raise TrainingError(f"cannot resume from {self.out}: {error}") from error
+        return True
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for what a step of a process draws (splitmix64 of the three)."""
+    value = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) % 2**64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (value ^ (value >> 31)) % 2**63
