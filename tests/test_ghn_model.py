@@ -257,14 +257,20 @@ def naive_arrange(kernel: Tensor, shape: tuple[int, ...], kind: Layout) -> Tenso
 
 @pytest.mark.parametrize(("kernel", "shape", "kind"), LAYOUTS)
 @pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("limit", [4, 64])
 def test_layouts_agree_with_their_definition(
-    kernel: tuple[int, ...], shape: tuple[int, ...], kind: Layout, contiguous: bool
+    kernel: tuple[int, ...], shape: tuple[int, ...], kind: Layout, contiguous: bool, limit: int
 ) -> None:
-    block = torch.randn([min(size, 4) for size in kernel])
+    block = torch.randn([min(size, limit) for size in kernel])
     prediction = Prediction(Target("w", shape, Role.WEIGHT, kind), block, kernel)
     expected = naive_arrange(naive_tile(block, kernel), shape, kind)
     assert layout.is_consistent(kernel, shape, kind)
-    assert torch.equal(prediction.materialize(), expected)
+    full = prediction.materialize()
+    assert torch.equal(full, expected)
+    assert full.is_contiguous()
+    before = block.clone()
+    full.add_(1)  # its memory is its own
+    assert torch.equal(block, before)
 
     parameter = torch.full(shape, 7.0)
     if not contiguous:

@@ -25,6 +25,7 @@ from timm_ghn.postprocess import (
     WeightLayer,
     postprocess_many,
     resolve_start_layer,
+    single_threaded,
     weight_layers,
 )
 from timm_ghn.report import ParameterReport, Report, Status
@@ -257,8 +258,11 @@ def _cache_inputs(plan: _Plan, slots: Mapping[str, Tensor], facts: Mapping[str, 
 def _compute(plan: _Plan, slots: Mapping[str, Tensor]) -> None:
     """Predict or draw the generated weights and post-process those from layer L on."""
     source = _predicted(plan, slots) if plan.ghn is not None else _drawn(plan, slots)
-    for layer, weight in postprocess_many(source, plan.postprocess):
-        slots[layer.parameter].copy_(weight)
+    workers = torch.get_num_threads()
+    # The thousands of small products of a GNN are slower on several threads, and sums depend on their number.
+    with single_threaded():
+        for layer, weight in postprocess_many(source, plan.postprocess, workers):
+            slots[layer.parameter].copy_(weight)
 
 
 def _predicted(plan: _Plan, slots: Mapping[str, Tensor]) -> Iterator[tuple[WeightLayer, Tensor]]:

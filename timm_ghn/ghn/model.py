@@ -48,7 +48,7 @@ class Prediction:
         return layout.token_rows(parameter, self.kernel) if self.target.layout is Layout.TOKENS else parameter
 
     def materialize(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
-        """The parameter as a new tensor of `target.shape`; elements that are not predicted are zero.
+        """The parameter as a new, contiguous tensor of `target.shape`; elements that are not predicted are zero.
 
         Args:
             dtype: Type of the result; that of the block by default.
@@ -56,7 +56,9 @@ class Prediction:
         """
         block = self.block.to(device=device, dtype=dtype)
         kernel = layout.tile(block, self.kernel)
-        return layout.arrange(kernel, self.target.shape, self.target.layout)
+        out = layout.arrange(kernel, self.target.shape, self.target.layout).contiguous()
+        shared = out.untyped_storage().data_ptr() == self.block.untyped_storage().data_ptr()
+        return out.clone() if shared else out
 
     @torch.no_grad()
     def write_(self, parameter: Tensor) -> None:

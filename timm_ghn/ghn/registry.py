@@ -343,7 +343,7 @@ def _connect(address: tuple[str, int], timeout: float, source_address: Any = Non
         if remaining <= 0:
             break
         try:
-            return socket.create_connection(found[:2], remaining, source_address)
+            return socket.create_connection((str(found[0]), address[1]), remaining, source_address)
         except OSError as error:
             failure = error
     raise failure

@@ -334,15 +334,15 @@ def _describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
 def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: Exception | None) -> str:
     """Where and why a forward pass failed, found by running it once more with a note of the module in progress."""
     stack: list[str] = []
-    last: list[str] = []
-    with _noted_modules(model, stack), _LastFunction(last) as _:
+    failed = _FailedFunction()
+    with _noted_modules(model, stack):
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("meta"):
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("meta"), failed:
                 model(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the failure that is being explained
             failure = error
     place = stack[-1] if stack and stack[-1] else type(model).__name__
-    operation = f" in {last[-1]}" if last else ""
+    operation = f" in {failed.name}" if failed.name else ""
     reason = str(failure).strip().splitlines()
     detail = reason[0] if reason else type(failure).__name__
     return (
@@ -353,23 +353,21 @@ def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fa
     )
 
 
-class _LastFunction(TorchFunctionMode):
-    """Keeps the name of the call in progress."""
+class _FailedFunction(TorchFunctionMode):
+    """Keeps the name of the call that raised first."""
 
-    def __init__(self, last: list[str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._last = last
+        self.name = ""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = self._enter(func, args, kwargs or {})
-        self._last.clear()
-        return result
-
-    def _enter(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._last[:] = [operation_name(func)]
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception:
+            self.name = self.name or operation_name(func)
+            raise
 
 
 @contextmanager

@@ -334,7 +334,7 @@ class _Builder:
             return None
         shape = self._shape(tables[0])
         if len(shape) == 4 and shape[0] == 1:
-            last = len(data.shape) == 4 and shape[-1] == data.shape[-1] and shape[1] != data.shape[1]
+            last = len(data.shape) == 4 and shape[-1] == self._facts.of(data).channels != shape[1]
             canonical = (1, shape[3], shape[1], shape[2]) if last else shape
             layout = Layout.CHANNELS_LAST if last else Layout.PLAIN
             return canonical, Target(self._name(tables[0]), shape, Role.POS_ENC, layout)

@@ -51,6 +51,8 @@ class Fact:
         channels: Number of channels that the layer before gave it; None if unknown.
         squeezes: Operations (by number) that reduced it to one number a channel; empty for a value with positions.
         similarity: Sizes of the two dimensions of a matrix of similarities, else None.
+        product: The last product of two activations (by number of its operation) that led to it, if no layer with
+            weights came after. Of consecutive products the last is the attention, whatever the order of the factors.
         grid: (h, w) of the last feature map that led to it.
         hard_gate: Operations since a hard sigmoid or swish (ppuda's reading of cse), None if there was none.
         affine: Whether it comes straight from a product with a parameter, so that a vector added is its bias.
@@ -61,6 +63,7 @@ class Fact:
     channels: int | None = None
     squeezes: frozenset[int] = frozenset()
     similarity: tuple[int, int] | None = None
+    product: int | None = None
     grid: tuple[int, int] | None = None
     hard_gate: int | None = None
     affine: bool = False
@@ -124,6 +127,7 @@ def _note(facts: Facts, number: int, operation: Operation) -> Fact:
         channels=_agreed([item.channels for item in data]),
         squeezes=frozenset().union(*(item.squeezes for item in data)) if all(i.squeezes for i in data) else frozenset(),
         similarity=next((item.similarity for item in data if item.similarity), None),
+        product=max((item.product for item in data if item.product is not None), default=None),
         grid=next((item.grid for item in data if item.grid), None),
         hard_gate=_next_hard_gate(operation, data),
     )
@@ -132,13 +136,13 @@ def _note(facts: Facts, number: int, operation: Operation) -> Fact:
     weight = _weight_of(operation)
     if weight is not None:
         grid = output.shape[-2:] if len(output.shape) == 4 and name != "linear" and not fact.squeezes else fact.grid
-        return replace(fact, channels=_out_channels(name, weight.shape, output), grid=grid, affine=True)
+        return replace(fact, channels=_out_channels(name, weight.shape, output), grid=grid, affine=True, product=None)
     if name in PRODUCTS or name in ADDED_PRODUCTS:
         return _note_product(facts, number, operation, fact)
     if name == "scaled_dot_product_attention":
-        return replace(fact, similarity=None)
+        return replace(fact, similarity=None, product=None)
     if name == "multi_head_attention_forward":
-        return replace(fact, similarity=None, channels=output.shape[-1])
+        return replace(fact, similarity=None, product=None, channels=output.shape[-1])
     if name == "softmax" and len(output.shape) >= 2:
         return replace(fact, similarity=fact.similarity or (output.shape[-2], output.shape[-1]))
     if _squeezes(operation, data[0]):
@@ -213,12 +217,14 @@ def _note_product(facts: Facts, number: int, operation: Operation, fact: Fact) -
     output = operation.outputs[0]
     if len(known) < 2 or not all(item.data for item in known):
         channels = output.shape[-1] if output.shape else None
-        return replace(fact, channels=channels, affine=True)
-    if any(item.similarity for item in known):
+        return replace(fact, channels=channels, affine=True, product=None)
+    earlier = {item.product for item in known if item.product is not None}
+    if earlier or any(item.similarity for item in known):
+        facts.attentions -= earlier
         facts.attentions.add(number)
-        return replace(fact, similarity=None)
+        return replace(fact, similarity=None, product=number)
     sizes = (output.shape[-2], output.shape[-1]) if len(output.shape) >= 2 else None
-    return replace(fact, similarity=sizes)
+    return replace(fact, similarity=sizes, product=number)
 
 
 def _surviving(similarity: tuple[int, int] | None, shape: Shape) -> tuple[int, int] | None:

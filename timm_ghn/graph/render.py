@@ -8,8 +8,9 @@ next. What is drawn is a list of paths and texts (`Scene`), which the two writer
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from xml.sax.saxutils import escape
@@ -22,15 +23,16 @@ SUFFIXES = (".svg", ".png")
 """Kinds of files that `save` writes."""
 
 _ROW = 25.0  # between levels
-_LANE = 19.0  # between neighbours of one level
+_LANE = 21.0  # between neighbours of one level
 _TURN = 11.0  # between lanes where the snake turns
-_COLUMN_GAP = 17.0
+_COLUMN_GAP = 16.0
 _PANEL_GAP = 46.0
 _MARGIN = 24.0
+_HEAD = 58.0  # title and subtitle
 _TITLE_SIZE, _SUBTITLE_SIZE, _LEGEND_SIZE, _LABEL_SIZE = 19.0, 12.5, 13.0, 8.5
 _ASPECT = 1.5  # width to height that is aimed at
 _MIN_ROWS, _MAX_ROWS = 10, 80
-_PNG_SCALE = 2.0
+_PNG_SCALE = 1.8
 _EDGE, _SKIP, _INK, _FAINT = "#5c6370", "#3f8fbf", "#1f2328", "#57606a"
 
 Point = tuple[float, float]
@@ -133,14 +135,15 @@ def to_scene(graphs: Graph | Sequence[Graph], *, titles: str | Sequence[str] | N
         raise GraphError(f"cannot draw {len(drawn)} graphs with {len(names)} titles")
     routes = [_Routes.of(graph) for graph in drawn]
     rows = _choose_rows([route.num_levels for route in routes])
+    panels = [_Panel(graph, route, rows) for graph, route in zip(drawn, routes, strict=True)]
+    head = max(panel.turn_room for panel in panels)
     items: list[Curve | Text] = []
     left, bottom = _MARGIN, 0.0
-    for graph, route, name in zip(drawn, routes, names, strict=True):
-        panel = _Panel(graph, route, rows)
-        items += panel.items(left, _MARGIN, name)
+    for graph, panel, name in zip(drawn, panels, names, strict=True):
+        items += panel.items((left, _MARGIN), head, name)
         left += max(panel.width, _text_width(name, _TITLE_SIZE), _text_width(_subtitle(graph), _SUBTITLE_SIZE))
         left += _PANEL_GAP
-        bottom = max(bottom, _MARGIN + panel.height)
+        bottom = max(bottom, _MARGIN + head + panel.height)
     width = max(left - _PANEL_GAP + _MARGIN, 380.0)
     legend, bottom = _legend(drawn, bottom + 30.0, width)
     return Scene(width, bottom + _MARGIN, (*items, *legend))
@@ -304,9 +307,29 @@ def _choose_rows(depths: Sequence[int]) -> int:
 
     def misfit(rows: int) -> float:
         columns = sum(math.ceil(depth / rows) for depth in depths)
-        return abs(math.log(columns * (2.4 * _LANE + _COLUMN_GAP) / (rows * _ROW * _ASPECT)))
+        return abs(math.log(columns * (1.7 * _LANE + _COLUMN_GAP) / (rows * _ROW * _ASPECT)))
 
     return min(range(_MIN_ROWS, _MAX_ROWS + 1), key=misfit)
+
+
+def _fold(routes: _Routes, rows: int) -> tuple[tuple[int, int], ...]:
+    """First level of each column and its row; a column begins in the row where the one before ends.
+
+    The snake turns where few things are beside the trunk and no skip connection begins or ends.
+    """
+    crowd: Counter[int] = Counter(level for level, lane in zip(routes.levels, routes.lanes, strict=True) if lane)
+    for source, target, _ in routes.edges:
+        if routes.levels[target] > routes.levels[source] + 1:
+            crowd.update({routes.levels[source]: 1, routes.levels[target]: 1})
+    columns = [(0, 0)]
+    while True:
+        start, row = columns[-1]
+        room = rows - row if len(columns) % 2 else row + 1
+        if start + room >= routes.num_levels:
+            return tuple(columns)
+        lengths = range(max(2, room - rows // 4), room + 1)
+        length = min(lengths, key=lambda n: (3 * (crowd[start + n - 1] + crowd[start + n]) + room - n))
+        columns.append((start + length, row + length - 1 if len(columns) % 2 else row - length + 1))
 
 
 # --- one graph on the plane -----------------------------------------------------------------------------------------
@@ -314,7 +337,7 @@ def _choose_rows(depths: Sequence[int]) -> int:
 
 @dataclass
 class _Panel:
-    """A graph folded into columns of `rows` levels; `_place` needs `left` and `top`."""
+    """A graph folded into columns of at most `rows` levels; positions are relative to `left` and `top`."""
 
     graph: Graph
     routes: _Routes
@@ -324,33 +347,36 @@ class _Panel:
     _axes: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.rows = min(self.rows, self.routes.num_levels)
-        count = math.ceil(self.routes.num_levels / self.rows)
-        before, after = [0.6] * count, [0.6] * count  # lanes left and right of each column's axis
-        for level, lane in self._used():
-            column = level // self.rows
+        self._columns = _fold(self.routes, self.rows)
+        self._starts = [start for start, _ in self._columns]
+        before, after = [0.5] * len(self._columns), [0.5] * len(self._columns)  # lanes left and right of the axes
+        for level, lane, extent in self._used():
+            column = bisect_right(self._starts, level) - 1
             side = lane if column % 2 == 0 else -lane
-            before[column], after[column] = max(before[column], -side), max(after[column], side)
+            before[column], after[column] = max(before[column], extent - side), max(after[column], extent + side)
         position = 0.0
-        for column in range(count):
-            position += before[column] * _LANE
+        for left, right in zip(before, after, strict=True):
+            position += left * _LANE
             self._axes.append(position)
-            position += after[column] * _LANE + _COLUMN_GAP
+            position += right * _LANE + _COLUMN_GAP
         self.width = position - _COLUMN_GAP
-        outer = max((abs(lane) for _, lane in self._used()), default=0) * _TURN if count > 1 else 0.0
-        self._head = 58.0 + outer
-        self.height = self._head + (self.rows - 1) * _ROW + outer + 12.0
+        outermost = max(abs(lane) for _, lane, _ in self._used())
+        self.turn_room = outermost * _TURN if len(self._columns) > 1 else 0.0
+        self.height = _HEAD + (min(self.rows, self.routes.num_levels) - 1) * _ROW + self.turn_room + 12.0
 
-    def _used(self) -> Iterator[tuple[int, int]]:
-        """(level, lane) of everything that is drawn."""
+    def _used(self) -> Iterator[tuple[int, int, float]]:
+        """Level, lane and half of the width, in lanes, of everything that is drawn."""
         levels = self.routes.levels
-        yield from zip(levels, self.routes.lanes, strict=True)
+        for level, lane in zip(levels, self.routes.lanes, strict=True):
+            yield level, lane, 0.45
         for source, target, lane in self.routes.edges:
-            yield from ((level, lane) for level in range(levels[source] + 1, levels[target]))
+            for level in range(levels[source] + 1, levels[target]):
+                yield level, lane, 0.0
 
-    def items(self, left: float, top: float, title: str) -> list[Curve | Text]:
-        """Title, edges and nodes, with the upper left corner at a position."""
-        self.left, self.top = left, top
+    def items(self, corner: Point, head: float, title: str) -> list[Curve | Text]:
+        """Title, edges and nodes, with the upper left corner at a position, and `head` between title and graph."""
+        left, top = corner
+        self.left, self.top = left, top + _HEAD + head
         found: list[Curve | Text] = [
             Text((left, top + 11.0), title, _TITLE_SIZE, bold=True),
             Text((left, top + (31.0 if title else 11.0)), _subtitle(self.graph), _SUBTITLE_SIZE, _FAINT),
@@ -366,12 +392,12 @@ class _Panel:
 
     def _place(self, level: int, lane: int) -> tuple[float, float, bool]:
         """Coordinates, and whether the snake turns there."""
-        column, row = divmod(level, self.rows)
+        column = bisect_right(self._starts, level) - 1
+        start, row = self._columns[column]
         down = column % 2 == 0
         x = self.left + self._axes[column] + (lane if down else -lane) * _LANE
-        y = self.top + self._head + (row if down else self.rows - 1 - row) * _ROW
-        turns = (row == 0 and column > 0) or (row == self.rows - 1 and column < len(self._axes) - 1)
-        return x, y, turns
+        y = self.top + (row + (level - start if down else start - level)) * _ROW
+        return x, y, (level == start and column > 0) or level + 1 in self._starts
 
     def _waypoint(self, level: int, lane: int) -> Point:
         """Where an edge passes a level: outer lanes turn further out."""
@@ -385,7 +411,7 @@ class _Panel:
         for source, target, lane in self.routes.edges:
             between = [self._waypoint(level, lane) for level in range(levels[source] + 1, levels[target])]
             points = [self._node_position(source), *between, self._node_position(target)]
-            points[-1] = _towards(points[-1], points[-2], _STYLES[self.graph.nodes[target].op].radius + 0.5)
+            points[-1] = _boundary(points[-1], points[-2], _STYLES[self.graph.nodes[target].op])
             skip = bool(between)
             heads[skip] += _arrow_head(points[-2], points[-1])
             points[-1] = _towards(points[-1], points[-2], 3.0)
@@ -403,6 +429,16 @@ def _subtitle(graph: Graph) -> str:
 def _tooltip(index: int, node: Node) -> str:
     shape = "x".join(map(str, node.shape)) if node.shape else ""
     return " ".join(filter(None, [str(index), node.op.value, shape, *(target.name for target in node.targets)]))
+
+
+def _boundary(center: Point, origin: Point, style: _Style) -> Point:
+    """Where a line from `origin` to the center of a symbol meets the box around the symbol."""
+    corners = _CORNERS.get(style.shape, ((1.0, 1.0),))
+    x, y = origin[0] - center[0], origin[1] - center[1]
+    half_width = max(abs(corner[0]) for corner in corners) * style.radius + 0.5
+    half_height = max(abs(corner[1]) for corner in corners) * style.radius + 0.5
+    scale = min(half_width / abs(x) if x else math.inf, half_height / abs(y) if y else math.inf, 0.9)
+    return center[0] + x * scale, center[1] + y * scale
 
 
 def _towards(start: Point, end: Point, distance: float) -> Point:
@@ -507,8 +543,8 @@ def _legend(graphs: Sequence[Graph], top: float, width: float) -> tuple[list[Cur
             x, y = _MARGIN + 10.0, y + 26.0
         items += [*draw_node((x, y), node), Text((x + 17.0, y), label, _LEGEND_SIZE)]
         x += advance
-    for note in ("number: kernel size", "blue line: skips levels"):
-        advance = _text_width(note, _LEGEND_SIZE) + 16.0
+    for note in ("number: kernel size", "blue: skips levels"):
+        advance = _text_width(note, _LEGEND_SIZE)
         if x + advance > width - _MARGIN and x > _MARGIN + 10.0:
             x, y = _MARGIN, y + 26.0
         items.append(Text((x, y), note, _LEGEND_SIZE, _FAINT))
@@ -518,7 +554,7 @@ def _legend(graphs: Sequence[Graph], top: float, width: float) -> tuple[list[Cur
 
 def _text_width(text: str, size: float) -> float:
     """Width of a line of text, from above."""
-    return 0.62 * size * len(text)
+    return 0.6 * size * len(text)
 
 
 # --- writers --------------------------------------------------------------------------------------------------------
@@ -601,10 +637,3 @@ def _flattened(curve: Curve, codes: dict[str, list[int]], close: int) -> tuple[l
         vertices += points or (vertices[-1],)
         kinds += codes.get(letter, [close])
     return vertices, kinds
-
-
-def available_suffixes() -> Iterable[str]:
-    """Suffixes that `save` can write on this installation."""
-    from importlib.util import find_spec
-
-    return SUFFIXES if find_spec("matplotlib") else SUFFIXES[:1]

@@ -13,6 +13,7 @@ from timm_ghn.postprocess.run import (
     postprocess_many,
     postprocess_tensor,
     selected_layers,
+    single_threaded,
 )
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "postprocess_tensor",
     "resolve_start_layer",
     "selected_layers",
+    "single_threaded",
     "weight_layers",
 ]

@@ -81,7 +81,7 @@ def postprocess_tensor(weight: Tensor, layer: WeightLayer, settings: PostProcess
     _check_weight(weight, layer)
     if weight.numel() == 0:
         return weight.detach().clone()
-    with _single_threaded():
+    with single_threaded():
         result = weight.detach().cpu()
         result = add_noise(
             result, settings.noise, layer.number, settings.seed, settings.correlation, name=layer.parameter
@@ -210,7 +210,7 @@ def _check_finite(weight: Tensor, layer: WeightLayer) -> None:
 
 
 @contextmanager
-def _single_threaded() -> Iterator[None]:
+def single_threaded() -> Iterator[None]:
     """Lets torch use one thread in the calling thread, because sums depend on how they are split among threads."""
     num_threads = torch.get_num_threads()
     if num_threads != 1:

@@ -35,6 +35,10 @@ class TrainConfig:
         ways: Classes in a batch of images; 0 draws images of any class.
         head_weight: Weight of the loss of the predicted classifier.
         ridge_weight: Weight of the loss of a classifier fitted to half of a batch (needs `ways`).
+        clusters: Clusters of images by how they look: the easy task of classifiers fitted to features.
+        easy_from: Share of the run up to which these classifiers tell clusters apart, never classes.
+        easy_until: Share of the run from which they do so with probability `easy_rest`; linear in between.
+        easy_rest: See there.
         share: How different the kernels of different nodes are to begin with, see `share_decoder`.
         norm_penalty: Weight of the penalty on predicted kernels that leave the scale of He's initialization.
         correlation_penalty: Weight of the penalty on correlated channels in predicted kernels.
@@ -71,6 +75,10 @@ class TrainConfig:
     ways: int = 8
     head_weight: float = 1.0
     ridge_weight: float = 1.0
+    clusters: int = 64
+    easy_from: float = 0.1
+    easy_until: float = 0.5
+    easy_rest: float = 0.15
     share: float = 0.3
     norm_penalty: float = 0.0
     correlation_penalty: float = 0.0
@@ -90,7 +98,7 @@ class TrainConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "meta_batch", "batch_size", "groups", "pool_size", "eval_pool_size", "eval_every"):
+        for name in ("steps", "meta_batch", "batch_size", "groups", "clusters", "pool_size", "eval_pool_size", "eval_every"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("save_every", "log_every", "eval_images", "max_skipped"):
@@ -104,6 +112,8 @@ class TrainConfig:
             raise TrainingError(f"lr must be positive, not {self.lr}")
         if not 0 <= self.coarse_from <= self.coarse_until <= 1:
             raise TrainingError("the curriculum needs 0 <= coarse_from <= coarse_until <= 1")
+        if not 0 <= self.easy_from <= self.easy_until <= 1:
+            raise TrainingError("the curriculum needs 0 <= easy_from <= easy_until <= 1")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible form; `from_dict` reads it back."""
@@ -123,24 +133,35 @@ class TrainConfig:
 
     def coarse_weight(self, progress: float) -> float:
         """Weight of the groups of classes at a share of the run."""
-        if progress <= self.coarse_from:
-            return 1.0
-        if progress >= self.coarse_until:
-            return self.coarse_rest
-        done = (progress - self.coarse_from) / (self.coarse_until - self.coarse_from)
-        return 1.0 - done * (1.0 - self.coarse_rest)
+        return _ramp(progress, self.coarse_from, self.coarse_until, self.coarse_rest)
+
+    def easy_share(self, progress: float) -> float:
+        """Probability that a batch is about clusters of images, at a share of the run."""
+        return _ramp(progress, self.easy_from, self.easy_until, self.easy_rest)
+
+
+def _ramp(progress: float, start: float, stop: float, rest: float) -> float:
+    """1 until `start`, `rest` from `stop` on, linear in between."""
+    if progress <= start:
+        return 1.0
+    if progress >= stop:
+        return rest
+    return 1.0 - (progress - start) / (stop - start) * (1.0 - rest)
 
 
 PRESETS: dict[str, TrainConfig] = {
     "bundled": TrainConfig(
-        lr=2e-3,
+        lr=1e-3,
         warmup=100,
+        easy_from=0.02,
+        easy_until=0.4,
+        easy_rest=0.2,
         coarse_from=0.1,
         coarse_until=0.6,
         coarse_rest=0.1,
         norm_penalty=0.1,
         correlation_penalty=0.3,
-        share=0.3,
+        share=0.5,
     ),
     "smoke": replace(
         TrainConfig(), steps=20, warmup=5, pool_size=16, eval_pool_size=4, eval_every=10, save_every=10, log_every=5

@@ -362,9 +362,8 @@ def sample_batch(
     """Draw, augment and normalize a batch of images.
 
     Returns:
-        Normalized images (count, 3, S, S) and labels (count,), on `device`.
+        Normalized images (count, 3, S, S) on `device`, and their indices (count,) in the sampler's data.
     """
-    data = sampler.data
     index = sampler.draw(count, ways, generator)
-    images = augment(data.images[index], generator, padding).to(device)
-    return normalize(images), data.labels[index].to(device)
+    images = augment(sampler.data.images[index], generator, padding).to(device)
+    return normalize(images), index

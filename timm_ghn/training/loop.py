@@ -31,7 +31,7 @@ from timm_ghn.paths import write_atomically
 from timm_ghn.training.architectures import build
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import BatchSampler, ImageSet, Splits, normalize, sample_batch
-from timm_ghn.training.objective import Objective, Score, group_classes, ridge_loss
+from timm_ghn.training.objective import Objective, Score, cluster_images, group_classes, ridge_loss
 from timm_ghn.training.pool import ArchitecturePool, PoolMember
 
 logger = logging.getLogger(__name__)
@@ -325,6 +325,7 @@ class Trainer:
         self.plain_objective = Objective(classes, splits.train_classes, groups, 0.0, self.device)
         self.optimizer = torch.optim.AdamW(ghn.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.sampler = BatchSampler(splits.train)
+        self.easy_sampler = BatchSampler(cluster_images(splits.train, config.clusters, config.seed))
         self.step = 0
         self.skipped = 0
         self.elapsed = 0.0
@@ -375,7 +376,7 @@ class Trainer:
         gradients: list[Tensor] = []
         networks_started = time.perf_counter()
         for member, predicted in zip(members, predictions):
-            grads = self._network_gradients(member, predicted, generator, self.config.coarse_weight(progress))
+            grads = self._network_gradients(member, predicted, generator, progress)
             for name, grad in grads.items():
                 outputs.append(predicted[name])
                 gradients.append(grad / self.config.meta_batch * self.world)
@@ -391,12 +392,14 @@ class Trainer:
         return updated
 
     def _network_gradients(
-        self, member: PoolMember, predicted: Mapping[str, Tensor], generator: torch.Generator, coarse: float
+        self, member: PoolMember, predicted: Mapping[str, Tensor], generator: torch.Generator, progress: float
     ) -> dict[str, Tensor]:
         """Gradient of one network's loss by its predicted parameters; empty if it is not finite."""
         config = self.config
-        images, labels = sample_batch(
-            self.sampler,
+        easy = bool(config.ridge_weight) and float(torch.rand((), generator=generator)) < config.easy_share(progress)
+        sampler = self.easy_sampler if easy else self.sampler
+        images, index = sample_batch(
+            sampler,
             config.batch_size,
             generator,
             self.device,
@@ -407,10 +410,11 @@ class Trainer:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in predicted.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
             logits, features = call_with_features(model, leaves, images)
-        score = self.objective(logits, labels, coarse)
+        labels = self.splits.train.labels[index].to(self.device)
+        score = self.objective(logits, labels, config.coarse_weight(progress))
         loss = config.head_weight * score.loss
         if config.ridge_weight and bool(torch.isfinite(features).all()):
-            ridge, accuracy = ridge_loss(features, labels)
+            ridge, accuracy = ridge_loss(features, sampler.data.labels[index].to(self.device))
             loss = loss + config.ridge_weight * ridge
         if not bool(torch.isfinite(loss)):
             return {}

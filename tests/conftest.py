@@ -1,0 +1,24 @@
+"""Every test has a cache of its own and no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ghn_reference import ppuda_checkpoint, seeded_ghn
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_and_no_network(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIMM_GHN_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("TIMM_GHN", raising=False)
+
+
+@pytest.fixture(scope="session")
+def seeded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GHN of the reference outputs, as a file in ppuda's format."""
+    path = tmp_path_factory.mktemp("ghn") / "seeded.pt"
+    torch.save(ppuda_checkpoint(seeded_ghn()), path)
+    return path

@@ -1,0 +1,673 @@
+"""Tests of timm_ghn.postprocess."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_data import MODELS, reference, samples, starting_model, starting_weight
+from torch import Tensor, nn
+
+from timm_ghn.errors import InitError
+from timm_ghn.postprocess import (
+    PostProcess,
+    WeightLayer,
+    correlation_std,
+    default_start_layer,
+    layer_generator,
+    orthogonal_factor,
+    orthogonalize_,
+    postprocess_many,
+    postprocess_tensor,
+    resolve_start_layer,
+    weight_layers,
+)
+from timm_ghn.postprocess import orthogonal as orthogonal_module
+
+LAYER = WeightLayer(3, "stem.weight", "stem")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tiled(rows: int, columns: int, noise: float = 0.0, seed: int = 0) -> Tensor:
+    """(rows, columns): a random 64 x 64 block, tiled as a GHN does, plus noise."""
+    block = torch.randn(64, 64, generator=generator(seed)).mul_(0.02)
+    weight = block.repeat(-(-rows // 64), -(-columns // 64))[:rows, :columns].contiguous()
+    return weight + noise * torch.randn(rows, columns, generator=generator(seed + 1)) if noise else weight
+
+
+def orthogonality_error(weight: Tensor) -> float:
+    """max |Q^T Q - I| in float64."""
+    matrix = weight.detach().reshape(weight.shape[0], -1).double()
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    return float((tall.mT @ tall - torch.eye(tall.shape[1], dtype=torch.float64)).abs().max())
+
+
+def exact_factor(matrix: Tensor) -> Tensor:
+    """Q sign(diag R) of Householder reflections in float64."""
+    tall = (matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT).double()
+    factor, triangle = torch.linalg.qr(tall)
+    factor = factor * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+    return factor if matrix.shape[0] >= matrix.shape[1] else factor.mT
+
+
+def assert_triangular(matrix: Tensor, factor: Tensor, tolerance: float = 1e-6) -> None:
+    """Q^T W is upper triangular with a diagonal that is not negative."""
+    wide = matrix.shape[0] < matrix.shape[1]
+    tall, orthogonal = (matrix.mT, factor.mT) if wide else (matrix, factor)
+    triangle = orthogonal.double().mT @ tall.double()
+    bound = tolerance * float(tall.double().norm())
+    assert float(triangle.tril(-1).abs().max()) <= bound
+    assert float(triangle.diagonal().min()) >= -bound
+
+
+def householder_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Records the shapes that are factorized by Householder reflections."""
+    calls: list[tuple[int, ...]] = []
+    original = orthogonal_module._householder
+
+    def recorded(matrix: Tensor) -> Tensor:
+        calls.append(tuple(matrix.shape))
+        return original(matrix)
+
+    monkeypatch.setattr(orthogonal_module, "_householder", recorded)
+    return calls
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- against the reference implementation
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_are_those_of_the_reference(name: str) -> None:
+    with torch.device("meta"):
+        layers = weight_layers(torchvision.models.get_model(name))
+    data = reference(name)
+    assert [layer.module for layer in layers] == data["layers_2d"]
+    assert [layer.number for layer in layers] == list(range(1, data["n_layers_2d"] + 1))
+    assert [layer.number for layer in layers if layer.is_classifier] == [len(layers)]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_orthogonalized_weights_are_those_of_the_reference(name: str) -> None:
+    data = reference(name)
+    model = starting_model(name)
+    before = snapshot(model)
+    changed = orthogonalize_(model, start_layer=data["orth_layer"], noise=0)
+    assert list(changed) == list(data["orthogonalized"])
+    for parameter, weight in model.state_dict().items():
+        if parameter not in changed:
+            assert torch.equal(weight, before[parameter]), parameter
+            continue
+        expected = data["orthogonalized"][parameter]
+        assert float(weight.double().norm()) == pytest.approx(expected["norm"], rel=1e-5)
+        assert float(weight.double().mean()) == pytest.approx(expected["mean"], rel=1e-4, abs=1e-7)
+        torch.testing.assert_close(samples(weight), torch.tensor(expected["sample"]), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "convnext_base"])
+def test_orthogonalized_large_layers_are_those_of_the_reference(name: str) -> None:
+    data = reference(name)
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in torchvision.models.get_model(name).named_parameters()}
+    largest = sorted(data["orthogonalized"], key=lambda key: -torch.Size(shapes[key]).numel())
+    for parameter in {largest[0], largest[len(largest) // 2], largest[-1]}:
+        weight = starting_weight(parameter, shapes[parameter])
+        result = postprocess_tensor(weight, WeightLayer(1, parameter, ""), PostProcess(noise=0))
+        expected = data["orthogonalized"][parameter]
+        assert float(result.double().norm()) == pytest.approx(expected["norm"], rel=1e-5)
+        torch.testing.assert_close(samples(result), torch.tensor(expected["sample"]), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(("correlation", "key"), [("ppuda", "corr_std_rows"), ("paper", "corr_std_channels")])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_correlation_std_is_that_of_the_reference(name: str, correlation: str, key: str) -> None:
+    parameters = dict(starting_model(name).named_parameters())
+    for module, expected in reference(name)[key].items():
+        matrix = parameters[f"{module}.weight"].flatten(1)
+        assert correlation_std(matrix, correlation) == pytest.approx(expected, rel=1e-4), module  # type: ignore[arg-type]
+
+
+# --- correlations
+
+
+def naive_std(matrix: Tensor, correlation: str = "paper") -> float:
+    transposed = correlation == "ppuda" and matrix.shape[0] < matrix.shape[1]
+    return float(torch.corrcoef((matrix.mT if transposed else matrix).double()).flatten().std())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(2, 150),
+    columns=st.integers(3, 150),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from(["paper", "ppuda"]),
+)
+def test_correlation_std_of_random_matrices(rows: int, columns: int, seed: int, kind: str) -> None:
+    matrix = torch.randn(rows, columns, generator=generator(seed))
+    assert correlation_std(matrix, kind) == pytest.approx(naive_std(matrix, kind), rel=1e-5, abs=1e-7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("correlation", ["paper", "ppuda"])
+@pytest.mark.parametrize("shape", [(128, 64), (200, 100), (100, 300), (300, 100), (65, 700)])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_correlation_std_of_tiled_matrices(shape: tuple[int, int], correlation: str, scale: float) -> None:
+    matrix = tiled(*shape)
+    expected = pytest.approx(naive_std(matrix, correlation), rel=1e-5)
+    assert correlation_std(matrix * scale, correlation) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("correlation", ["paper", "ppuda"])
+def test_correlation_std_without_variance_is_a_number(correlation: str) -> None:
+    for matrix in (
+        torch.zeros(8, 5),
+        torch.full((8, 5), 0.1),
+        torch.full((70, 5), 0.1),
+        torch.ones(1, 9),
+        torch.ones(9, 1),
+    ):
+        assert correlation_std(matrix, correlation) == 0.0  # type: ignore[arg-type]
+    assert correlation_std(torch.randn(1, 9, generator=generator()), "paper") == 0.0
+    assert correlation_std(torch.empty(0, 4)) == 0.0
+
+
+def test_a_channel_without_variance_has_no_correlations() -> None:
+    matrix = torch.randn(6, 40, generator=generator()).double()
+    entries = torch.zeros(7, 7, dtype=torch.float64)
+    entries[:6, :6] = torch.corrcoef(matrix)
+    with_constant = torch.cat([matrix, torch.full((1, 40), 0.3, dtype=torch.float64)])
+    assert correlation_std(with_constant) == pytest.approx(float(entries.flatten().std()))
+
+
+# --- the orthogonal factor
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 300),
+    columns=st.integers(1, 300),
+    rank=st.none() | st.integers(0, 80),
+    exponent=st.sampled_from([0, -44, -30, 30, 37]),
+    seed=st.integers(0, 99),
+)
+def test_orthogonal_whatever_the_matrix(rows: int, columns: int, rank: int | None, exponent: int, seed: int) -> None:
+    draws = generator(seed)
+    if rank is None:
+        matrix = torch.randn(rows, columns, generator=draws)
+    else:
+        matrix = torch.randn(rows, rank, generator=draws) @ torch.randn(rank, columns, generator=draws)
+    matrix = (matrix.double() * 10.0**exponent).float()
+    original = matrix.clone()
+    factor = orthogonal_factor(matrix)
+    assert torch.equal(matrix, original)
+    assert factor.shape == matrix.shape
+    assert factor.dtype == matrix.dtype
+    assert factor.is_contiguous()
+    assert orthogonality_error(factor) <= 1e-5
+    assert_triangular(matrix, factor, 1e-5)
+
+
+TILED_SHAPES = [(512, 2048), (768, 768), (700, 1500), (1000, 672), (288, 1024), (64, 4096), (512, 49)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "noise"),
+    [((4096, 1024), 1e-6), *((shape, noise) for shape in TILED_SHAPES for noise in (0.0, 1e-9, 1e-6))],
+)
+def test_tiled_weights(shape: tuple[int, int], noise: float) -> None:
+    matrix = tiled(*shape, noise)
+    factor = orthogonal_factor(matrix)
+    assert orthogonality_error(factor) <= 1e-5
+    assert_triangular(matrix, factor)
+
+
+@pytest.mark.parametrize("shape", [(2048, 512), (400, 900), (320, 320)])
+def test_tiled_weights_are_factorized_more_exactly_than_by_householder_alone(shape: tuple[int, int]) -> None:
+    matrix = tiled(*shape, noise=1e-7)
+    exact = exact_factor(matrix)
+    tall = matrix if shape[0] >= shape[1] else matrix.mT
+    alone = orthogonal_module._householder(tall)
+    error_alone = float(((alone if shape[0] >= shape[1] else alone.mT) - exact).abs().max())
+    error = float((orthogonal_factor(matrix) - exact).abs().max())
+    assert error <= 2e-3
+    assert error <= error_alone / 5
+
+
+@pytest.mark.parametrize("shape", [(1024, 256), (256, 1024), (400, 200), (300, 70), (90, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_well_conditioned_weights_equal_lapack_in_float64(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = torch.randn(shape, generator=generator(5), dtype=dtype)
+    matrix *= torch.logspace(-3, 3, shape[0], dtype=dtype).unsqueeze(1)[
+        torch.randperm(shape[0], generator=generator())
+    ] ** (1 if shape[0] < shape[1] else 0)
+    error = (orthogonal_factor(matrix) - exact_factor(matrix)).abs().max()
+    assert float(error) <= (1e-5 if dtype == torch.float32 else 1e-13)
+
+
+def test_fast_paths_do_without_householder(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = householder_calls(monkeypatch)
+    orthogonal_factor(torch.randn(600, 256, generator=generator()))
+    assert calls == []
+    orthogonal_factor(tiled(600, 256, noise=1e-6))
+    assert calls == [(600, 64)]  # the first block of columns alone
+
+
+def ill_conditioned(condition: float) -> Tensor:
+    """(600, 256) float32 with singular values spread evenly in logarithm."""
+    left = torch.linalg.qr(torch.randn(600, 256, generator=generator(1), dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(256, 256, generator=generator(2), dtype=torch.float64))[0]
+    return (left * torch.logspace(0, -torch.log10(torch.tensor(condition)), 256) @ right).float()
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4, 1e6])
+def test_ill_conditioned_weights_take_a_safe_path(condition: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = householder_calls(monkeypatch)
+    matrix = ill_conditioned(condition)
+    factor = orthogonal_factor(matrix)
+    assert orthogonality_error(factor) <= 1e-5
+    assert_triangular(matrix, factor)
+    assert calls == ([] if condition <= 1e2 else [(600, 256)] if condition >= 1e4 else calls)
+    assert float((factor - exact_factor(matrix)).abs().max()) <= 1e-6 * condition
+
+
+def test_a_bad_gram_matrix_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by reduced-precision matrix products (torch.set_float32_matmul_precision), if a CPU has them."""
+    calls = householder_calls(monkeypatch)
+    original = orthogonal_module._gram
+    monkeypatch.setattr(orthogonal_module, "_gram", lambda matrix: original(matrix).bfloat16().float())
+    factor = orthogonal_factor(torch.randn(600, 256, generator=generator()))
+    assert calls == [(600, 256)]
+    assert orthogonality_error(factor) <= 1e-5
+
+
+def test_two_almost_equal_columns_are_noticed() -> None:
+    matrix = torch.randn(600, 256, generator=generator())
+    for gap in (1e-1, 1e-2, 1e-3, 1e-5, 0.0):
+        matrix[:, 200] = matrix[:, 17] + gap * matrix[:, 40]
+        factor = orthogonal_factor(matrix)
+        assert orthogonality_error(factor) <= 1e-5
+        assert_triangular(matrix, factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    matrix = tiled(256, 128, noise=1e-3).to(dtype)
+    factor = orthogonal_factor(matrix)
+    assert factor.dtype == dtype
+    assert torch.equal(factor, orthogonal_factor(matrix.float()).to(dtype))
+
+
+def test_zero_matrix_becomes_the_identity() -> None:
+    assert torch.equal(orthogonal_factor(torch.zeros(5, 3)), torch.eye(5, 3))
+    assert orthogonality_error(orthogonal_factor(torch.zeros(500, 300))) <= 1e-6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float) -> None:
+    matrix = torch.ones(4, 4)
+    matrix[2, 1] = value
+    with pytest.raises(InitError, match=r"head\.weight.*NaN or infinity"):
+        orthogonal_factor(matrix, "head.weight")
+
+
+def test_other_tensors_are_refused() -> None:
+    with pytest.raises(InitError, match="two dimensions"):
+        orthogonal_factor(torch.ones(3))
+    with pytest.raises(InitError, match="int64"):
+        orthogonal_factor(torch.ones(3, 3, dtype=torch.long))
+
+
+# --- one tensor, many tensors
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 4, 3, 3), (4, 8), (6, 2, 3), (64, 1, 7, 7), (3, 2, 2, 2, 2), (1, 5), (5, 1), (0, 3)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_shapes_and_dtypes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, generator=generator()).to(dtype)
+    before = weight.clone()
+    result = postprocess_tensor(weight, LAYER, PostProcess())
+    assert torch.equal(weight, before)
+    assert result.shape == weight.shape
+    assert result.dtype == dtype
+    if weight.numel() and dtype in (torch.float32, torch.float64):
+        assert orthogonality_error(result) <= 1e-5
+
+
+def test_noise_alone_has_the_scale_of_equation_1() -> None:
+    weight = tiled(300, 200)
+    result = postprocess_tensor(weight, LAYER, PostProcess(noise=1e-2, orthogonal=False))
+    expected = 1e-2 * correlation_std(weight)
+    assert float((result - weight).std()) == pytest.approx(expected, rel=0.02)
+    assert torch.equal(postprocess_tensor(weight, LAYER, PostProcess(noise=0, orthogonal=False)), weight)
+
+
+def test_noise_depends_on_seed_layer_and_shape_alone() -> None:
+    def draws(seed: int, layer: int, shape: tuple[int, ...]) -> list[float]:
+        return torch.randn(16, generator=layer_generator(seed, layer, shape)).tolist()
+
+    base = draws(0, 1, (4, 4))
+    torch.manual_seed(123)
+    torch.randn(7)
+    assert draws(0, 1, (4, 4)) == base
+    others = [draws(1, 1, (4, 4)), draws(0, 2, (4, 4)), draws(0, 1, (2, 8)), draws(-1, 1, (4, 4))]
+    assert all(other != base for other in others)
+
+
+def small_stream() -> list[tuple[WeightLayer, Tensor]]:
+    shapes = [(512, 128), (300, 1, 7, 7), (128, 64, 3, 3), (96, 400), (640, 192)]
+    weights = [
+        tiled(shape[0], torch.Size(shape[1:]).numel(), seed=10 * i).reshape(shape) for i, shape in enumerate(shapes)
+    ]
+    return [(WeightLayer(i, f"layer{i}.weight", f"layer{i}"), weight) for i, weight in enumerate(weights, start=1)]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_results_do_not_depend_on_threads_or_order() -> None:
+    stream = small_stream()
+    expected = {layer: postprocess_tensor(weight, layer, PostProcess()) for layer, weight in stream}
+    runs = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        runs.append(dict(postprocess_many(stream, PostProcess())))
+        runs.append(dict(postprocess_many(reversed(stream), PostProcess(), workers=3)))
+        runs.append({layer: postprocess_tensor(weight, layer, PostProcess()) for layer, weight in stream})
+        assert torch.get_num_threads() == num_threads
+    for run in runs:
+        assert run.keys() == expected.keys()
+        assert all(torch.equal(run[layer], expected[layer]) for layer in expected)
+
+
+def test_the_stream_is_read_lazily_and_answered_in_order() -> None:
+    read: list[int] = []
+
+    def items() -> Iterator[tuple[WeightLayer, Tensor]]:
+        for number in range(1, 30):
+            read.append(number)
+            yield WeightLayer(number, f"w{number}", ""), torch.randn(40, 40, generator=generator(number))
+
+    results = postprocess_many(items(), PostProcess(), workers=1)
+    assert read == []
+    first, _ = next(results)
+    assert first.number == 1
+    assert len(read) <= 6
+    assert [layer.number for layer, _ in results] == list(range(2, 30))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_are_restored_after_an_error_and_an_early_stop() -> None:
+    bad = [(LAYER, torch.full((4, 4), float("nan")))]
+    with pytest.raises(InitError, match=r"stem\.weight"):
+        list(postprocess_many(bad, PostProcess()))
+    assert torch.get_num_threads() == 2
+    results = postprocess_many(small_stream(), PostProcess())
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    assert torch.get_num_threads() == 2
+    with pytest.raises(InitError, match="workers=0"):
+        list(postprocess_many([], PostProcess(), workers=0))
+
+
+def test_gradient_and_inference_modes_do_not_matter() -> None:
+    layer, weight = small_stream()[0]
+    expected = postprocess_tensor(weight, layer, PostProcess())
+    assert not expected.requires_grad
+    assert torch.equal(postprocess_tensor(nn.Parameter(weight), layer, PostProcess()), expected)
+    with torch.inference_mode():
+        inferred = weight * 1
+    assert torch.equal(next(iter(postprocess_many([(layer, inferred)], PostProcess())))[1], expected)
+    with torch.device("meta"):
+        assert torch.equal(postprocess_tensor(weight, layer, PostProcess()), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_equals_cpu() -> None:
+    for layer, weight in small_stream():
+        result = postprocess_tensor(weight.cuda(), layer, PostProcess())
+        assert result.is_cuda
+        assert torch.equal(result.cpu(), postprocess_tensor(weight, layer, PostProcess()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"noise": -1.0}, "noise=-1.0"),
+        ({"noise": float("nan")}, "noise=nan"),
+        ({"noise": "much"}, "noise='much'"),
+        ({"noise": True}, "noise=True"),
+        ({"orthogonal": 1}, "orthogonal=1"),
+        ({"seed": 0.5}, "seed=0.5"),
+        ({"correlation": "rows"}, "correlation='rows'.*paper.*ppuda"),
+    ],
+)
+def test_settings_are_validated(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InitError, match=message):
+        PostProcess(**arguments)  # type: ignore[arg-type]
+
+
+# --- layers
+
+
+class Oddities(nn.Module):
+    """Shared modules and parameters, lookup tables, norms of images, attention and a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 4)
+        self.bags = nn.EmbeddingBag(10, 4)
+        self.conv = nn.Conv1d(4, 6, 3)
+        self.again = self.conv
+        self.norm = nn.LayerNorm((6, 5))
+        self.up = nn.ConvTranspose2d(6, 4, 2)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.cross = nn.MultiheadAttention(4, 2, kdim=3, vdim=5)
+        self.tied_to_table = nn.Linear(4, 10)
+        self.tied_to_table.weight = self.table.weight
+        self.fc = nn.Linear(4, 4)
+        self.tied_to_fc = nn.Linear(4, 4)
+        self.tied_to_fc.weight = self.fc.weight
+        self.head = nn.Linear(4, 3)
+
+
+def test_layers_of_an_odd_model() -> None:
+    assert [layer.parameter for layer in weight_layers(Oddities())] == [
+        "conv.weight",
+        "up.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "cross.q_proj_weight",
+        "cross.k_proj_weight",
+        "cross.v_proj_weight",
+        "cross.out_proj.weight",
+        "fc.weight",
+        "head.weight",
+    ]
+
+
+def test_lazy_and_layerless_models() -> None:
+    with pytest.raises(InitError, match="one forward pass"):
+        weight_layers(nn.Sequential(nn.LazyLinear(3)))
+    with pytest.raises(InitError, match="no convolutional"):
+        orthogonalize_(nn.Sequential(nn.BatchNorm2d(3), nn.Embedding(4, 4)))
+    assert weight_layers(nn.Linear(3, 4)) == (WeightLayer(1, "weight", "", is_classifier=True),)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "classifiers"),
+    [
+        ("resnet50", {}, ["fc.weight"]),
+        ("convnext_base", {}, ["head.fc.weight"]),
+        ("resnet18", {"num_classes": 0}, []),
+        ("resnet18", {"features_only": True}, []),
+        ("vit_tiny_patch16_224", {"features_only": True}, []),
+        ("deit_tiny_distilled_patch16_224", {}, ["head.weight", "head_dist.weight"]),
+        ("crossvit_tiny_240", {}, ["head.0.weight", "head.1.weight"]),
+        ("samvit_base_patch16", {"num_classes": 0}, []),
+    ],
+)
+def test_classifiers_of_timm_models(name: str, arguments: dict[str, object], classifiers: list[str]) -> None:
+    with torch.device("meta"):
+        layers = weight_layers(timm.create_model(name, **arguments))
+    assert [layer.parameter for layer in layers if layer.is_classifier] == classifiers
+
+
+def layers_of(name: str) -> tuple[WeightLayer, ...]:
+    with torch.device("meta"):
+        return weight_layers(timm.create_model(name))
+
+
+@pytest.mark.parametrize(("name", "count", "start"), [("resnet50", 54, 37), ("convnext_base", 113, 94)])
+def test_default_start_layer_is_that_of_the_paper(name: str, count: int, start: int) -> None:
+    layers = layers_of(name)
+    assert len(layers) == count
+    assert resolve_start_layer(layers) == start
+    assert resolve_start_layer(layers, 0.69 if name == "resnet50" else 0.83) == start
+
+
+@given(st.integers(1, 2000))
+def test_default_start_layer_in_general(count: int) -> None:
+    start = default_start_layer(count)
+    assert 1 <= start <= count
+    assert start <= default_start_layer(count + 1) <= start + 1
+    assert count < 2 or start < count
+
+
+def test_start_layer_by_number_share_and_name() -> None:
+    layers = layers_of("resnet50")
+    assert resolve_start_layer(layers, 54) == 54
+    assert resolve_start_layer(layers, 1.0) == 54
+    assert resolve_start_layer(layers, 1e-6) == 1
+    assert resolve_start_layer(layers, "layer3.3.conv3") == 37
+    assert resolve_start_layer(layers, "layer3.3.conv3.weight") == 37
+    assert resolve_start_layer(layers, "layer1") == 2
+    assert resolve_start_layer(layers, default=1) == 1
+    assert resolve_start_layer(layers, 5, default=1) == 5
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (0, "from 1 to 54"),
+        (55, "from 1 to 54"),
+        (True, "from 1 to 54"),
+        (0.0, "share"),
+        (1.5, "share"),
+        (float("nan"), "share"),
+        ("layer3.33.conv3", "did you mean 'layer3.3.conv3'"),
+        ("bn1", "no module of this name"),
+        ("zzzz", "the first layer is in 'conv1'"),
+    ],
+)
+def test_wrong_start_layers(start: object, message: str) -> None:
+    with pytest.raises(InitError, match=message):
+        resolve_start_layer(layers_of("resnet50"), start)  # type: ignore[arg-type]
+
+
+# --- whole models
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def test_orthogonalize_changes_the_later_layers_alone() -> None:
+    model = starting_model("resnet18")
+    model.layer4[1].conv1.weight.requires_grad_(False)  # type: ignore[index, union-attr]
+    pointers = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    before = snapshot(model)
+    random_state, num_threads = torch.get_rng_state(), torch.get_num_threads()
+    steps: list[tuple[int, int, str]] = []
+    changed = orthogonalize_(model, progress=lambda *step: steps.append(step))
+    layers = weight_layers(model)
+    assert list(changed) == [layer.parameter for layer in layers[default_start_layer(21) - 1 : -1]]
+    assert steps == [(i, len(changed), name) for i, name in enumerate(changed, start=1)]
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.get_num_threads() == num_threads
+    for name, parameter in model.named_parameters():
+        assert parameter.data_ptr() == pointers[name]
+        assert parameter.requires_grad == (name != "layer4.1.conv1.weight")
+        assert parameter.grad_fn is None
+        if name in changed:
+            assert orthogonality_error(parameter) <= 1e-5
+        else:
+            assert torch.equal(parameter, before[name])
+
+
+def test_seeds_and_repetition() -> None:
+    def result(seed: int, earlier_draws: int) -> dict[str, Tensor]:
+        model = Oddities()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(starting_weight(name, tuple(parameter.shape)))
+        torch.randn(earlier_draws)
+        orthogonalize_(model, start_layer=1, noise=0.1, seed=seed)
+        return snapshot(model)
+
+    first, again, other = result(0, 3), result(0, 50), result(1, 3)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["conv.weight"], other["conv.weight"])
+    assert torch.equal(first["head.weight"], other["head.weight"])
+    assert torch.equal(first["tied_to_fc.weight"], first["fc.weight"])
+    assert torch.equal(first["table.weight"], starting_weight("table.weight", (10, 4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_other_dtypes(dtype: torch.dtype) -> None:
+    model = starting_model("mobilenet_v2").to(dtype)
+    changed = orthogonalize_(model, start_layer="features.16")
+    for name in changed:
+        weight = model.get_parameter(name)
+        assert weight.dtype == dtype
+        assert orthogonality_error(weight) <= (1e-5 if dtype == torch.float64 else 2e-2)
+
+
+def test_nothing_changes_when_something_is_wrong() -> None:
+    model = starting_model("resnet18")
+    with torch.no_grad():
+        model.layer4[1].conv2.weight[3, 1] = float("nan")  # type: ignore[index, union-attr]
+    before = snapshot(model)
+    with pytest.raises(InitError, match=r"layer4\.1\.conv2\.weight holds NaN or infinity"):
+        orthogonalize_(model)
+    with pytest.raises(InitError, match="no module of this name"):
+        orthogonalize_(model, start_layer="layer9")
+    with pytest.raises(InitError, match="noise"):
+        orthogonalize_(model, noise=-1)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_meta_models_are_refused() -> None:
+    with torch.device("meta"):
+        model = torchvision.models.resnet18()
+    with pytest.raises(InitError, match=r"meta device.*to_empty"):
+        orthogonalize_(model)
+
+
+@pytest.mark.slow
+def test_vgg16_from_the_first_layer() -> None:
+    """Its first fully-connected layer has 25088 x 4096 weights: 0.4 GB, as has each temporary copy."""
+    model = starting_model("vgg16")
+    changed = orthogonalize_(model, start_layer=1)
+    assert len(changed) == 15
+    for name in changed:
+        matrix = model.get_parameter(name).detach().flatten(1)
+        tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+        gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
+        for part in tall.split(4096):
+            gram += part.double().mT @ part.double()
+        assert float((gram - torch.eye(len(gram), dtype=torch.float64)).abs().max()) <= 1e-5, name

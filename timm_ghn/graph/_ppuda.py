@@ -1,0 +1,51 @@
+"""The graph in the form of ppuda, the reference implementation, so that its own GHN can read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from timm_ghn.errors import MissingDependencyError
+from timm_ghn.graph.graph import Graph, Node, Op, Role
+
+PpudaGraph = Any
+"""`ppuda.deepnets1m.graph.Graph`; ppuda has no type hints and need not be installed."""
+
+_POOLS = (Op.MAX_POOL, Op.AVG_POOL)
+
+
+def to_ppuda(graph: Graph) -> PpudaGraph:
+    """The graph as a `ppuda.deepnets1m.graph.Graph`, for `ghn(model, graphs=GraphBatch([g]))`.
+
+    Nodes keep their order. ppuda finds the parameter of a node by the name of its weight, and predicts no second
+    parameter but the bias of its own normalization layers: for other models than those that ppuda itself can read,
+    its GHN may give up.
+
+    Args:
+        graph: Graph with virtual edges up to its `max_distance`; 1 for a GHN that has none (GHN-1).
+
+    Raises:
+        MissingDependencyError: If ppuda, or a package that it needs, is not installed.
+    """
+    try:
+        from ppuda.deepnets1m.graph import Graph as ReferenceGraph
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Graph.to_ppuda needs ppuda: pip install 'timm-ghn[ppuda]' from a clone of timm-ghn ({error})"
+        ) from error
+    edges = torch.from_numpy(graph.distances)
+    adjacency = torch.from_numpy(graph.distance_matrix).long()
+    operators = torch.tensor([[node.op.index] for node in graph.nodes])
+    rows = [_row(index, node) for index, node in enumerate(graph.nodes) if node.shape is not None]
+    reference = ReferenceGraph(node_feat=operators, node_info=[rows], A=adjacency, edges=edges)
+    reference.n_cells = 1
+    reference._param_shapes = [node.shape for node in graph.nodes]  # read by its `visualize`
+    return reference
+
+
+def _row(index: int, node: Node) -> tuple[int, str, str, tuple[int, ...] | None, bool, bool]:
+    """ppuda's row of a node with a shape: index, parameter, operator, shape, whether it is a class weight or bias."""
+    roles = {target.role for target in node.targets}
+    name = node.targets[0].name if node.targets else node.op.value
+    return index, name, node.op.value, node.shape, Role.CLASS_WEIGHT in roles, Role.CLASS_BIAS in roles
