@@ -201,7 +201,7 @@ def test_a_channel_without_variance_has_no_correlations() -> None:
     rows=st.integers(1, 300),
     columns=st.integers(1, 300),
     rank=st.none() | st.integers(0, 80),
-    exponent=st.sampled_from([0, -44, -30, 30, 37]),
+    exponent=st.sampled_from([0, -44, -30, 30, 36]),
     seed=st.integers(0, 99),
 )
 def test_orthogonal_whatever_the_matrix(rows: int, columns: int, rank: int | None, exponent: int, seed: int) -> None:

@@ -306,9 +306,7 @@ def _summary_lines(summary: Mapping[str, Any], graph: Graph, sizes: Mapping[str,
         counts = Counter()
         for item in summary["unused"]:
             counts[item["reason"]] += item["parameters"]
-        rows = [
-            (f"{tensors[why]:,}", f"{count:,}", f"{count / total:.2%}", why) for why, count in counts.most_common()
-        ]
+        rows = [(f"{tensors[why]:,}", f"{count:,}", f"{count / total:.2%}", why) for why, count in counts.most_common()]
         lines += ["", *_table(("tensors", "parameters", "share", "not predicted, because"), rows)]
     return lines
 
@@ -333,7 +331,9 @@ def _write_graph(graph: Graph, path: Path, title: str) -> None:
 def _ghns(args: argparse.Namespace) -> int:
     from timm_ghn.ghn import list_ghns
 
-    rows = [(row.name, "yes" if row.on_disk else "no", row.trained_on, row.description, row.path) for row in list_ghns()]
+    rows = [
+        (row.name, "yes" if row.on_disk else "no", row.trained_on, row.description, row.path) for row in list_ghns()
+    ]
     print("\n".join(_table(("name", "on disk", "trained on", "what it is", "path"), rows)))
     return 0
 
@@ -447,9 +447,12 @@ def _check_name(name: str) -> None:
     if not timm.is_model(architecture):
         raise CommandError(f"unknown model {architecture!r}{_close_matches(architecture, timm.list_models())}")
     if tag and not _method_tag(name):
-        known = [item.partition(".")[2] for item in timm.list_models(f"{architecture}.*", pretrained=True)]
-        if tag not in known and not timm.models.get_pretrained_cfg(architecture, allow_unregistered=True):
-            raise CommandError(f"model {architecture} has no tag {tag!r}{_close_matches(tag, [*known, *_METHODS])}")
+        try:
+            timm.models.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            known = [item.partition(".")[2] for item in timm.list_models(f"{architecture}.*", pretrained=True)]
+            hint = _close_matches(tag, [*known, *_METHODS])
+            raise CommandError(f"model {architecture} has no tag {tag!r}{hint}") from error
 
 
 def _close_matches(name: str, known: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Writing an initialized model into a folder that plain timm loads.
 
-    timm.create_model("local-dir:DIR", pretrained=True)
+timm.create_model("local-dir:DIR", pretrained=True)
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ def save(
         directory.mkdir(parents=True, exist_ok=True)
         _write_config(model, temporary[CONFIG_FILE], model_args)
         save_file(tensors, temporary[WEIGHTS_FILE], _metadata(model))
+        # safetensors makes files that only their owner can read; config.json has the user's usual permissions.
+        temporary[WEIGHTS_FILE].chmod(stat.S_IMODE(temporary[CONFIG_FILE].stat().st_mode))
         for path in temporary.values():
             _sync(path)
         for name, path in temporary.items():

@@ -167,7 +167,9 @@ def _make_plan(model: nn.Module, init: Init, input_size: Sequence[int] | None, e
     if method.orthogonal:
         wanted = init.start_layer if init.start_layer is not None else method.start_layer
         start_layer = resolve_start_layer(layers, wanted)
-        processed = {layer.parameter: layer for layer in layers if layer.number >= start_layer and not layer.is_classifier}
+        processed = {
+            layer.parameter: layer for layer in layers if layer.number >= start_layer and not layer.is_classifier
+        }
     graph = ghn = None
     targets: dict[str, Target] = {}
     reasons: dict[str, str] = {}
@@ -260,7 +262,7 @@ def _compute(plan: _Plan, slots: Mapping[str, Tensor]) -> None:
     source = _predicted(plan, slots) if plan.ghn is not None else _drawn(plan, slots)
     workers = torch.get_num_threads()
     # The thousands of small products of a GNN are slower on several threads, and sums depend on their number.
-    with single_threaded():
+    with single_threaded(), torch.autocast("cpu", enabled=False):
         for layer, weight in postprocess_many(source, plan.postprocess, workers):
             slots[layer.parameter].copy_(weight)
 

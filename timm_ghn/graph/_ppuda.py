@@ -36,7 +36,7 @@ def to_ppuda(graph: Graph) -> PpudaGraph:
         ) from error
     edges = torch.from_numpy(graph.distances)
     adjacency = torch.from_numpy(graph.distance_matrix).long()
-    operators = torch.tensor([[node.op.index] for node in graph.nodes])
+    operators = torch.tensor([[node.op.row] for node in graph.nodes])
     rows = [_row(index, node) for index, node in enumerate(graph.nodes) if node.shape is not None]
     reference = ReferenceGraph(node_feat=operators, node_info=[rows], A=adjacency, edges=edges)
     reference.n_cells = 1

@@ -164,7 +164,7 @@ def to_svg(graphs: Graph | Sequence[Graph], *, titles: str | Sequence[str] | Non
     width, height = size.split()
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{width}" height="{height}" '
-        'font-family="Helvetica, Arial, \'DejaVu Sans\', sans-serif">',
+        "font-family=\"Helvetica, Arial, 'DejaVu Sans', sans-serif\">",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         *(_svg_curve(item) if isinstance(item, Curve) else _svg_text(item) for item in scene.items),
         "</svg>",
@@ -192,7 +192,9 @@ def save(
     """
     path = FilePath(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise GraphError(f"cannot draw a graph as {path.suffix or 'a file without suffix'!r}: use {' or '.join(SUFFIXES)}")
+        raise GraphError(
+            f"cannot draw a graph as {path.suffix or 'a file without suffix'!r}: use {' or '.join(SUFFIXES)}"
+        )
     if path.suffix.lower() == ".svg":
         write_atomically(path, to_svg(graphs, titles=titles).encode())
     else:
@@ -328,7 +330,7 @@ def _fold(routes: _Routes, rows: int) -> tuple[tuple[int, int], ...]:
         if start + room >= routes.num_levels:
             return tuple(columns)
         lengths = range(max(2, room - rows // 4), room + 1)
-        length = min(lengths, key=lambda n: (3 * (crowd[start + n - 1] + crowd[start + n]) + room - n))
+        length = min(lengths, key=lambda n: 3 * (crowd[start + n - 1] + crowd[start + n]) + room - n)
         columns.append((start + length, row + length - 1 if len(columns) % 2 else row - length + 1))
 
 

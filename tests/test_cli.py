@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import timm_ghn
+from timm_ghn import cli
+from timm_ghn.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _default_ghn(seeded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIMM_GHN", str(seeded_checkpoint))
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line of a command that fails."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("timm-ghn: error: ")
+    return lines[0]
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, *arguments], env=variables, capture_output=True, text=True, timeout=300)
+
+
+# --- the command itself ---------------------------------------------------------------------------------------------
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"timm-ghn {timm_ghn.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["init"], ["graph"], ["ghns"], ["train"], ["run"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "timm-ghn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["init", "resnet18"], ["graph"], ["ghns", "--nonsense"]])
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: timm-ghn" in capsys.readouterr().err
+
+
+def test_module_and_exit_status() -> None:
+    done = python("-m", "timm_ghn", "graph", "nonsense")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("timm-ghn: error: unknown model")
+
+
+def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_table", interrupt)
+    assert main(["ghns"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_logging_is_left_as_it_was() -> None:
+    logger = logging.getLogger("timm_ghn")
+    before = logger.level, list(logger.handlers)
+    main(["-vv", "ghns"])
+    assert (logger.level, logger.handlers) == before
+
+
+def test_verbose_says_more_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-v", "init", "test_resnet", "--out", str(tmp_path / "a")]) == 0
+    assert "timm-ghn: INFO: test_resnet: ghn-orth" in capsys.readouterr().err
+    assert main(["init", "test_resnet", "--out", str(tmp_path / "b")]) == 0
+    assert "INFO" not in capsys.readouterr().err
+
+
+# --- init -----------------------------------------------------------------------------------------------------------
+
+PLAIN_TIMM = """
+import json, sys
+import timm, torch
+outputs = {}
+for name, shape in json.loads(sys.argv[1]).items():
+    model = timm.create_model(f"local-dir:{name}", pretrained=True).eval()
+    with torch.no_grad():
+        outputs[name] = model(torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape))
+assert "timm_ghn" not in sys.modules
+torch.save(outputs, sys.argv[2])
+"""
+
+
+def test_plain_timm_loads_what_init_writes(tmp_path: Path) -> None:
+    """Equal logits in a process that knows nothing of timm-ghn."""
+    cases: dict[str, tuple[list[str], dict[str, Any], list[int]]] = {
+        "resnet": (["test_resnet", "--num-classes", "7", "--in-chans", "1"], {"num_classes": 7, "in_chans": 1}, [2, 1, 64, 64]),
+        "vit": (["test_vit", "--img-size", "96", "--start-layer", "0.5"], {"img_size": 96}, [2, 3, 96, 96]),
+        "tag": (["resnet18.a1_in1k", "--method", "ghn", "--model-kwargs", "global_pool=max"], {"global_pool": "max"}, [2, 3, 64, 64]),
+        "half": (["test_convnext.ghn-orth", "--dtype", "bfloat16"], {"dtype": torch.bfloat16}, [2, 3, 64, 64]),
+    }  # fmt: skip
+    inits = {
+        "resnet": "ghn-orth",
+        "vit": timm_ghn.Init(start_layer=0.5),
+        "tag": "ghn",
+        "half": "ghn-orth",
+    }
+    shapes = {}
+    for name, (arguments, _, shape) in cases.items():
+        assert main(["init", *arguments, "--out", str(tmp_path / name)]) == 0
+        shapes[str(tmp_path / name)] = shape
+    done = python("-c", PLAIN_TIMM, json.dumps(shapes), str(tmp_path / "outputs.pt"))
+    assert done.returncode == 0, done.stderr
+    outputs = torch.load(tmp_path / "outputs.pt")
+    for name, (arguments, kwargs, shape) in cases.items():
+        model = timm.create_model(arguments[0].partition(".")[0], init=inits[name], **kwargs).float().eval()
+        with torch.no_grad():
+            expected = model(torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape))
+        torch.testing.assert_close(outputs[str(tmp_path / name)], expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_init_prints_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "model")
+    assert main(["init", "test_resnet", "--out", out, "--seed", "5", "--noise", "0", "--parameters", "--no-cache"]) == 0
+    printed = capsys.readouterr().out
+    assert "predicted and orthogonalized" in printed
+    assert "fc.weight" in printed
+    assert f"timm.create_model('local-dir:{out}', pretrained=True)" in printed
+    facts = timm_ghn.provenance(timm.create_model(f"local-dir:{out}", pretrained=True))
+    assert facts is not None
+    assert (facts["seed"], facts["noise"]) == (5, 0.0)
+
+
+def test_init_without_ghn(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TIMM_GHN")
+    state = torch.get_rng_state()
+    for number, method in enumerate(("orth", "rand", "rand")):
+        assert main(["init", "test_resnet", "--method", method, "--out", str(tmp_path / f"{method}{number}")]) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "orthogonalized" in (printed := capsys.readouterr().out)
+    assert "timm's own initialization" in printed
+    a, b = (tmp_path / name / "model.safetensors" for name in ("rand1", "rand2"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_init_replaces_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["init", "test_resnet", "--method", "orth", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    before = (tmp_path / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert "already" in error_of(capsys, *arguments, "--seed", "1")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert main([*arguments, "--seed", "1", "--force"]) == 0
+    assert (tmp_path / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet5"], r"unknown model 'resnet5'; did you mean resnet50"),
+        (["resnet50.a1_in1"], r"no tag 'a1_in1'; did you mean a1_in1k"),
+        (["qqqqqqqqq"], "unknown model 'qqqqqqqqq'"),
+        (["nowhere:model"], "Unknown model source 'nowhere'"),
+        (["local-dir:/does/not/exist"], "Config file not found"),
+        (["test_resnet", "--method", "ghnorth"], "did you mean 'ghn-orth'"),
+        (["test_resnet.ghn", "--method", "orth"], "ask for different weights"),
+        (["test_resnet", "--ghn", "ghn2-imagenett"], "did you mean ghn2-imagenet"),
+        (["test_resnet", "--ghn", "ghn2-imagenet"], "could not be fetched"),
+        (["test_resnet", "--noise", "-1"], "noise"),
+        (["test_resnet", "--start-layer", "1000"], "layer number from 1 to 16"),
+        (["test_resnet", "--start-layer", "layer9"], "did you mean"),
+        (["test_resnet", "--img-size", "64"], "img_size"),
+        (["test_resnet", "--img-size", "1", "2", "3"], "height and width"),
+        (["test_resnet", "--model-kwargs", "nonsense=1"], "nonsense"),
+        (["test_resnet", "--model-kwargs", "pretrained=True"], "the weights are what `init` makes"),
+        (["test_resnet", "--num-classes", "2", "--model-kwargs", "num_classes=3"], "give --num-classes only"),
+        (["test_resnet", "--model-kwargs", "features_only=True"], "cannot describe"),
+    ],
+)
+def test_bad_input_leaves_nothing(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in error_of(capsys, "init", *arguments, "--out", str(tmp_path / "new"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_ghn(tmp_path: Path, capsys: pytest.CaptureFixture[str], seeded_checkpoint: Path) -> None:
+    (tmp_path / "ghn.pt").write_bytes(seeded_checkpoint.read_bytes()[:1000])
+    error_of(capsys, "init", "test_resnet", "--ghn", str(tmp_path / "ghn.pt"), "--out", str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_destination_is_checked_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_create_initialized", lambda *_: pytest.fail("computed before the folder was checked"))
+    (tmp_path / "file").write_text("")
+    assert "not a folder" in error_of(capsys, "init", "test_resnet", "--out", str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("text", ["novalue", "=1"])
+def test_malformed_model_kwargs(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["init", "test_resnet", "--out", str(tmp_path), "--model-kwargs", text])
+    assert stop.value.code == 2
+    assert "KEY=VALUE" in capsys.readouterr().err
+
+
+# --- graph ----------------------------------------------------------------------------------------------------------
+
+
+def test_graph(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", "resnet50"]) == 0
+    out = capsys.readouterr().out
+    assert "127 nodes, 142 edges" in out
+    assert "25,557,032 parameters, 100.00% can be predicted" in out
+    assert "max_pool" in out
+
+
+def test_graph_says_what_is_not_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", "test_convnext", "--nodes"]) == 0
+    out = capsys.readouterr().out
+    assert "multiplied elementwise" in out
+    assert "stages.0.blocks.0.conv_dw.weight" in out
+
+
+def test_graph_json(capsys: pytest.CaptureFixture[str]) -> None:
+    with torch.device("meta"):
+        graph = timm_ghn.to_graph(timm.create_model("test_vit"))
+    assert main(["graph", "test_vit", "--json", "--nodes"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert timm_ghn.Graph.from_dict(data["graph"]) == graph
+    assert data["operators"] == dict(graph.operators)
+    assert data["distance_sum"] == graph.distances[:, 2].sum()
+    assert 0 < data["predicted_parameters"] < data["parameters"]
+
+
+def test_graph_of_torchvision_in_ppuda_reading(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", "torchvision:resnet18", "--reading", "ppuda", "--input-size", "3", "128", "128"]) == 0
+    assert "100.00% can be predicted" in capsys.readouterr().out
+
+
+def test_graph_of_a_model_that_does_not_fit_in_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", "vit_giant_patch14_dinov2.ghn-orth", "--model-kwargs", "depth=2", "embed_dim=1536"]) == 0
+    assert "can be predicted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png", ".json", ".txt"])
+def test_graph_files(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / "new" / f"graph{suffix}"
+    assert main(["graph", "test_resnet", "--out", str(path)]) == 0
+    content = path.read_bytes()
+    if suffix == ".json":
+        assert "conv" in timm_ghn.Graph.from_json(content.decode()).operators
+    else:
+        assert {".svg": b"<svg", ".png": b"PNG", ".txt": b"max_pool"}[suffix] in content
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet5"], "did you mean"),
+        (["torchvision:resnet19"], "torchvision has no model 'resnet19'; did you mean resnet"),
+        (["test_resnet", "--out", "graph.gif"], "the suffix has to be one of"),
+        (["test_resnet", "--model-kwargs", "nonsense=1"], "nonsense"),
+        (["test_resnet", "--input-size", "4", "64", "64"], "input_size=(channels, height, width)"),
+    ],
+)
+def test_bad_input_of_graph(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in error_of(capsys, "graph", *arguments)
+
+
+def test_graph_file_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["graph", "test_resnet", "--out", str(tmp_path / "file" / "graph.svg")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+# --- ghns, train ----------------------------------------------------------------------------------------------------
+
+
+def test_ghns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ghns"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["name", "on", "disk"]
+    row = next(line for line in lines if line.startswith("ghn2-imagenet"))
+    assert "no" in row
+    assert "ImageNet" in row
+    assert os.environ["TIMM_GHN_CACHE"] in row
+
+
+def test_train_gets_its_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "--images" in error_of(capsys, "train", "--out", str(tmp_path))
+
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import argparse, sys
+from timm.models import create_model
+from timm.utils import ParseKwargs
+import beside
+parser = argparse.ArgumentParser()
+parser.add_argument("model")
+parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
+parser.add_argument("--status", type=int, default=0)
+args = parser.parse_args()
+model = create_model(args.model, **args.model_kwargs)
+print(__name__, sys.argv[0], model.pretrained_cfg["tag"], beside.NAME)
+sys.exit(args.status)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "scripts" / "train.py"
+    path.parent.mkdir()
+    path.write_text(SCRIPT)
+    (path.parent / "beside.py").write_text("NAME = 'neighbour'")
+    return path
+
+
+def test_run_a_script(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.argv, list(sys.path)
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(script), "test_resnet", "--model-kwargs", "init=ghn-orth", "num_classes=3", "--status", "3"])
+    assert stop.value.code == 3
+    assert (sys.argv, sys.path) == before
+    assert capsys.readouterr().out == f"__main__ {script} ghn_orth neighbour\n"
+
+
+def test_run_in_a_process(script: Path) -> None:
+    command = ("-m", "timm_ghn", "run", str(script), "test_resnet", "--model-kwargs", "init=orth")
+    done = python(*command, "--status", "7")
+    assert done.returncode == 7, done.stderr
+    assert done.stdout == f"__main__ {script} orth neighbour\n"
+
+
+def test_run_a_module(script: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(script.parent)
+    (script.parent / "tool.py").write_text("import sys\nfrom timm.models import create_model\nprint(sys.argv[1:], __name__)")
+    assert main(["run", "-m", "tool", "-m", "--help", "x"]) == 0
+    assert capsys.readouterr().out == "['-m', '--help', 'x'] __main__\n"
+
+
+def test_a_failing_script_fails_by_itself(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import timm\ntimm.create_model('test_resnet', init='nonsense')")
+    with pytest.raises(timm_ghn.errors.InitError, match="unknown initialization"):
+        main(["run", str(script)])
+
+
+def test_an_interrupted_script(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("raise KeyboardInterrupt")
+    assert main(["run", str(tmp_path / "script.py")]) == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/does/not/exist.py", "--flag"], "there is no script /does/not/exist.py"),
+        (["-m", "no_such_module"], "no module named no_such_module"),
+        (["-m", "no_such_package.module"], "no module named no_such_package.module"),
+        (["-m"], "needs the name of a module"),
+        ([], "needs a script"),
+    ],
+)
+def test_nothing_to_run(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in error_of(capsys, "run", *arguments)
