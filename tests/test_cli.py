@@ -112,12 +112,13 @@ torch.save(outputs, sys.argv[2])
 
 def test_plain_timm_loads_what_init_writes(tmp_path: Path) -> None:
     """Equal logits in a process that knows nothing of timm-ghn."""
-    cases: dict[str, tuple[list[str], dict[str, Any], list[int]]] = {
-        "resnet": (["test_resnet", "--num-classes", "7", "--in-chans", "1"], {"num_classes": 7, "in_chans": 1}, [2, 1, 64, 64]),
-        "vit": (["test_vit", "--img-size", "96", "--start-layer", "0.5"], {"img_size": 96}, [2, 3, 96, 96]),
-        "tag": (["resnet18.a1_in1k", "--method", "ghn", "--model-kwargs", "global_pool=max"], {"global_pool": "max"}, [2, 3, 64, 64]),
-        "half": (["test_convnext.ghn-orth", "--dtype", "bfloat16"], {"dtype": torch.bfloat16}, [2, 3, 64, 64]),
-    }  # fmt: skip
+    small = [2, 3, 64, 64]
+    cases: dict[str, tuple[str, dict[str, Any], list[int]]] = {
+        "resnet": ("test_resnet --num-classes 7 --in-chans 1", {"num_classes": 7, "in_chans": 1}, [2, 1, 64, 64]),
+        "vit": ("test_vit --img-size 96 --start-layer 0.5", {"img_size": 96}, [2, 3, 96, 96]),
+        "tag": ("resnet18.a1_in1k --method ghn --model-kwargs global_pool=max", {"global_pool": "max"}, small),
+        "half": ("test_convnext.ghn-orth --dtype bfloat16", {"dtype": torch.bfloat16}, small),
+    }
     inits = {
         "resnet": "ghn-orth",
         "vit": timm_ghn.Init(start_layer=0.5),
@@ -126,16 +127,17 @@ def test_plain_timm_loads_what_init_writes(tmp_path: Path) -> None:
     }
     shapes = {}
     for name, (arguments, _, shape) in cases.items():
-        assert main(["init", *arguments, "--out", str(tmp_path / name)]) == 0
+        assert main(["init", *arguments.split(), "--out", str(tmp_path / name)]) == 0
         shapes[str(tmp_path / name)] = shape
     done = python("-c", PLAIN_TIMM, json.dumps(shapes), str(tmp_path / "outputs.pt"))
     assert done.returncode == 0, done.stderr
     outputs = torch.load(tmp_path / "outputs.pt")
     for name, (arguments, kwargs, shape) in cases.items():
-        model = timm.create_model(arguments[0].partition(".")[0], init=inits[name], **kwargs).float().eval()
+        architecture = arguments.split()[0].partition(".")[0]
+        model = timm.create_model(architecture, init=inits[name], **kwargs).float().eval()
         with torch.no_grad():
             expected = model(torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape))
-        torch.testing.assert_close(outputs[str(tmp_path / name)], expected, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(outputs[str(tmp_path / name)], expected, msg=lambda text, at=name: f"{at}: {text}")
 
 
 def test_init_prints_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,7 +360,7 @@ def test_run_in_a_process(script: Path) -> None:
 
 def test_run_a_module(script: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(script.parent)
-    (script.parent / "tool.py").write_text("import sys\nfrom timm.models import create_model\nprint(sys.argv[1:], __name__)")
+    (script.parent / "tool.py").write_text("import sys\nprint(sys.argv[1:], __name__)")
     assert main(["run", "-m", "tool", "-m", "--help", "x"]) == 0
     assert capsys.readouterr().out == "['-m', '--help', 'x'] __main__\n"
 

@@ -182,3 +182,14 @@ def test_models_that_timm_cannot_build_again(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="meta device"):
         save(skeleton, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_coat_whose_encoders_share_weights(tmp_path: Path) -> None:
+    """The one family of timm with tied parameters."""
+    model = timm.create_model("coat_tiny", init="orth")
+    names = dict(model.named_parameters(remove_duplicate=False))
+    assert len(names) > len(list(model.parameters()))
+    save(model, tmp_path)
+    loaded = load(tmp_path)
+    assert_same_state(loaded, model)
+    assert len(list(loaded.parameters())) == len(list(model.parameters()))

@@ -53,7 +53,8 @@ def test_the_graph_is_what_ppuda_builds(ppuda_graphs: Any) -> None:
     assert sorted(ours.node_feat.flatten().tolist()) == sorted(theirs.node_feat.flatten().tolist())
     assert len(ours.edges) == len(theirs.edges)
     assert ours.edges[:, 2].sum() == theirs.edges[:, 2].sum()
-    assert {row[1:] for row in ours.node_info[0]} == {(*row[1:3], _shape(row[3]), *row[4:]) for row in theirs.node_info[0]}
+    expected = {(*row[1:3], _shape(row[3]), *row[4:]) for row in theirs.node_info[0]}
+    assert {row[1:] for row in ours.node_info[0]} == expected
     assert ours._Adj.max() <= graph.max_distance
     batch = ppuda_graphs.GraphBatch([ours])
     batch.to_device("cpu")
@@ -70,12 +71,11 @@ def test_its_ghn_predicts_the_same_from_both_graphs(name: str, ppuda_graphs: Any
     model = torchvision.models.get_model(name)
     graph = to_graph(model, reading=Reading.PPUDA).to_ppuda()
     theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
-    with torch.no_grad():
-        ppuda_ghn(theirs)
-        ppuda_ghn(ours, graphs=ppuda_graphs.GraphBatch([graph]).to_device("cpu"))
+    ppuda_ghn(theirs)
+    ppuda_ghn(ours, graphs=ppuda_graphs.GraphBatch([graph]).to_device("cpu"))
     expected = dict(theirs.named_parameters())
     for key, found in ours.named_parameters():
-        torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-6, msg=lambda text, at=key: f"{at}: {text}")
 
 
 @pytest.mark.ppuda

@@ -467,7 +467,7 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except (TimmGhnError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 - constructors of models raise anything
+    except Exception as error:  # constructors of models raise anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CommandError(f"{name} cannot be created: {reason[0]} (-vv shows where)") from error
 

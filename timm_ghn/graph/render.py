@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
+from typing import Any
 from xml.sax.saxutils import escape
 
 from timm_ghn.errors import GraphError, MissingDependencyError
@@ -490,7 +491,7 @@ def _kernel_label(node: Node) -> str:
     if node.shape is None or len(node.shape) < 4:
         return "1" if node.shape else ""
     height, width = node.shape[-2:]
-    return str(height) if height == width else f"{height}×{width}"
+    return str(height) if height == width else f"{height}\N{MULTIPLICATION SIGN}{width}"
 
 
 # Corners of the unit shapes; y points down.
@@ -606,7 +607,12 @@ def _to_png(scene: Scene) -> bytes:
         ) from error
     import io
 
-    codes = {"M": [Path.MOVETO], "L": [Path.LINETO], "Q": [Path.CURVE3] * 2, "C": [Path.CURVE4] * 3}
+    codes: dict[str, list[Any]] = {
+        "M": [Path.MOVETO],
+        "L": [Path.LINETO],
+        "Q": [Path.CURVE3] * 2,
+        "C": [Path.CURVE4] * 3,
+    }
     figure = Figure(figsize=(scene.width / 72, scene.height / 72), dpi=72 * _PNG_SCALE, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, scene.width), ylim=(scene.height, 0))
     axes.axis("off")
@@ -627,14 +633,14 @@ def _to_png(scene: Scene) -> bytes:
         style = {"facecolor": item.fill, "edgecolor": item.stroke, "linewidth": item.width, "zorder": order}
         axes.add_patch(PathPatch(Path(vertices, kinds), **style))
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call, unused-ignore]
     return buffer.getvalue()
 
 
-def _flattened(curve: Curve, codes: dict[str, list[int]], close: int) -> tuple[list[Point], list[int]]:
+def _flattened(curve: Curve, codes: dict[str, list[Any]], close: Any) -> tuple[list[Point], list[Any]]:
     """Vertices and matplotlib's codes of a curve."""
     vertices: list[Point] = []
-    kinds: list[int] = []
+    kinds: list[Any] = []
     for letter, points in curve.commands:
         vertices += points or (vertices[-1],)
         kinds += codes.get(letter, [close])

@@ -147,6 +147,7 @@ class SamplerConfig:
         max_outputs: Most elements in the outputs of convolutions and linear layers an image (small networks are bound
             by memory traffic).
         max_params: Most parameters.
+        max_layers: Most convolutions and linear layers.
     """
 
     families: Mapping[str, float] = field(default_factory=lambda: dict(FAMILY_WEIGHTS))
@@ -155,6 +156,7 @@ class SamplerConfig:
     max_macs: float = 10e6
     max_outputs: float = 3.5e5
     max_params: float = 2.5e6
+    max_layers: int = 100
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.families) - set(FAMILY_WEIGHTS))
@@ -182,6 +184,8 @@ def sample_architecture(rng: random.Random, config: SamplerConfig | None = None)
         with torch.device("meta"):
             model = build(spec, 100)
         if sum(parameter.numel() for parameter in model.parameters()) > config.max_params:
+            continue
+        if sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules()) > config.max_layers:
             continue
         macs, outputs = count_macs(model, spec.input_size)
         if config.min_macs <= macs <= config.max_macs and outputs <= config.max_outputs:

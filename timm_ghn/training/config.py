@@ -39,6 +39,8 @@ class TrainConfig:
         easy_from: Share of the run up to which these classifiers tell clusters apart, never classes.
         easy_until: Share of the run from which they do so with probability `easy_rest`; linear in between.
         easy_rest: See there.
+        pool_start: Architectures to begin with: the first of the pool.
+        pool_full: Share of the run from which the whole pool is used; the number grows exponentially up to there.
         share: How different the kernels of different nodes are to begin with, see `share_decoder`.
         norm_penalty: Weight of the penalty on predicted kernels that leave the scale of He's initialization.
         correlation_penalty: Weight of the penalty on correlated channels in predicted kernels.
@@ -79,6 +81,8 @@ class TrainConfig:
     easy_from: float = 0.1
     easy_until: float = 0.5
     easy_rest: float = 0.15
+    pool_start: int = 8
+    pool_full: float = 0.5
     share: float = 0.3
     norm_penalty: float = 0.0
     correlation_penalty: float = 0.0
@@ -139,6 +143,12 @@ class TrainConfig:
         """Probability that a batch is about clusters of images, at a share of the run."""
         return _ramp(progress, self.easy_from, self.easy_until, self.easy_rest)
 
+    def num_architectures(self, progress: float, available: int) -> int:
+        """How many of the pool's architectures are used at a share of the run."""
+        if progress >= self.pool_full or self.pool_start >= available:
+            return available
+        return int(self.pool_start * (available / self.pool_start) ** (progress / self.pool_full))
+
 
 def _ramp(progress: float, start: float, stop: float, rest: float) -> float:
     """1 until `start`, `rest` from `stop` on, linear in between."""
@@ -152,16 +162,18 @@ def _ramp(progress: float, start: float, stop: float, rest: float) -> float:
 PRESETS: dict[str, TrainConfig] = {
     "bundled": TrainConfig(
         lr=1e-3,
-        warmup=100,
-        easy_from=0.02,
-        easy_until=0.4,
-        easy_rest=0.2,
-        coarse_from=0.1,
-        coarse_until=0.6,
+        warmup=50,
+        easy_from=0.2,
+        easy_until=0.6,
+        easy_rest=0.3,
+        coarse_from=0.3,
+        coarse_until=0.8,
         coarse_rest=0.1,
         norm_penalty=0.1,
         correlation_penalty=0.3,
         share=0.5,
+        pool_size=722,
+        sampler=SamplerConfig(max_macs=5e6, max_outputs=1.6e5, max_layers=30),
     ),
     "smoke": replace(
         TrainConfig(), steps=20, warmup=5, pool_size=16, eval_pool_size=4, eval_every=10, save_every=10, log_every=5

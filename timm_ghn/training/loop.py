@@ -41,20 +41,15 @@ _LATEST = "latest.json"
 
 @dataclass
 class Meter:
-    """Running sums since the last line of the metrics file."""
+    """Running sums over the networks of one task since the last line of the metrics file."""
 
     loss: float = 0.0
     classes: int = 0
     groups: int = 0
     images: int = 0
     networks: int = 0
-    steps: int = 0
     ridge_loss: float = 0.0
     ridge_accuracy: float = 0.0
-    norm_penalty: float = 0.0
-    correlation_penalty: float = 0.0
-    gradient: float = 0.0
-    seconds: dict[str, float] = field(default_factory=lambda: {"ghn": 0.0, "networks": 0.0, "total": 0.0})
 
     def add(self, score: Score) -> None:
         """Count a network's batch."""
@@ -65,24 +60,44 @@ class Meter:
         self.networks += 1
 
     def summary(self) -> dict[str, float]:
-        """Means, rates and shares; empty if nothing was counted."""
-        if not self.networks or not self.steps:
+        """Means; empty if nothing was counted."""
+        if not self.networks:
             return {}
-        total = max(self.seconds["total"], 1e-9)
         return {
             "loss": self.loss / self.networks,
             "accuracy": self.classes / self.images,
             "group_accuracy": self.groups / self.images,
             "ridge_loss": self.ridge_loss / self.networks,
             "ridge_accuracy": self.ridge_accuracy / self.networks,
+        }
+
+
+@dataclass
+class Clock:
+    """Where the time of this process went, and sums over its steps, since the last line of the metrics file."""
+
+    steps: int = 0
+    networks: int = 0
+    images: int = 0
+    ghn_seconds: float = 0.0
+    network_seconds: float = 0.0
+    norm_penalty: float = 0.0
+    correlation_penalty: float = 0.0
+    gradient: float = 0.0
+
+    def summary(self) -> dict[str, float]:
+        """Means, rates and shares; empty if nothing was counted."""
+        if not self.steps:
+            return {}
+        total = max(self.ghn_seconds + self.network_seconds, 1e-9)
+        return {
             "norm_penalty": self.norm_penalty / self.steps,
             "correlation_penalty": self.correlation_penalty / self.steps,
             "gradient": self.gradient / self.steps,
             "steps_per_second": self.steps / total,
             "architectures_per_second": self.networks / total,
             "images_per_second": self.images / total,
-            "ghn_share": self.seconds["ghn"] / total,
-            "network_share": self.seconds["networks"] / total,
+            "ghn_share": self.ghn_seconds / total,
         }
 
 
@@ -325,13 +340,17 @@ class Trainer:
         self.plain_objective = Objective(classes, splits.train_classes, groups, 0.0, self.device)
         self.optimizer = torch.optim.AdamW(ghn.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.sampler = BatchSampler(splits.train)
-        self.easy_sampler = BatchSampler(cluster_images(splits.train, config.clusters, config.seed))
+        clusters = min(config.clusters, len(splits.train_classes))
+        self.easy_sampler = BatchSampler(cluster_images(splits.train, clusters, config.seed))
+        # The classes of the easy task borrow the first rows of the classifier.
+        easy = splits.train_classes[:clusters]
+        self.easy_objective = Objective(classes, easy, torch.zeros_like(groups), device=self.device)
         self.step = 0
         self.skipped = 0
         self.elapsed = 0.0
         self._skipped_in_a_row = 0
         self._started = time.monotonic()
-        self.meter = Meter()
+        self._reset_meters()
 
     # Schedules
 
@@ -366,7 +385,8 @@ class Trainer:
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(_step_seed(self.config.seed, self.step, self.rank))
         count = self.config.meta_batch // self.world
-        members = [self.pool[int(i)] for i in torch.randint(len(self.pool), (count,), generator=generator)]
+        available = self.config.num_architectures(progress, len(self.pool))
+        members = [self.pool[int(i)] for i in torch.randint(available, (count,), generator=generator)]
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(progress)
         self.ghn.train()
@@ -385,10 +405,11 @@ class Trainer:
             torch.autograd.backward(outputs, gradients)
         updated = self._update()
         finished = time.perf_counter()
-        self.meter.steps += 1
-        self.meter.seconds["networks"] += networks_done - networks_started
-        self.meter.seconds["ghn"] += finished - started - (networks_done - networks_started)
-        self.meter.seconds["total"] += finished - started
+        self.clock.steps += 1
+        self.clock.networks += count
+        self.clock.images += count * self.config.batch_size
+        self.clock.network_seconds += networks_done - networks_started
+        self.clock.ghn_seconds += finished - started - (networks_done - networks_started)
         return updated
 
     def _network_gradients(
@@ -410,11 +431,14 @@ class Trainer:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in predicted.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
             logits, features = call_with_features(model, leaves, images)
-        labels = self.splits.train.labels[index].to(self.device)
-        score = self.objective(logits, labels, config.coarse_weight(progress))
+        labels = sampler.data.labels[index].to(self.device)
+        if easy:
+            score = self.easy_objective(logits, self.easy_objective.active[labels])
+        else:
+            score = self.objective(logits, labels, config.coarse_weight(progress))
         loss = config.head_weight * score.loss
         if config.ridge_weight and bool(torch.isfinite(features).all()):
-            ridge, accuracy = ridge_loss(features, sampler.data.labels[index].to(self.device))
+            ridge, accuracy = ridge_loss(features, labels)
             loss = loss + config.ridge_weight * ridge
         if not bool(torch.isfinite(loss)):
             return {}
@@ -423,10 +447,11 @@ class Trainer:
         norm = torch.stack([grad.norm() for grad in found.values()]).norm()
         if not bool(torch.isfinite(norm)):
             return {}
-        self.meter.add(score)
+        meter = self.meters["easy" if easy else "classes"]
+        meter.add(score)
         if config.ridge_weight:
-            self.meter.ridge_loss += float(ridge.detach())
-            self.meter.ridge_accuracy += accuracy
+            meter.ridge_loss += float(ridge.detach())
+            meter.ridge_accuracy += accuracy
         scale = (config.network_clip / (norm + 1e-12)).clamp(max=1.0)
         found = {name: grad * scale for name, grad in found.items()}
         self._add_penalties(leaves, found)
@@ -438,8 +463,8 @@ class Trainer:
             return
         scale, cosine = kernel_penalties(leaves)
         count = self.config.meta_batch // self.world
-        self.meter.norm_penalty += float(scale.detach()) / count
-        self.meter.correlation_penalty += float(cosine.detach()) / count
+        self.clock.norm_penalty += float(scale.detach()) / count
+        self.clock.correlation_penalty += float(cosine.detach()) / count
         total = config.norm_penalty * scale + config.correlation_penalty * cosine
         if not total.requires_grad:
             return
@@ -472,7 +497,7 @@ class Trainer:
                 )
             return False
         self._skipped_in_a_row = 0
-        self.meter.gradient += float(norm)
+        self.clock.gradient += float(norm)
         self.optimizer.step()
         return True
 
@@ -504,8 +529,8 @@ class Trainer:
         return self._evaluate()
 
     def _log(self, bar: Any, progress: float) -> None:
-        summary = self.meter.summary()
-        self.meter = Meter()
+        meters, clock = self.meters, self.clock
+        self._reset_meters()
         if self.rank > 0:
             return
         row = {
@@ -514,12 +539,15 @@ class Trainer:
             "seconds": self.elapsed + time.monotonic() - self._started,
             "lr": self.optimizer.param_groups[0]["lr"],
             "coarse": self.config.coarse_weight(progress),
+            "architectures": self.config.num_architectures(progress, len(self.pool)),
             "skipped": self.skipped,
-            **summary,
+            **meters["classes"].summary(),
+            **{f"easy_{name}": value for name, value in meters["easy"].summary().items()},
+            **clock.summary(),
         }
         self._write_metrics(row)
-        if summary:
-            bar.set_postfix(loss=f"{summary['loss']:.3f}", acc=f"{summary['accuracy']:.3f}", skipped=self.skipped)
+        shown = {name: f"{row[name]:.3f}" for name in ("accuracy", "ridge_accuracy", "easy_accuracy") if name in row}
+        bar.set_postfix(**shown, skipped=self.skipped)
 
     def _evaluate(self) -> Evaluation:
         """Evaluate in the first process while the others wait."""
