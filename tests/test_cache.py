@@ -23,7 +23,7 @@ def settings(seeded_checkpoint: Path) -> timm_ghn.Init:
 
 
 def entries() -> list[Path]:
-    return sorted(WeightCache.default().root.glob("*.safetensors"))
+    return sorted(WeightCache.default().root.glob("weights/*.safetensors"))
 
 
 def create(settings: timm_ghn.Init) -> dict[str, torch.Tensor]:
@@ -97,6 +97,44 @@ def test_an_entry_of_something_else_is_not_served(settings: timm_ghn.Init, compu
     two.write_bytes(one.read_bytes())
     assert equal(first, create(settings))
     assert equal(other, create(timm_ghn.Init.of(settings, seed=1)))
+    assert len(computations) == 3
+
+
+def test_a_recipe_finds_the_entry_without_recording_the_graph(
+    settings: timm_ghn.Init, computations: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = create(settings)
+    report = timm_ghn.report_of(timm.create_model("test_vit", init=settings, drop_rate=0.1))
+    monkeypatch.setattr(initialize, "to_graph", lambda *args, **kwargs: pytest.fail("the graph was recorded"))
+    again = timm.create_model("test_vit", init=settings)
+    assert equal(first, again.state_dict())
+    found = timm_ghn.report_of(again)
+    assert found is not None
+    assert report is not None
+    assert (found.from_cache, report.from_cache) == (True, True)  # the other recipe led to the same entry
+    assert found.parameters == report.parameters
+    assert len(computations) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": 3}', '{"key": "../../x"}', '{"key": "00"}'])
+def test_a_damaged_recipe_is_ignored(settings: timm_ghn.Init, computations: list[int], content: str) -> None:
+    first = create(settings)
+    for path in (WeightCache.default().root / "recipes").glob("*.json"):
+        path.write_text(content)
+    assert equal(first, create(settings))
+    assert len(computations) == 1
+
+
+def test_arguments_that_are_not_plain_data_have_no_recipe(settings: timm_ghn.Init) -> None:
+    timm.create_model("test_vit", init=settings, norm_layer=torch.nn.LayerNorm)
+    assert not (WeightCache.default().root / "recipes").exists()
+    assert len(entries()) == 1
+
+
+def test_an_entry_is_much_smaller_than_the_model(settings: timm_ghn.Init) -> None:
+    model = timm.create_model("resnet50", init=settings)
+    (path,) = entries()
+    assert path.stat().st_size < 0.8 * sum(4 * p.numel() for p in model.parameters())
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(
@@ -126,7 +164,7 @@ def test_a_full_disk_leaves_nothing_behind(
     with caplog.at_level(logging.WARNING):
         create(settings)
     assert "No space left" in caplog.text
-    assert [p for p in WeightCache.default().root.iterdir() if p.suffix != ".lock"] == []
+    assert [p for p in (WeightCache.default().root / "weights").iterdir() if p.suffix != ".lock"] == []
 
 
 def _work(settings: timm_ghn.Init, barrier: object, results: object) -> None:

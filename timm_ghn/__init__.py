@@ -11,7 +11,7 @@ Method: Knyazev 2022, "Pretraining a Neural Network before Knowing Its Architect
 from timm_ghn._version import __version__
 from timm_ghn.ghn import list_ghns, load_ghn
 from timm_ghn.graph import Graph, to_graph
-from timm_ghn.hook import install, uninstall
+from timm_ghn.hook import install, report_of, uninstall
 from timm_ghn.initialize import init_model, provenance
 from timm_ghn.methods import METHODS, Init
 from timm_ghn.postprocess import orthogonalize_
@@ -29,6 +29,7 @@ __all__ = [
     "load_ghn",
     "orthogonalize_",
     "provenance",
+    "report_of",
     "to_graph",
     "uninstall",
 ]

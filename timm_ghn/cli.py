@@ -175,37 +175,14 @@ def _create_initialized(
     import torch
 
     from timm_ghn.deferred import seeded
-    from timm_ghn.hook import install
+    from timm_ghn.hook import install, report_of
 
     _check_name(name)
     install()
     types = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-    with _explained(name), _reports() as reports, seeded(init.seed):
+    with _explained(name), seeded(init.seed):
         model = timm.create_model(name, init=init, **types, **kwargs)
-    return model, reports[-1] if reports else None
-
-
-@contextmanager
-def _reports() -> Iterator[list[Report]]:
-    """Collects the reports of models that are created meanwhile: the hook logs each."""
-    from timm_ghn import hook
-    from timm_ghn.report import Report
-
-    found: list[Report] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.extend(item for item in record.args or () if isinstance(item, Report))
-
-    logger, collector = logging.getLogger(hook.__name__), Collector(logging.INFO)
-    level = logger.level
-    logger.addHandler(collector)
-    logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
-    try:
-        yield found
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(collector)
+    return model, report_of(model)
 
 
 # --- graph ----------------------------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import timm
 import torch
@@ -21,6 +23,7 @@ from timm_ghn.deferred import DeferredRandom, seeded
 from timm_ghn.errors import InitError
 from timm_ghn.initialize import initialize_
 from timm_ghn.methods import METHODS, Init, Source
+from timm_ghn.report import Report
 
 _logger = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ _DEPRECATED_MODULE = "timm.models.factory"
 """Warns when it is imported, so it is patched only if somebody else has."""
 
 _original: dict[str, Callable[..., nn.Module]] = {}
+_reports: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()
 
 
 def install() -> None:
@@ -42,7 +46,7 @@ def install() -> None:
         module = importlib.import_module(name)
         if getattr(module, "create_model", None) is original:
             _original[name] = original
-            module.create_model = wrapper  # type: ignore[attr-defined]
+            setattr(module, "create_model", wrapper)  # noqa: B010 - a module attribute of another package
 
 
 def uninstall() -> None:
@@ -55,6 +59,11 @@ def uninstall() -> None:
 def is_installed() -> bool:
     """Whether `timm.create_model` knows `init=`."""
     return getattr(timm.create_model, "__timm_ghn__", False)
+
+
+def report_of(model: nn.Module) -> Report | None:
+    """What every parameter got when `timm.create_model(..., init=...)` made this model; None for other models."""
+    return _reports.get(model)
 
 
 def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -79,7 +88,8 @@ def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if kwargs.get("checkpoint_path") or (len(args) > 1 and args[1]):
             raise InitError(f"init={settings.method!r} and checkpoint_path ask for different weights; leave one out")
         build = functools.partial(original, name, False, config, *args, **kwargs)
-        return _initialized(build, settings, kwargs)
+        arguments = [name, config, list(args), kwargs]
+        return _initialized(build, settings, kwargs, _recipe(arguments))
 
     create_model.__timm_ghn__ = True  # type: ignore[attr-defined]
     return create_model
@@ -111,7 +121,30 @@ def _settings(init: str | Mapping[str, Any] | Init | None, tag: str | None) -> I
     return settings
 
 
-def _initialized(build: Callable[[], nn.Module], settings: Init, kwargs: Mapping[str, Any]) -> nn.Module:
+def _recipe(arguments: list[Any]) -> dict[str, Any] | None:
+    """What determines a model that timm builds; None where that is not plain data, or lies outside of timm."""
+    if ":" in arguments[0]:
+        return None
+    try:
+        return {"create_model": json.loads(json.dumps(arguments, default=_plain))}
+    except TypeError:
+        return None
+
+
+def _plain(value: object) -> str:
+    """JSON form of types and devices.
+
+    Raises:
+        TypeError: If the value is of another type.
+    """
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not plain data")
+
+
+def _initialized(
+    build: Callable[[], nn.Module], settings: Init, kwargs: Mapping[str, Any], recipe: Mapping[str, Any] | None
+) -> nn.Module:
     """Build a model without the cost of random weights, and initialize it."""
     if settings.spec.source is Source.TIMM:
         return build()
@@ -123,7 +156,8 @@ def _initialized(build: Callable[[], nn.Module], settings: Init, kwargs: Mapping
     deferred = DeferredRandom(settings.seed)
     with seeded(settings.seed), deferred:
         model = build()
-    report = initialize_(model, settings, input_size=_input_size(model, kwargs), deferred=deferred)
+    report = initialize_(model, settings, input_size=_input_size(model, kwargs), deferred=deferred, recipe=recipe)
+    _reports[model] = report
     _logger.info("%s", report)
     return model
 

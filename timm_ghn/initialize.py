@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +17,7 @@ from timm_ghn._version import __version__
 from timm_ghn.cache import WeightCache, cache_key
 from timm_ghn.deferred import DeferredRandom, derived_seed
 from timm_ghn.errors import InitError
-from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
-from timm_ghn.ghn.layout import token_rows
+from timm_ghn.ghn import GHN, Prediction, content_hash, default_ghn, load_ghn
 from timm_ghn.graph import Graph, Layout, Role, Target, to_graph
 from timm_ghn.methods import Init, Source
 from timm_ghn.postprocess import (
@@ -25,6 +25,7 @@ from timm_ghn.postprocess import (
     WeightLayer,
     postprocess_many,
     resolve_start_layer,
+    selected_layers,
     single_threaded,
     weight_layers,
 )
@@ -105,15 +106,29 @@ class _Plan:
 
     @property
     def postprocess(self) -> PostProcess:
-        """Settings of the post-processing; weights that were not predicted get no noise."""
-        noise = self.init.noise if self.init.spec.source is Source.GHN else 0.0
-        return PostProcess(noise=noise, seed=self.init.seed, correlation=self.init.correlation)
+        """Settings of the post-processing."""
+        return _postprocess_settings(self.init)
 
     @property
     def generated(self) -> tuple[str, ...]:
         """Parameters whose values depend on the plan alone, not on what they were before."""
         drawn = self.processed if self.init.spec.source is Source.GAUSSIAN else {}
         return tuple(name for name in self.parameters if name in self.targets or name in drawn)
+
+    @property
+    def overwritten(self) -> tuple[str, ...]:
+        """Generated parameters of which nothing is kept, not even the prefix rows of a table of tokens."""
+        return tuple(
+            name
+            for name in self.generated
+            if name not in self.targets or self.targets[name].layout is not Layout.TOKENS
+        )
+
+
+def _postprocess_settings(init: Init) -> PostProcess:
+    """Settings of the post-processing; random weights get no noise."""
+    noise = init.noise if init.spec.source is Source.GHN else 0.0
+    return PostProcess(noise=noise, seed=init.seed, correlation=init.correlation)
 
 
 def initialize_(
@@ -123,59 +138,65 @@ def initialize_(
     input_size: Sequence[int] | None = None,
     example_input: Any = None,
     deferred: DeferredRandom | None = None,
+    recipe: Mapping[str, Any] | None = None,
 ) -> Report:
     """Initialize a model in place; see `init_model` for the arguments and errors.
 
     Args:
         deferred: What was put off while the model was built. Parameters that are not predicted get it here.
+        recipe: What determines the model's code and graph, JSON-compatible, if that is known.
     """
     start = time.perf_counter()
-    plan = _make_plan(model, init, input_size, example_input)
-    slots = _slots(plan)
-    facts = _provenance(plan)
-    if deferred is not None:
-        deferred.drop(plan.parameters[name] for name in plan.generated if slots[name] is plan.parameters[name].data)
-        for name, parameter in plan.parameters.items():
-            deferred.replay(parameter, name)
-    from_cache = _fill(plan, slots, facts)
-    _postprocess_kept(plan)
-    _record(model, facts)
-    return Report(
-        model=_model_name(model),
-        provenance=facts,
-        parameters=_parameter_reports(plan),
-        num_layers=len(plan.layers),
-        start_layer=plan.start_layer,
-        from_cache=from_cache,
-        seconds=time.perf_counter() - start,
-    )
+    parameters = dict(model.named_parameters())
+    _check_memory(parameters)
+    ghn = None
+    if init.spec.source is Source.GHN:
+        ghn = load_ghn(init.ghn) if init.ghn is not None else default_ghn()
+    cache = WeightCache.default() if init.cache and init.spec.source is not Source.TIMM else None
+    known = cache_key(_recipe_inputs(recipe, init, ghn, parameters)) if cache and recipe is not None else None
+    facts = _restore(cache, cache.find(known), parameters, deferred) if cache and known else None
+    from_cache = facts is not None
+    if facts is None:
+        plan = _make_plan(model, init, ghn, parameters, input_size, example_input)
+        facts, from_cache = _fill(plan, cache, deferred, known)
+    _postprocess_rest(model, init, facts)
+    if ghn is not None and ghn.info is not None:
+        facts["provenance"]["ghn"] = ghn.info.name
+    _record(model, facts["provenance"])
+    return _report(model, facts, from_cache, time.perf_counter() - start)
 
 
 # --- planning -------------------------------------------------------------------------------------------------------
 
 
-def _make_plan(model: nn.Module, init: Init, input_size: Sequence[int] | None, example_input: Any) -> _Plan:
-    """Decide what every parameter gets. Nothing is changed here."""
-    parameters = dict(model.named_parameters())
+def _check_memory(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises InitError for a parameter without memory."""
     on_meta = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
     if on_meta is not None:
         raise InitError(f"{on_meta} is on the meta device and has no memory; call model.to_empty(device=...) first")
+
+
+def _make_plan(
+    model: nn.Module,
+    init: Init,
+    ghn: GHN | None,
+    parameters: Mapping[str, nn.Parameter],
+    input_size: Sequence[int] | None,
+    example_input: Any,
+) -> _Plan:
+    """Decide what every parameter gets. Nothing is changed here."""
     layers = weight_layers(model)
     method = init.spec
     start_layer = None
     processed: dict[str, WeightLayer] = {}
     if method.orthogonal:
-        wanted = init.start_layer if init.start_layer is not None else method.start_layer
-        start_layer = resolve_start_layer(layers, wanted)
-        processed = {
-            layer.parameter: layer for layer in layers if layer.number >= start_layer and not layer.is_classifier
-        }
-    graph = ghn = None
+        start_layer = resolve_start_layer(layers, init.start_layer, method.start_layer)
+        processed = {layer.parameter: layer for layer in selected_layers(layers, start_layer)}
+    graph = None
     targets: dict[str, Target] = {}
     reasons: dict[str, str] = {}
-    if method.source is Source.GHN:
+    if ghn is not None:
         graph = to_graph(model, input_size=input_size, example_input=example_input, reading=init.reading)
-        ghn = load_ghn(init.ghn) if init.ghn is not None else default_ghn()
         targets, reasons = _choose_targets(graph, ghn)
     return _Plan(init, ghn, graph, parameters, layers, start_layer, targets, reasons, processed)
 
@@ -191,17 +212,6 @@ def _choose_targets(graph: Graph, ghn: GHN) -> tuple[dict[str, Target], dict[str
         else:
             chosen[target.name] = target
     return chosen, reasons
-
-
-def _slots(plan: _Plan) -> dict[str, Tensor]:
-    """The memory that is written for each generated parameter: all of it, or all but the prefix of a token table."""
-    slots = {name: plan.parameters[name].data for name in plan.generated}
-    for node in plan.graph.nodes if plan.graph else ():
-        for target in node.targets:
-            if target.layout is Layout.TOKENS and target.name in slots and node.shape is not None:
-                rows = token_rows(slots[target.name], node.shape)
-                slots[target.name] = rows if rows.shape != slots[target.name].shape else slots[target.name]
-    return slots
 
 
 def _provenance(plan: _Plan) -> dict[str, Any]:
@@ -224,50 +234,106 @@ def _provenance(plan: _Plan) -> dict[str, Any]:
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-def _fill(plan: _Plan, slots: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bool:
+def _restore(
+    cache: WeightCache, key: str | None, parameters: Mapping[str, nn.Parameter], deferred: DeferredRandom | None
+) -> dict[str, Any] | None:
+    """Write the weights of a cache entry.
+
+    Returns:
+        What is stored beside them; None if there is no such entry or it is damaged.
+    """
+    entry = cache.open(key) if key else None
+    if entry is None or not entry.names <= parameters.keys():
+        return None
+    _replay(deferred, parameters, entry.names - _partial(entry.tiles))
+    return dict(entry.facts) if entry.copy_to({name: parameters[name].data for name in entry.names}) else None
+
+
+def _partial(tiles: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Weights of which a part may stay: the prefix rows of a table of tokens."""
+    return {name for name, tile in tiles.items() if tile["layout"] == Layout.TOKENS.value}
+
+
+def _replay(deferred: DeferredRandom | None, parameters: Mapping[str, nn.Parameter], written: Collection[str]) -> None:
+    """Give every parameter the initialization that was put off, except those that are written anyway."""
+    if deferred is None:
+        return
+    deferred.drop(parameters[name] for name in written)
+    for name, parameter in parameters.items():
+        deferred.replay(parameter, name)
+
+
+def _fill(
+    plan: _Plan, cache: WeightCache | None, deferred: DeferredRandom | None, recipe: str | None
+) -> tuple[dict[str, Any], bool]:
     """Write all generated weights, from the cache or computed.
 
     Returns:
-        Whether they came from the cache.
+        What is stored beside them, and whether they came from the cache.
     """
-    if not slots:
-        return False
-    if not plan.init.cache:
-        _compute(plan, slots)
-        return False
-    cache = WeightCache.default()
-    key = cache_key(_cache_inputs(plan, slots, facts))
-    if cache.load(key, slots):
-        return True
+    facts = _facts(plan)
+    if cache is None or not plan.generated:
+        _replay(deferred, plan.parameters, plan.overwritten)
+        _compute(plan)
+        return facts, False
+    key = cache_key(_cache_inputs(plan, facts))
     with cache.locked(key):
-        if cache.load(key, slots):
-            return True
-        _compute(plan, slots)
-        cache.write(key, slots, facts)
-    return False
+        found = _restore(cache, key, plan.parameters, deferred)
+        if found is None:
+            _replay(deferred, plan.parameters, plan.overwritten)
+            blocks = _compute(plan)
+            tensors = {name: plan.parameters[name].data for name in plan.generated if name not in blocks}
+            cache.write(key, tensors, blocks, facts)
+        if recipe is not None:
+            cache.remember(recipe, key)
+    return (facts, False) if found is None else (found, True)
 
 
-def _cache_inputs(plan: _Plan, slots: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Any]:
+def _cache_inputs(plan: _Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What determines the generated weights, and the facts that are stored with them."""
     return {
-        **{name: value for name, value in facts.items() if name != "ghn"},
+        "provenance": {name: value for name, value in facts["provenance"].items() if name != "ghn"},
         "graph": plan.graph.digest if plan.graph else None,
-        "slots": {name: [list(slot.shape), str(slot.dtype)] for name, slot in slots.items()},
-        "processed": {name: layer.number for name, layer in plan.processed.items() if name in slots},
+        "parameters": _signature(plan.parameters),
+        "processed": {name: layer.number for name, layer in plan.processed.items()},
     }
 
 
+def _recipe_inputs(
+    recipe: Mapping[str, Any] | None, init: Init, ghn: GHN | None, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Any]:
+    settings = {name: value for name, value in init.to_dict().items() if name not in ("ghn", "cache")}
+    return {
+        "recipe": recipe,
+        "init": settings,
+        "ghn": None if ghn is None else content_hash(ghn),
+        "parameters": _signature(parameters),
+        "versions": [__version__, timm.__version__, torch.__version__],
+    }
+
+
+def _signature(parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    return {name: [list(parameter.shape), str(parameter.dtype)] for name, parameter in parameters.items()}
+
+
 @torch.no_grad()
-def _compute(plan: _Plan, slots: Mapping[str, Tensor]) -> None:
-    """Predict or draw the generated weights and post-process those from layer L on."""
-    source = _predicted(plan, slots) if plan.ghn is not None else _drawn(plan, slots)
+def _compute(plan: _Plan) -> dict[str, Prediction]:
+    """Predict or draw the generated weights and post-process those from layer L on.
+
+    Returns:
+        The blocks of those that were predicted and not post-processed.
+    """
+    blocks: dict[str, Prediction] = {}
+    source = _predicted(plan, blocks) if plan.ghn is not None else _drawn(plan)
     workers = torch.get_num_threads()
     # The thousands of small products of a GNN are slower on several threads, and sums depend on their number.
     with single_threaded(), torch.autocast("cpu", enabled=False):
         for layer, weight in postprocess_many(source, plan.postprocess, workers):
-            slots[layer.parameter].copy_(weight)
+            plan.parameters[layer.parameter].data.copy_(weight)
+    return blocks
 
 
-def _predicted(plan: _Plan, slots: Mapping[str, Tensor]) -> Iterator[tuple[WeightLayer, Tensor]]:
+def _predicted(plan: _Plan, blocks: dict[str, Prediction]) -> Iterator[tuple[WeightLayer, Tensor]]:
     """Write what needs no post-processing, and hand out the rest in float32 (the noise is lost in 16 bits)."""
     if plan.ghn is None or plan.graph is None:
         return
@@ -279,41 +345,66 @@ def _predicted(plan: _Plan, slots: Mapping[str, Tensor]) -> Iterator[tuple[Weigh
             raise InitError(f"the GHN predicts values for {name} that are not finite; it was not trained well enough")
         layer = plan.processed.get(name)
         if layer is None:
+            blocks[name] = prediction
             prediction.write_(plan.parameters[name].data)
         else:
-            yield layer, prediction.materialize(torch.promote_types(torch.float32, slots[name].dtype))
+            yield layer, prediction.materialize(torch.promote_types(torch.float32, plan.parameters[name].dtype))
 
 
-def _drawn(plan: _Plan, slots: Mapping[str, Tensor]) -> Iterator[tuple[WeightLayer, Tensor]]:
+def _drawn(plan: _Plan) -> Iterator[tuple[WeightLayer, Tensor]]:
     """Standard normal weights that depend on seed, layer and shape alone."""
     for name, layer in plan.processed.items():
-        slot = slots[name]
-        seed = derived_seed("orth", plan.init.seed, layer.number, tuple(slot.shape))
-        yield layer, torch.randn(slot.shape, generator=torch.Generator().manual_seed(seed))
+        shape = plan.parameters[name].shape
+        seed = derived_seed("orth", plan.init.seed, layer.number, tuple(shape))
+        yield layer, torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
-def _postprocess_kept(plan: _Plan) -> None:
+def _postprocess_rest(model: nn.Module, init: Init, facts: Mapping[str, Any]) -> None:
     """Post-process layers that were not predicted, as the paper does with every layer from L on."""
-    rest = [(layer, plan.parameters[name].data) for name, layer in plan.processed.items() if name not in plan.generated]
-    for layer, weight in postprocess_many(iter(rest), plan.postprocess):
-        plan.parameters[layer.parameter].data.copy_(weight)
+    names = {name for name, _, status, _ in facts["parameters"] if status == Status.ORTHOGONALIZED.value}
+    if not names or init.spec.source is not Source.GHN:
+        return
+    rest = [(layer, model.get_parameter(layer.parameter)) for layer in weight_layers(model) if layer.parameter in names]
+    for layer, weight in postprocess_many(rest, _postprocess_settings(init)):
+        model.get_parameter(layer.parameter).copy_(weight)
 
 
 # --- reporting ------------------------------------------------------------------------------------------------------
 
 
-def _parameter_reports(plan: _Plan) -> tuple[ParameterReport, ...]:
-    def report(name: str, parameter: Tensor) -> ParameterReport:
-        shape = tuple(parameter.shape)
-        if name in plan.targets:
-            status = Status.PREDICTED_ORTHOGONALIZED if name in plan.processed else Status.PREDICTED
-            return ParameterReport(name, shape, status)
-        if name in plan.processed:
-            return ParameterReport(name, shape, Status.ORTHOGONALIZED, plan.reasons.get(name, ""))
-        return ParameterReport(name, shape, Status.KEPT, plan.reasons.get(name, _kept_reason(plan)))
+def _facts(plan: _Plan) -> dict[str, Any]:
+    """What is told of an initialization, JSON-compatible: its provenance, and a row for every parameter."""
+    return {
+        "provenance": _provenance(plan),
+        "parameters": [[name, list(p.shape), *_status(plan, name)] for name, p in plan.parameters.items()],
+    }
 
-    return tuple(report(name, parameter) for name, parameter in plan.parameters.items())
+
+def _status(plan: _Plan, name: str) -> tuple[str, str]:
+    """What a parameter gets, and why if that is not the prediction."""
+    processed = name in plan.processed
+    if name in plan.targets:
+        return (Status.PREDICTED_ORTHOGONALIZED if processed else Status.PREDICTED).value, ""
+    status = Status.ORTHOGONALIZED if processed else Status.KEPT
+    return status.value, plan.reasons.get(name, "" if processed else _kept_reason(plan))
+
+
+def _report(model: nn.Module, facts: Mapping[str, Any], from_cache: bool, seconds: float) -> Report:
+    rows = tuple(
+        ParameterReport(name, tuple(shape), Status(status), reason)
+        for name, shape, status, reason in facts["parameters"]
+    )
+    provenance = facts["provenance"]
+    return Report(
+        model=_model_name(model),
+        provenance=provenance,
+        parameters=rows,
+        num_layers=provenance["num_layers"],
+        start_layer=provenance["start_layer"],
+        from_cache=from_cache,
+        seconds=seconds,
+    )
 
 
 def _kept_reason(plan: _Plan) -> str:

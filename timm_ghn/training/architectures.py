@@ -11,18 +11,14 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from timm.layers import (
-    BatchNormAct2d,
-    ClassifierHead,
-    ConvNormAct,
-    LayerNorm,
-    LayerNorm2d,
-    NormMlpClassifierHead,
-    SqueezeExcite,
-)
+from timm.layers.classifier import ClassifierHead, NormMlpClassifierHead
+from timm.layers.conv_bn_act import ConvNormAct
+from timm.layers.norm import LayerNorm, LayerNorm2d
+from timm.layers.norm_act import BatchNormAct2d
+from timm.layers.squeeze_excite import SqueezeExcite
 from timm.models import regnet, resnet
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
 from timm.models.convnext import ConvNeXtBlock
@@ -166,6 +162,10 @@ class SamplerConfig:
             raise TrainingError("no family of architectures has a positive weight")
 
 
+_MAX_DRAWS = 500
+"""Draws after which a sampler gives up."""
+
+
 def sample_architecture(rng: random.Random, config: SamplerConfig | None = None) -> ArchitectureSpec:
     """Draw an architecture whose cost is within the configuration's bounds.
 
@@ -179,7 +179,7 @@ def sample_architecture(rng: random.Random, config: SamplerConfig | None = None)
     config = config or SamplerConfig()
     names = [name for name, weight in config.families.items() if weight > 0]
     family = rng.choices(names, [config.families[name] for name in names])[0]
-    for _ in range(500):
+    for _ in range(_MAX_DRAWS):
         spec = _draw(rng, family, config.input_size)
         with torch.device("meta"):
             model = build(spec, 100)
@@ -317,8 +317,8 @@ class TokenStage(nn.Module):
         x = x.flatten(2).transpose(1, 2)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        x = self.blocks(x)
-        return x.transpose(1, 2).unflatten(2, (height, width))
+        out: Tensor = self.blocks(x).transpose(1, 2)
+        return out.reshape(*out.shape[:2], height, width)
 
 
 class SampledNet(nn.Module):
@@ -333,11 +333,13 @@ class SampledNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map."""
-        return self.norm(self.stages(self.stem(x)))
+        out: Tensor = self.norm(self.stages(self.stem(x)))
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
-        return self.head(self.forward_features(x))
+        out: Tensor = self.head(self.forward_features(x))
+        return out
 
 
 def build(spec: ArchitectureSpec, num_classes: int) -> nn.Module:
@@ -373,11 +375,11 @@ def build(spec: ArchitectureSpec, num_classes: int) -> nn.Module:
     return model
 
 
-def _norm_layer(name: str) -> Callable[..., nn.Module]:
+def _norm_layer(name: str) -> type[nn.Module]:
     if name == "bn":
         return nn.BatchNorm2d
     if name == "ln":
-        return LayerNorm2d
+        return cast("type[nn.Module]", LayerNorm2d)
     raise TrainingError(f"unknown norm '{name}'")
 
 
@@ -608,12 +610,10 @@ def count_macs(model: nn.Module, input_size: int) -> tuple[int, int]:
     """Multiply-adds of a meta model's convolutions and linear layers, and elements of their outputs, for one image."""
     macs = outputs = 0
 
-    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def add(module: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal macs, outputs
-        weight = module.weight
-        assert isinstance(weight, Tensor)
         channels = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
-        macs += output.numel() // channels * weight.numel()
+        macs += output.numel() // channels * module.weight.numel()
         outputs += output.numel()
 
     handles = [

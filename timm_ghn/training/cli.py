@@ -156,9 +156,7 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
         before = TrainConfig.from_dict(json.loads(latest.read_text())["config"])
     except (ValueError, KeyError) as error:
         raise TrainingError(f"{latest} is damaged: {error}") from error
-    changed = [
-        entry.name for entry in fields(config) if getattr(before, entry.name) != getattr(config, entry.name)
-    ]
+    changed = [entry.name for entry in fields(config) if getattr(before, entry.name) != getattr(config, entry.name)]
     if changed:
         logging.getLogger(__name__).warning("resuming with other settings than before: %s", ", ".join(changed))
 

@@ -9,6 +9,22 @@ from typing import Any
 from timm_ghn.errors import TrainingError
 from timm_ghn.training.architectures import SamplerConfig
 
+_COUNTS = (
+    "steps",
+    "meta_batch",
+    "groups",
+    "clusters",
+    "pool_size",
+    "pool_start",
+    "eval_pool_size",
+    "eval_every",
+    "eval_images",
+    "save_every",
+    "log_every",
+    "max_skipped",
+)
+"""Settings that must be positive."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -90,7 +106,7 @@ class TrainConfig:
     held_out_classes: int = 50
     validation: float = 0.04
     pool_size: int = 1500
-    eval_pool_size: int = 24
+    eval_pool_size: int = 18
     eval_every: int = 500
     eval_images: int = 240
     save_every: int = 250
@@ -102,10 +118,7 @@ class TrainConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "meta_batch", "batch_size", "groups", "clusters", "pool_size", "eval_pool_size", "eval_every"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("save_every", "log_every", "eval_images", "max_skipped"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.batch_size < 2:

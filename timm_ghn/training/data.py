@@ -51,7 +51,8 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.shape[1] != 3 or self.images.dtype != torch.uint8:
-            raise TrainingError(f"images must be uint8 (N, 3, S, S), got {self.images.dtype} {tuple(self.images.shape)}")
+            found = f"{self.images.dtype} {tuple(self.images.shape)}"
+            raise TrainingError(f"images must be uint8 (N, 3, S, S), not {found}")
         if len(self.labels) != len(self.images):
             raise TrainingError(f"{len(self.images)} images have {len(self.labels)} labels")
         if len(self.images) == 0:
@@ -96,7 +97,7 @@ class Splits:
     @property
     def train_classes(self) -> tuple[int, ...]:
         """Indices of the classes that the GHN is trained on."""
-        return tuple(int(label) for label in self.train.labels.unique())
+        return tuple(int(label) for label in torch.unique(self.train.labels))
 
 
 def load_images(paths: Sequence[str | Path], size: int = 32, *, progress: bool = True) -> ImageSet:
@@ -137,22 +138,22 @@ def load_shards(paths: Sequence[Path], size: int = 32, *, progress: bool = True)
     """
     parts = [_read_shard(path) for path in paths]
     classes = parts[0][3]
-    for path, part in zip(paths, parts):
+    for path, part in zip(paths, parts, strict=True):
         if part[3] != classes:
             raise TrainingError(f"{path} has other classes than {paths[0]}")
     total = sum(len(part[2]) for part in parts)
     images = torch.empty(total, 3, size, size, dtype=torch.uint8)
     position = 0
     with tqdm(total=total, desc="decoding", unit="image", disable=not progress, leave=False) as bar:
-        for path, (jpeg, offsets, labels, _) in zip(paths, parts):
+        for path, (jpeg, offsets, labels, _) in zip(paths, parts, strict=True):
             for index in range(len(labels)):
                 data = jpeg[offsets[index] : offsets[index + 1]].tobytes()
                 images[position] = _decode(io.BytesIO(data), size, f"image {index} of {path}")
                 position += 1
                 if position % 500 == 0:
                     bar.update(500)
-    labels = torch.from_numpy(np.concatenate([part[2] for part in parts]).astype(np.int64))
-    return ImageSet(images, labels, classes)
+    all_labels = np.concatenate([part[2] for part in parts]).astype(np.int64)
+    return ImageSet(images, torch.from_numpy(all_labels), classes)
 
 
 def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -331,7 +332,7 @@ class BatchSampler:
     def __init__(self, data: ImageSet) -> None:
         self.data = data
         self._order = torch.argsort(data.labels, stable=True)
-        self._classes, self._counts = data.labels.unique(return_counts=True)
+        self._classes, self._counts = torch.unique(data.labels, return_counts=True)
         self._starts = torch.cumsum(self._counts, 0) - self._counts
 
     def draw(self, count: int, ways: int, generator: torch.Generator) -> Tensor:

@@ -10,9 +10,10 @@ import json
 import logging
 import math
 import os
+import pickle
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def kernel_penalties(predicted: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         cosine between its channels (rows or columns, whichever are fewer; the first 64 of them).
     """
     scales, cosines = [], []
-    for name, tensor in predicted.items():
+    for tensor in predicted.values():
         if tensor.ndim < 2 or tensor.shape[0] == 1:
             continue
         matrix = tensor.flatten(1)
@@ -352,6 +353,10 @@ class Trainer:
         self._started = time.monotonic()
         self._reset_meters()
 
+    def _reset_meters(self) -> None:
+        self.meters = {"classes": Meter(), "easy": Meter()}
+        self.clock = Clock()
+
     # Schedules
 
     def progress(self) -> float:
@@ -395,7 +400,7 @@ class Trainer:
         outputs: list[Tensor] = []
         gradients: list[Tensor] = []
         networks_started = time.perf_counter()
-        for member, predicted in zip(members, predictions):
+        for member, predicted in zip(members, predictions, strict=True):
             grads = self._network_gradients(member, predicted, generator, progress)
             for name, grad in grads.items():
                 outputs.append(predicted[name])
@@ -443,7 +448,7 @@ class Trainer:
         if not bool(torch.isfinite(loss)):
             return {}
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        found = {name: grad for name, grad in zip(leaves, grads) if grad is not None}
+        found = {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
         norm = torch.stack([grad.norm() for grad in found.values()]).norm()
         if not bool(torch.isfinite(norm)):
             return {}
@@ -468,9 +473,8 @@ class Trainer:
         total = config.norm_penalty * scale + config.correlation_penalty * cosine
         if not total.requires_grad:
             return
-        for (name, leaf), grad in zip(
-            leaves.items(), torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        ):
+        penalties = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        for name, grad in zip(leaves, penalties, strict=True):
             if grad is not None:
                 grads[name] = grads[name] + grad if name in grads else grad
 
@@ -485,7 +489,8 @@ class Trainer:
             flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat)
             flat /= self.world
-            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+            parts = torch.split(flat, [grad.numel() for grad in grads])
+            for grad, part in zip(grads, parts, strict=True):
                 grad.copy_(part.view_as(grad))
         norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
         if not bool(torch.isfinite(norm)):
@@ -617,7 +622,7 @@ class Trainer:
             self.ghn.load_state_dict(weights)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.skipped, self.elapsed = int(latest["step"]), int(latest["skipped"]), latest["elapsed"]
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
             raise TrainingError(f"cannot resume from {self.out}: {error}") from error
         return True
 

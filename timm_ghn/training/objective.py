@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from timm_ghn.training.data import ImageSet
 
@@ -91,7 +91,7 @@ _SHARPNESS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 def ridge_loss(features: Tensor, labels: Tensor, penalty: float = 0.3) -> tuple[Tensor, float]:
-    """Cross-entropy of a linear classifier that is fitted, in closed form, to one half of a batch and tested on the other.
+    """Cross-entropy of a linear classifier that is fitted, in closed form, to half of a batch and tested on the rest.
 
     It rewards features from which new classes can be told apart with few labels, whatever the predicted classifier is:
     what a user who fine-tunes the network gets. (The differentiable closed-form solver of arXiv 1805.08136; the factor
@@ -108,7 +108,7 @@ def ridge_loss(features: Tensor, labels: Tensor, penalty: float = 0.3) -> tuple[
     features = features.float()
     features = features - features.mean(0)
     features = features / (features.square().sum(1).mean().sqrt() + 1e-6)
-    classes, target = labels.unique(return_inverse=True)
+    classes, target = torch.unique(labels, return_inverse=True)
     one_hot = F.one_hot(target, len(classes)).float()
     half = len(labels) // 2
     outputs = []
@@ -141,7 +141,7 @@ def group_classes(data: ImageSet, count: int, seed: int = 0, limit: int = 100) -
         Group of each class, int64 (number of class names,).
     """
     groups = torch.zeros(len(data.classes), dtype=torch.int64)
-    present = [int(label) for label in data.labels.unique()]
+    present = [int(label) for label in torch.unique(data.labels)]
     means, scatter = [], torch.zeros(())
     for label in present:
         features = image_features(data.images[torch.nonzero(data.labels == label).flatten()[:limit]])
@@ -179,7 +179,7 @@ def cluster_images(data: ImageSet, count: int, seed: int = 0, dims: int = 24, sa
         dims: Principal components that are kept.
         sample: Images on which k-means runs.
     """
-    table = torch.cat([image_features(part) for part in data.images.split(4096)])
+    table = torch.cat([image_features(part) for part in torch.split(data.images, 4096)])
     table = table - table.mean(0)
     _, scale, axes = torch.linalg.svd(table[:20_000], full_matrices=False)
     kept = min(dims, int((scale > 1e-4 * scale[0]).sum()))
@@ -193,7 +193,7 @@ def cluster_images(data: ImageSet, count: int, seed: int = 0, dims: int = 24, sa
         centers = torch.stack(
             [points[nearest == k].mean(0) if (nearest == k).any() else centers[k] for k in range(len(centers))]
         )
-    labels = torch.cat([torch.cdist(part, centers).argmin(1) for part in table.split(8192)])
+    labels = torch.cat([torch.cdist(part, centers).argmin(1) for part in torch.split(table, 8192)])
     return ImageSet(data.images, labels, tuple(f"cluster {k}" for k in range(len(centers))))
 
 

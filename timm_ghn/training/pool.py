@@ -43,7 +43,8 @@ class PoolConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible form."""
-        return json.loads(json.dumps(asdict(self)))
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return data
 
 
 @dataclass(frozen=True, slots=True)
