@@ -35,18 +35,17 @@ METHODS = ("rand", "orth", "ghn", "ghn-orth")
 
 
 def resnet14(num_classes: int) -> nn.Module:
-    """A ResNet of timm's basic blocks for 32 x 32 images: deep stem, three stages of two blocks, 24 to 96 channels."""
+    """A ResNet of timm's basic blocks for 32 x 32 images: deep stem of stride 2, three stages, 24 to 96 channels."""
     model = ResNet(
         BasicBlock, (2, 2, 2), channels=(24, 48, 96), stem_type="deep", stem_width=12, num_classes=num_classes
     )
-    model.conv1[0].stride = (1, 1)
     model.maxpool = model.layer4 = nn.Identity()
     return model
 
 
 def convnext(num_classes: int) -> nn.Module:
-    """A small ConvNeXt for 32 x 32 images: patches of 2, three stages of two blocks with 7 x 7 kernels."""
-    return ConvNeXt(depths=(2, 2, 2), dims=(24, 48, 96), patch_size=2, num_classes=num_classes, ls_init_value=None)
+    """A small ConvNeXt for 32 x 32 images: patches of 2, four stages of 7 x 7 kernels, 24 to 192 channels."""
+    return ConvNeXt(depths=(2, 2, 4, 2), dims=(24, 48, 96, 192), patch_size=2, num_classes=num_classes)
 
 
 def vit(num_classes: int) -> nn.Module:

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from timm_ghn.errors import TrainingError
-from timm_ghn.ghn import GHN, GHNConfig, read
+from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
 from timm_ghn.training import architectures
 from timm_ghn.training import loop as loop_module
 from timm_ghn.training.architectures import (
@@ -562,6 +562,13 @@ def test_command_without_images_says_how_to_get_some(tmp_path: Path) -> None:
         run_train(_arguments("--out", str(tmp_path), "--images", str(tmp_path / "none"), "--device", "cpu"))
 
 
+def test_only_a_run_can_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="needs --export FILE"):
+        run_train(_arguments("--out", str(tmp_path), "--export-only"))
+    with pytest.raises(TrainingError, match="holds no training run"):
+        run_train(_arguments("--out", str(tmp_path), "--export-only", "--export", str(tmp_path / "x.safetensors")))
+
+
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, shard: Path) -> None:
     (tmp_path / "latest.json").write_text("{}")
     line = ["--out", str(tmp_path), "--images", str(shard), "--device", "cpu"]
@@ -579,6 +586,9 @@ def test_command_trains_and_exports(tmp_path: Path, shard: Path) -> None:
     assert run_train(_arguments(*line)) == 0
     ghn = read(tmp_path / "ghn.safetensors")
     assert ghn.config.num_classes == 6
+    again = ["--out", str(tmp_path / "run"), "--export-only", "--export", str(tmp_path / "again.safetensors")]
+    assert run_train(_arguments(*again)) == 0
+    assert content_hash(read(tmp_path / "again.safetensors")) == content_hash(ghn)
     assert (tmp_path / "ghn.safetensors").stat().st_size < 10e6
 
 

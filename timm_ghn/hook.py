@@ -37,7 +37,7 @@ _reports: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()
 
 def install() -> None:
     """Give `timm.create_model` the keyword `init=` and the tags of the methods. Calling it again changes nothing."""
-    original = importlib.import_module("timm.models._factory").create_model
+    original: Callable[..., nn.Module] = importlib.import_module("timm.models._factory").create_model
     if getattr(original, "__timm_ghn__", False):
         return
     wrapper = _wrap(original)
@@ -46,7 +46,7 @@ def install() -> None:
         module = importlib.import_module(name)
         if getattr(module, "create_model", None) is original:
             _original[name] = original
-            setattr(module, "create_model", wrapper)  # noqa: B010 - a module attribute of another package
+            vars(module)["create_model"] = wrapper
 
 
 def uninstall() -> None:

@@ -142,6 +142,7 @@ class _Builder:
         """Operations without parameters of their own."""
         name = operation.name
         if name == "scaled_dot_product_attention":
+            self._explain(operation, _LEARNED_TOKEN)
             return (self._node(Node(Op.MSA), sources),)
         if name in _MAX_POOLS or name in _AVG_POOLS:
             op = Op.MAX_POOL if name in _MAX_POOLS else Op.AVG_POOL
@@ -151,7 +152,7 @@ class _Builder:
         if name in MULTIPLICATIONS and self._is_gate(number, operation):
             return (self._node(Node(Op.CSE), sources),)
         if name in _CONCATENATIONS:
-            self._explain(operation, "a learned token or row that is concatenated")
+            self._explain(operation, _LEARNED_TOKEN)
             return self._join(Op.CONCAT, sources)
         if name in _SUMS:
             return self._sum(operation, sources)
@@ -208,6 +209,7 @@ class _Builder:
 
     def _product(self, number: int, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
         if number in self._facts.attentions:
+            self._explain(operation, _LEARNED_TOKEN)
             return (self._node(Node(Op.MSA), sources),)
         operands = [value for value in operation.inputs if len(value.shape) >= 2][-2:]
         known = [self._facts.of(value) for value in operands]
@@ -430,11 +432,10 @@ class _Builder:
         return tuple(rows)
 
 
+_LEARNED_TOKEN = "a learned token or query"
 _REASONS = {
     "mul": "multiplied elementwise (layer scale, gain or gate)",
     "div": "multiplied elementwise (layer scale, gain or gate)",
-    "expand": "a learned token or query",
-    "repeat": "a learned token or query",
 }
 
 

@@ -15,13 +15,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from timm_ghn.errors import TrainingError
-from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.ghn.model import GHN
 from timm_ghn.training.architectures import FAMILY_WEIGHTS
 from timm_ghn.training.config import PRESETS, TrainConfig
 from timm_ghn.training.data import HOW_TO_GET_IMAGES, Splits, load_images, split
-from timm_ghn.training.export import fill_unseen_sizes, smooth_sizes
+from timm_ghn.training.export import export_run, smooth_sizes
 from timm_ghn.training.loop import Trainer, rescale_decoder, share_decoder
 from timm_ghn.training.pool import ArchitecturePool, PoolConfig
 
@@ -67,7 +66,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, kind, text in _OVERRIDES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: the preset's)")
-    parser.add_argument("--export", type=Path, metavar="FILE", help="also write the final GHN to this file")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write the final GHN to this file")
+    parser.add_argument("--export-only", action="store_true", help="do not train: export the last checkpoint in --out")
 
 
 def make_config(args: argparse.Namespace) -> TrainConfig:
@@ -92,6 +92,11 @@ def run_train(args: argparse.Namespace) -> int:
     Raises:
         TrainingError: If images are missing, the folder holds another run, or training cannot go on.
     """
+    if args.export_only:
+        if args.export is None:
+            raise TrainingError("--export-only needs --export FILE")
+        export_run(args.out, args.export)
+        return 0
     if not args.images:
         raise TrainingError(f"--images is needed: JPEG shards or a folder of classes. {HOW_TO_GET_IMAGES}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -103,7 +108,7 @@ def run_train(args: argparse.Namespace) -> int:
         result = trainer.run()
         if trainer.rank == 0:
             if args.export is not None:
-                export(trainer, args.export)
+                export_run(args.out, args.export)
             tqdm.write(json.dumps(result.to_dict()))
     finally:
         if dist.is_initialized():
@@ -199,18 +204,3 @@ def make_trainer(
     if resume:
         trainer.resume()
     return trainer
-
-
-def export(trainer: Trainer, path: Path) -> None:
-    """Write the trained GHN, its unseen sizes filled in, as safetensors."""
-    fill_unseen_sizes(trainer.ghn, [member.graph for member in trainer.pool])
-    write_safetensors(
-        trainer.ghn,
-        path,
-        {
-            "step": str(trainer.step),
-            "train_config": json.dumps(trainer.config.to_dict()),
-            "classes": " ".join(trainer.splits.train.classes),
-            "held_out_classes": " ".join(map(str, trainer.splits.held_out_classes)),
-        },
-    )

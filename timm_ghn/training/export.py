@@ -1,15 +1,49 @@
-"""Size embeddings: smooth to begin with, and filled in for sizes that no training architecture had."""
+"""From a training run to a GHN file, and the size embeddings of sizes that no training architecture had."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from timm_ghn.errors import CheckpointError, TrainingError
+from timm_ghn.ghn.checkpoint import read_safetensors, write_safetensors
 from timm_ghn.ghn.model import GHN
 from timm_ghn.graph.graph import Graph
+from timm_ghn.training.config import TrainConfig
+from timm_ghn.training.pool import ArchitecturePool, PoolConfig
+
+
+def export_run(folder: Path, path: Path) -> GHN:
+    """Write the GHN of a run's last checkpoint as safetensors, its unseen sizes filled in.
+
+    Args:
+        folder: The run's folder.
+        path: File to write.
+
+    Returns:
+        The GHN that was written.
+
+    Raises:
+        TrainingError: If the folder holds no run, or a damaged one.
+    """
+    try:
+        latest = json.loads((folder / "latest.json").read_text())
+        config = TrainConfig.from_dict(latest["config"])
+        ghn = read_safetensors(folder / latest["weights"])
+    except (OSError, ValueError, KeyError, CheckpointError) as error:
+        raise TrainingError(f"{folder} holds no training run that can be exported: {error}") from error
+    pool = ArchitecturePool.load(
+        folder / "pool-train.jsonl.gz", PoolConfig(config.pool_size, config.seed, "train", config.sampler)
+    )
+    fill_unseen_sizes(ghn, [member.graph for member in pool])
+    facts = {"step": str(latest["step"]), "train_config": json.dumps(latest["config"], sort_keys=True)}
+    write_safetensors(ghn, path, facts)
+    return ghn
 
 
 @torch.no_grad()
