@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_ghn.graph import Graph, Layout, Op, Role, to_graph
