@@ -24,7 +24,7 @@ import torch
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from timm_ghn import init_model
 from timm_ghn.ghn import GHN, load_ghn, read
@@ -78,7 +78,7 @@ def compact(data: ImageSet) -> ImageSet:
 def held_out_images(data: Path) -> ImageSet:
     """Images of the classes that the GHN never saw."""
     shards = [data / f"tinyimagenet32-train-{part}.safetensors" for part in range(2)]
-    held_out = split(load_images(shards), held_out=50, validation=0.04).held_out
+    held_out = split(load_images(shards, progress=False), held_out=50, validation=0.04).held_out
     if held_out is None:
         raise SystemExit("no class is held out")
     return compact(held_out)
@@ -87,7 +87,7 @@ def held_out_images(data: Path) -> ImageSet:
 @functools.cache
 def cifar_images(data: Path, part: str) -> ImageSet:
     """CIFAR-10's training or test images."""
-    return load_images([data / f"cifar10-{part}.safetensors"])
+    return load_images([data / f"cifar10-{part}.safetensors"], progress=False)
 
 
 def held_out_task(data: Path, seed: int, limit: int) -> tuple[Task, Task]:

@@ -257,7 +257,7 @@ def _kernel_shape(target: Target, shape: Shape | None) -> Shape:
     if shape is None or (not is_vector and len(shape) < 2):
         raise GraphError(f"{target.name}: a {target.role.value} cannot be predicted by a node of shape {shape}")
     if is_vector:
-        shape = (math.prod(shape),)
+        shape = (math.prod(target.shape),)  # a bias may be put together from several parameters
     kernel = shape if is_vector else shape_4d(shape)
     if 0 in shape or not layout.is_consistent(kernel, target.shape, target.layout):
         raise GraphError(

@@ -366,5 +366,6 @@ def sample_batch(
         Normalized images (count, 3, S, S) on `device`, and their indices (count,) in the sampler's data.
     """
     index = sampler.draw(count, ways, generator)
-    images = augment(sampler.data.images[index], generator, padding).to(device)
-    return normalize(images), index
+    images = normalize(augment(sampler.data.images[index], generator, padding).to(device))
+    # Convolutions of few channels are a quarter faster in this layout on a CPU.
+    return images.contiguous(memory_format=torch.channels_last), index

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from timm_ghn.errors import TrainingError
 from timm_ghn.training.data import ImageSet, normalize
