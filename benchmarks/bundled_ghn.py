@@ -179,10 +179,14 @@ def main() -> None:
     parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3])
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--probe", action="store_true", help="also fit a linear classifier to the untrained features")
+    parser.add_argument("--probe-only", action="store_true", help="only that: minutes instead of an hour")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ghn = read(args.ghn) if Path(args.ghn).exists() else load_ghn(args.ghn)
+    if args.probe_only:
+        run_probes(args, ghn)
+        return
     rates: dict[tuple[str, str], float] = {}
     for task_name in args.tasks:
         for name in args.models:
@@ -210,6 +214,23 @@ def main() -> None:
                 if probes:
                     row["probe"] = _mean(probes)
                 print(json.dumps(row), flush=True)
+
+
+def run_probes(args: argparse.Namespace, ghn: GHN) -> None:
+    """Accuracy of linear classifiers on frozen features, paired over seeds with those of random weights."""
+    for task_name in args.tasks:
+        for name in args.models:
+            found: dict[str, list[float]] = {method: [] for method in args.methods}
+            for seed in range(args.seeds):
+                if task_name == "held-out":
+                    task = held_out_task(args.data, seed, args.test_images)[0]
+                else:
+                    task = cifar_task(args.data, seed, args.test_images)
+                for method, values in found.items():
+                    model = initialized(name, method, ghn, task.num_classes, seed)
+                    values.append(probe(model, task.train, task.test))
+            row = {method: _mean(values) for method, values in found.items()}
+            print(json.dumps({"task": task_name, "model": name, "ghn": str(args.ghn), **row}), flush=True)
 
 
 def _mean(values: list[float]) -> str:

@@ -130,7 +130,7 @@ def measure(model: str, repeats: int, ghn: str, ppuda: bool) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| model | plain | ghn-orth, nothing cached | from the cache | peak memory: plain, ghn-orth, cached | 1.5 P + 600 |",
+        "| model | plain | ghn-orth, nothing cached | cached | peak memory: plain, ghn-orth, cached | 1.5 P + 600 |",
         "|---|---|---|---|---|---|",
     ]
     for row in results:

@@ -48,11 +48,12 @@ def check(name: str) -> None:
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     torch.manual_seed(0)
     batch = torch.randn(2, *model.pretrained_cfg["input_size"])
-    with torch.no_grad():  # BatchNorm has no statistics before training, so it takes those of the batch
-        output = model.train()(batch)
-    for tensor in output if isinstance(output, (tuple, list)) else (output,):
-        assert torch.isfinite(tensor).all()
-        assert tensor.std() > 0
+    for training in (False, True):
+        with torch.no_grad():
+            output = model.train(training)(batch)
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            assert torch.isfinite(tensor).all()
+            assert tensor.std() > 0
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in LARGE])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 from typing import Any
 
 import networkx as nx
@@ -17,6 +19,8 @@ from torch import nn
 
 from timm_ghn.errors import CaptureError, GraphError
 from timm_ghn.graph import Graph, Node, Op, Role, to_graph
+
+CAPTURE = importlib.import_module("timm_ghn.graph.capture")  # `capture` of the package is the function
 
 TWINS = {
     "resnet18": "resnet18",
@@ -264,3 +268,106 @@ def test_a_model_that_cannot_be_copied_is_explained() -> None:
 
     with pytest.raises(CaptureError, match="cannot be copied"):
         to_graph(Stubborn(2, 2), example_input=torch.zeros(1, 2))
+
+
+class Mixture(nn.Module):
+    """Layers of which each is called twice with arguments alike, and calls that change or give back their input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(2))
+        self.norm = nn.ModuleList([nn.BatchNorm2d(8), nn.GroupNorm(2, 8)])
+        self.last = nn.LayerNorm(8)
+        self.seen: list[tuple[Any, ...]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            y = x.contiguous(memory_format=layout)
+            for _ in range(2):
+                steps = [norm(conv(y)) for conv, norm in zip(self.body, self.norm, strict=True)]
+                steps += [
+                    nn.functional.gelu(y),
+                    nn.functional.dropout(y, 0.5, self.training),
+                    y * 2,
+                    y.to(torch.int) * 2,
+                ]
+                steps += [y.to(torch.int) * 2.0, nn.functional.relu(y, inplace=True), self.last(y.permute(0, 2, 3, 1))]
+                steps += [y.mean((2, 3)), nn.functional.scaled_dot_product_attention(y, y, y), y[:, :4].relu_()]
+                self.seen += [(step.shape, step.stride(), step.dtype, step.device.type) for step in steps]
+                y = y + steps[0] + steps[1]
+        return y.mean((2, 3))
+
+
+@pytest.mark.parametrize("size", [(3, 8, 8), (3, 1, 7), (3, 1, 1)])
+def test_recorded_tensors_have_the_layouts_of_the_computed_ones(
+    size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = CAPTURE._skeleton
+    skeletons: list[Any] = []
+    monkeypatch.setattr(CAPTURE, "_skeleton", lambda model: skeletons.append(make(model)) or skeletons[-1])
+    model = Mixture()
+    looked_up = to_graph(model, input_size=size)
+    monkeypatch.setattr(CAPTURE, "_call_key", lambda *_: None)
+    called = to_graph(model, input_size=size)
+    assert skeletons[0].seen == skeletons[1].seen
+    assert looked_up == called
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(7), nn.LayerNorm(7), nn.LayerNorm([3, 8, 7]), nn.GroupNorm(7, 7), nn.Linear(7, 2)]
+)
+def test_layers_that_do_not_fit_are_still_refused(layer: nn.Module) -> None:
+    with pytest.raises(CaptureError, match="at module '1'"):
+        to_graph(nn.Sequential(nn.Conv2d(3, 3, 1), layer), input_size=(3, 8, 8))
+
+
+class Attributes(nn.Module):
+    """Attributes of many kinds: shared, nested, with a way of being copied of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.again = self.first
+        self.order = [self.first, {"layer": self.first}]
+        self.cache: dict[str, torch.Tensor] = {}
+        self.first.shared = self.cache  # type: ignore[assignment]
+        self.scale = torch.ones(4, 1, 1)
+        self.steps = (torch.zeros(4, 1, 1), 3)
+        self.custom = Custom()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.again is self.first is self.order[0] is self.order[1]["layer"]  # type: ignore[index]
+        assert self.first.shared is self.cache
+        self.cache["features"] = self.custom(self.again(x)) * self.scale + self.steps[0]
+        return self.cache["features"].mean((2, 3))
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(4, 4, 1)
+        self.copies = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Custom:
+        copied = Custom()
+        memo[id(self)] = copied
+        copied.layer = copy.deepcopy(self.layer, memo)
+        copied.copies = self.copies + 1
+        return copied
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.copies == 1
+        result: torch.Tensor = self.layer(x)
+        return result
+
+
+def test_attributes_are_copied_as_deepcopy_does() -> None:
+    model = Attributes()
+    handle = model.first.register_forward_hook(lambda *_: None)
+    assert to_graph(model).operators["conv"] == 2
+    assert model.cache == {}
+    assert model.custom.copies == 0
+    assert not model.scale.is_meta
+    assert list(model.first._forward_hooks) == [handle.id]

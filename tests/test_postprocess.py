@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -27,6 +30,7 @@ from timm_ghn.postprocess import (
     resolve_start_layer,
     weight_layers,
 )
+from timm_ghn.postprocess import noise as noise_module
 from timm_ghn.postprocess import orthogonal as orthogonal_module
 
 LAYER = WeightLayer(3, "stem.weight", "stem")
@@ -438,9 +442,125 @@ def test_gradient_and_inference_modes_do_not_matter() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_cuda_equals_cpu() -> None:
     for layer, weight in small_stream():
-        result = postprocess_tensor(weight.cuda(), layer, PostProcess())
+        expected = postprocess_tensor(weight, layer, PostProcess())
+        on_gpu = weight.cuda()
+        result = postprocess_tensor(on_gpu, layer, PostProcess())
         assert result.is_cuda
-        assert torch.equal(result.cpu(), postprocess_tensor(weight, layer, PostProcess()))
+        assert torch.equal(result.cpu(), expected)
+        assert postprocess_tensor(on_gpu, layer, PostProcess(), in_place=True) is on_gpu
+        assert torch.equal(on_gpu.cpu(), expected)
+
+
+# --- in place
+
+
+def in_place_variants(weight: Tensor) -> Iterator[Tensor]:
+    """The same values in tensors of other kinds, each with its own memory."""
+    yield weight.clone()
+    yield nn.Parameter(weight.clone())
+    yield weight.double()
+    yield weight.bfloat16()
+    for offset in (3, 16, 48):  # the first is not aligned
+        yield weight.new_empty(weight.numel() + offset)[offset:].view(weight.shape).copy_(weight)
+    yield weight.new_empty(*weight.shape, 2)[..., 1].copy_(weight)
+    yield weight.transpose(0, 1).contiguous().transpose(0, 1)
+    if weight.dim() == 4:
+        yield weight.clone().contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        yield weight.clone()
+
+
+@pytest.mark.parametrize("noise", [0.0, 3e-5])
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_in_place_gives_the_same(noise: float, orthogonal: bool) -> None:
+    chosen = PostProcess(noise=noise, orthogonal=orthogonal)
+    for layer, weight in [*small_stream(), (LAYER, torch.randn(300, 70)), (LAYER, torch.randn(5, 1))]:
+        for variant in in_place_variants(weight):
+            expected = postprocess_tensor(variant, layer, chosen)
+            assert expected.data_ptr() != variant.data_ptr()
+            pointer, strides = variant.data_ptr(), variant.stride()
+            assert postprocess_tensor(variant, layer, chosen, in_place=True) is variant
+            assert (variant.data_ptr(), variant.stride()) == (pointer, strides)
+            assert torch.equal(variant, expected)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_in_place_results_do_not_depend_on_threads_or_order() -> None:
+    expected = dict(postprocess_many(small_stream(), PostProcess()))
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        for stream, workers in ((small_stream(), None), (small_stream()[::-1], 3), (small_stream(), 1)):
+            given = dict(stream)
+            results = list(postprocess_many(stream, PostProcess(), workers, in_place=True))
+            assert [layer for layer, _ in results] == [layer for layer, _ in stream]
+            assert all(weight is given[layer] and torch.equal(weight, expected[layer]) for layer, weight in results)
+
+
+@pytest.mark.parametrize("noise", [0.0, 3e-5])
+def test_in_place_leaves_weights_that_are_not_finite(noise: float) -> None:
+    for shape in ((300, 100), (100, 300)):
+        weight = tiled(*shape)
+        weight[70, 3] = float("nan")
+        before = weight.clone()
+        with pytest.raises(InitError, match=r"stem\.weight.*NaN"):
+            list(postprocess_many([(LAYER, weight)], PostProcess(noise=noise), in_place=True))
+        torch.testing.assert_close(weight, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_noise_is_that_of_a_single_draw() -> None:
+    drawn = noise_module._DRAWN
+    for count in (1, 15, 17, drawn - 1, drawn, drawn + 1, drawn + 15, drawn + 16, 3 * drawn + 5):
+        weight = tiled(count, 2)[: count + 1].flatten()[:count].view(1, count).repeat(2, 1)
+        weight[1] *= -1
+        result = postprocess_tensor(weight, LAYER, PostProcess(noise=1e-2, orthogonal=False))
+        draws = torch.randn(weight.shape, generator=layer_generator(0, LAYER.number, weight.shape))
+        torch.testing.assert_close(result, weight + 1e-2 * correlation_std(weight) * draws, rtol=1e-6, atol=1e-8)
+
+
+MEASURE = """
+import json, os, sys, torch
+from timm_ghn.postprocess import PostProcess, WeightLayer, postprocess_many
+
+def mebibytes(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
+
+def run(rows, columns, tiled, count):
+    layer = WeightLayer(1, "w", "")
+    weights = [
+        torch.randn(64, 64).repeat(rows // 64, columns // 64) if tiled else torch.randn(rows, columns)
+        for _ in range(count)
+    ]
+    before = mebibytes("VmRSS")
+    for _ in postprocess_many([(layer, weight) for weight in weights], PostProcess(), 1, in_place=True):
+        pass
+    return mebibytes("VmHWM") - before
+
+for case in json.loads(sys.argv[1]):
+    process = os.fork()
+    if process == 0:
+        run(256, 128, True, 2)
+        print(run(*case, 4), flush=True)
+        os._exit(0)
+    os.waitpid(process, 0)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_in_place_memory() -> None:
+    """Of four weights there are the temporaries of one at a time, and what libraries and the allocator keep."""
+    bounds = {
+        (4096, 1024, True): 1.5,  # as multiples of the weight
+        (1024, 4096, True): 0.5,
+        (512, 8192, False): 1.3,
+        (2048, 2048, True): 1.2,
+    }
+    command = [sys.executable, "-c", MEASURE, json.dumps(list(bounds))]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    peaks = dict(zip(bounds, map(float, output.split()), strict=True))
+    for (rows, columns, tile), factor in bounds.items():
+        limit = factor * rows * columns * 4 / 2**20 + 16
+        assert peaks[rows, columns, tile] <= limit, (rows, columns, peaks)
 
 
 @pytest.mark.parametrize(

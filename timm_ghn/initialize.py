@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from timm_ghn._version import __version__
 from timm_ghn.cache import WeightCache, cache_key
@@ -31,7 +31,7 @@ from timm_ghn.postprocess import (
 )
 from timm_ghn.report import ParameterReport, Report, Status
 
-_logger = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
 
 _PREFIX = "timm-ghn: "
 """Start of the note in `model.pretrained_cfg` that holds the provenance."""
@@ -328,9 +328,18 @@ def _compute(plan: _Plan) -> dict[str, Prediction]:
     workers = torch.get_num_threads()
     # The thousands of small products of a GNN are slower on several threads, and sums depend on their number.
     with single_threaded(), torch.autocast("cpu", enabled=False):
-        for layer, weight in postprocess_many(source, plan.postprocess, workers):
-            plan.parameters[layer.parameter].data.copy_(weight)
+        results = postprocess_many(source, plan.postprocess, workers, in_place=True)
+        for layer, weight in _with_progress(results, len(plan.processed)):
+            parameter = plan.parameters[layer.parameter].data
+            if weight.data_ptr() != parameter.data_ptr():
+                parameter.copy_(weight)
     return blocks
+
+
+def _with_progress(results: Iterator[_Item], total: int) -> Iterator[_Item]:
+    """A progress bar for what takes more than two seconds, on a terminal."""
+    bar: Iterator[_Item] = tqdm(results, "orthogonalizing", total, unit="layer", delay=2, leave=False, disable=None)
+    return bar
 
 
 def _predicted(plan: _Plan, blocks: dict[str, Prediction]) -> Iterator[tuple[WeightLayer, Tensor]]:
@@ -348,15 +357,25 @@ def _predicted(plan: _Plan, blocks: dict[str, Prediction]) -> Iterator[tuple[Wei
             blocks[name] = prediction
             prediction.write_(plan.parameters[name].data)
         else:
-            yield layer, prediction.materialize(torch.promote_types(torch.float32, plan.parameters[name].dtype))
+            parameter = plan.parameters[name].data
+            if not _is_workspace(parameter):
+                parameter = torch.empty(parameter.shape, dtype=torch.promote_types(torch.float32, parameter.dtype))
+            prediction.write_(parameter)
+            yield layer, parameter
+
+
+def _is_workspace(parameter: Tensor) -> bool:
+    """Whether a weight can be post-processed in its own memory: on the CPU, and not in 16 bits."""
+    return parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
 
 
 def _drawn(plan: _Plan) -> Iterator[tuple[WeightLayer, Tensor]]:
     """Standard normal weights that depend on seed, layer and shape alone."""
     for name, layer in plan.processed.items():
-        shape = plan.parameters[name].shape
-        seed = derived_seed("orth", plan.init.seed, layer.number, tuple(shape))
-        yield layer, torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        parameter = plan.parameters[name].data
+        weight = parameter if _is_workspace(parameter) else torch.empty(parameter.shape)
+        seed = derived_seed("orth", plan.init.seed, layer.number, tuple(weight.shape))
+        yield layer, weight.normal_(generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

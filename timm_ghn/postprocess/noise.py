@@ -14,14 +14,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from timm_ghn.postprocess.orthogonal import TILE, checked_and_scaled
+from timm_ghn.postprocess.orthogonal import TILE, checked_scales, wide_dtype
 
 Correlation = Literal["paper", "ppuda"]
 """What Eq. 1 correlates: the `K` channels (the paper), or the `max(K, D)` rows of the tall matrix (ppuda's code)."""
 
 _GRAM_BLOCK = 128
+_DRAWN = 1 << 15
+"""How many numbers are drawn at once."""
 _SMALL = 1 << 18
-"""Up to this many entries float64 costs next to nothing."""
+"""Up to this many entries float64 costs next to nothing; larger matrices are standardized in parts of that size."""
 
 
 def layer_generator(seed: int, layer: int, shape: Sequence[int]) -> torch.Generator:
@@ -37,30 +39,30 @@ def layer_generator(seed: int, layer: int, shape: Sequence[int]) -> torch.Genera
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def add_noise(weight: Tensor, noise: float, layer: int, seed: int, correlation: Correlation, name: str) -> Tensor:
-    """Returns `w + N(0, beta sigma(r(w)))` (Eq. 1).
+def add_noise_(weight: Tensor, noise: float, layer: int, seed: int, correlation: Correlation, name: str) -> None:
+    """Replaces a weight by `w + N(0, beta sigma(r(w)))` (Eq. 1).
 
     Args:
-        weight: `(K, ...)`, on the CPU.
+        weight: `(K, ...)`, float32 or float64, in which the noise survives, on the CPU, contiguous.
         noise: `beta`.
         layer: Number of the layer, from 1.
         seed: The user's seed.
         correlation: What is correlated.
         name: What error messages call the weight.
 
-    Returns:
-        The shape of the input, in float64 for float64 and else in float32, in which the noise survives.
-
     Raises:
-        InitError: The weight holds NaN or infinity.
+        InitError: The weight holds NaN or infinity; it is then not changed.
     """
-    wide = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    deviation = noise * correlation_std(weight.reshape(weight.shape[0], -1), correlation, name) if noise > 0 else 0.0
+    deviation = noise * correlation_std(weight.view(weight.shape[0], -1), correlation, name) if noise > 0 else 0.0
     if deviation == 0:
-        return wide
+        return
     generator = layer_generator(seed, layer, weight.shape)
-    draws = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
-    return torch.add(wide, draws.to(wide.dtype), alpha=deviation)
+    entries = weight.view(-1)
+    # In parts that stay in the cache. torch draws fewer than 16 numbers in another way, so that the last part has more,
+    # and the parts together are what one call would draw.
+    for part in entries.tensor_split(list(range(_DRAWN, entries.numel() - 15, _DRAWN))):
+        draws = torch.randn(part.shape, generator=generator, dtype=torch.float32, device="cpu")
+        part.add_(draws.to(part.dtype), alpha=deviation)
 
 
 def correlation_std(matrix: Tensor, correlation: Correlation = "paper", name: str = "matrix") -> float:
@@ -89,16 +91,15 @@ def correlation_std(matrix: Tensor, correlation: Correlation = "paper", name: st
     transposed = correlation == "ppuda" and matrix.shape[0] < matrix.shape[1]
     num_variables = matrix.shape[1] if transposed else matrix.shape[0]
     distinct, counts = _distinct_channels(matrix.detach())
-    distinct = checked_and_scaled(distinct, name)
-    if distinct.numel() <= _SMALL:
-        distinct = distinct.to(torch.float64)
+    scales = checked_scales(distinct, name)
+    distinct = distinct.to(torch.float64 if distinct.numel() <= _SMALL else wide_dtype(distinct.dtype))
+    for scale in scales:
+        distinct = distinct * scale
     counts = counts.to(distinct.dtype)
     if transposed:
-        standardized = _standardized(distinct.mT, counts)
-        total = standardized.sum(dim=0, dtype=torch.float64)
+        standardized, total = _standardized(distinct.mT, counts, None)
     else:
-        standardized = _standardized(distinct, None).mul_(counts.sqrt().unsqueeze(1))
-        total = (standardized * counts.sqrt().unsqueeze(1)).sum(dim=0, dtype=torch.float64)
+        standardized, total = _standardized(distinct, None, counts)
     num_entries = num_variables**2
     if num_entries < 2:
         return 0.0
@@ -115,24 +116,48 @@ def _distinct_channels(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix[:distinct], torch.bincount(torch.arange(channels, device="cpu") % distinct, minlength=distinct)
 
 
-def _standardized(variables: Tensor, counts: Tensor | None) -> Tensor:
-    """Returns the rows of `X`, centred and scaled to norm 1; a row that is constant up to rounding becomes 0.
+def _standardized(variables: Tensor, observed: Tensor | None, occurring: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the rows of `X`, centred and scaled to norm 1, and their sum; a row that is constant becomes 0.
+
+    Both are weighted, so that products of two rows are sums over all observations, and products of two columns are
+    sums over all variables. Constant means up to rounding.
 
     Args:
         variables: `(n, m)`, float32 or float64.
-        counts: `(m,)`, how often each observation counts. Column `j` of the result is then `sqrt(counts[j])` times
-            the standardized value, so that products of rows are sums over all observations.
+        observed: `(m,)`, how often each observation counts; None for once.
+        occurring: `(n,)`, how often each variable counts; None for once.
+
+    Returns:
+        `(n, m)`, entry `i, j` multiplied by the roots of both counts; and `(m,)` in float64, the sum of all variables.
     """
-    if counts is None:
-        centred = variables - variables.mean(dim=1, keepdim=True)
-        before = torch.linalg.vector_norm(variables, dim=1, keepdim=True)
-    else:
-        root = counts.sqrt()
-        centred = (variables - (variables @ counts).unsqueeze(1) / counts.sum()).mul_(root)
-        before = torch.linalg.vector_norm(variables * root, dim=1, keepdim=True)
-    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-    constant = norm <= 8 * torch.finfo(norm.dtype).eps * before
-    return centred.mul_(torch.where(constant, 0.0, norm.reciprocal()))
+    standardized = torch.empty_like(variables)
+    total = torch.zeros(variables.shape[1], dtype=torch.float64, device="cpu")
+    length = max(1, _SMALL // max(1, variables.shape[1]))
+    for start in range(0, variables.shape[0], length):
+        rows = slice(start, start + length)
+        part = torch.sub(variables[rows], _mean(variables[rows], observed), out=standardized[rows])
+        before = variables[rows]
+        if observed is not None:
+            root = observed.sqrt()
+            part.mul_(root)
+            before = before * root
+        norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
+        constant = norm <= 8 * torch.finfo(norm.dtype).eps * torch.linalg.vector_norm(before, dim=1, keepdim=True)
+        part.mul_(torch.where(constant, 0.0, norm.reciprocal()))
+        if occurring is None:
+            total += part.sum(dim=0, dtype=torch.float64)
+        else:
+            root = occurring[rows].sqrt().unsqueeze(1)
+            part.mul_(root)
+            total += (part * root).sum(dim=0, dtype=torch.float64)
+    return standardized, total
+
+
+def _mean(variables: Tensor, observed: Tensor | None) -> Tensor:
+    """Returns the means of the rows, `(n, 1)`."""
+    if observed is None:
+        return variables.mean(dim=1, keepdim=True)
+    return (variables @ observed).unsqueeze(1) / observed.sum()
 
 
 def _gram_norm_squared(standardized: Tensor) -> float:

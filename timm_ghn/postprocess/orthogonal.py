@@ -14,6 +14,9 @@ triangular `T`, `G = Z^T Z` its Gram matrix. Three facts carry the module:
 3. For a well-conditioned `Z` the Cholesky factor of `G` is `R`, and its diagonal is positive, which is the sign
    convention of Eq. 2. That costs half the operations of Householder QR, all of them matrix products.
 
+All of it happens in the memory of the matrix, by the `out=` variants of torch's functions; the Gram matrix and a few
+block columns are all that is allocated.
+
 Every fast result is tested for orthogonality. What fails is refined by a second pass, and what still fails, or is
 rank-deficient, goes to Householder QR (`torch.linalg.qr`), which is orthogonal whatever the input.
 """
@@ -61,51 +64,77 @@ def orthogonal_factor(matrix: Tensor, name: str = "matrix") -> Tensor:
     if matrix.dim() != 2 or not matrix.is_floating_point():
         got = f"{matrix.dtype} {tuple(matrix.shape)}"
         raise InitError(f"{name}: expected a floating matrix of two dimensions, got {got}")
+    factor = torch.empty(matrix.shape, dtype=wide_dtype(matrix.dtype), device="cpu").copy_(matrix.detach())
+    orthogonal_factor_(factor, name)
+    return factor.to(matrix.dtype)
+
+
+def orthogonal_factor_(matrix: Tensor, name: str) -> None:
+    """Does what `orthogonal_factor` does, in place and with less memory than the matrix takes twice.
+
+    A wide matrix, whose transpose has contiguous columns, is factorized where it is. A tall one is copied into that
+    order and back, which costs less than what matrix products lose in the other one.
+
+    Args:
+        matrix: `(K, D)`, float32 or float64, on the CPU, contiguous, without gradients.
+        name: What error messages call the matrix.
+
+    Raises:
+        InitError: The matrix holds NaN or infinity; it is then not changed.
+    """
     if matrix.numel() == 0:
-        return matrix.clone()
-    wide = matrix.shape[0] < matrix.shape[1]
-    scaled = checked_and_scaled(matrix.detach(), name)
-    tall = (scaled if wide else scaled.mT).contiguous().mT
-    factor = _tall_factor(tall).to(matrix.dtype)
-    return (factor.mT if wide else factor).contiguous()
+        return
+    for scale in checked_scales(matrix, name):
+        matrix.mul_(scale)
+    rows, columns = matrix.shape
+    if rows < columns:
+        _tall_factor_(matrix.mT)
+        return
+    tall = torch.empty(columns, rows, dtype=matrix.dtype, device="cpu").mT
+    tall.mT.copy_(matrix.mT)
+    _tall_factor_(tall)
+    matrix.copy_(tall)
 
 
-def checked_and_scaled(matrix: Tensor, name: str) -> Tensor:
-    """Returns the matrix in float32 or float64, divided by a power of two (exactly) if its entries are huge or tiny."""
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of the arithmetic: float64 for float64 and else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def checked_scales(matrix: Tensor, name: str) -> tuple[float, ...]:
+    """Returns powers of two that bring the entries of a matrix near 1, and none unless they are huge or tiny.
+
+    There are two, because their product may lie outside of the range of float32.
+
+    Raises:
+        InitError: The matrix holds NaN or infinity.
+    """
     low, high = (float(bound) for bound in torch.aminmax(matrix))
     largest = max(-low, high)
     if not math.isfinite(largest):
         raise InitError(f"{name}: the weight holds NaN or infinity, so it cannot be orthogonalized")
-    matrix = matrix.to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
     exponent = math.frexp(largest)[1]
-    if abs(exponent) <= 16:
-        return matrix
-    half = exponent // 2  # in two steps: the whole factor may lie outside the range of float32
-    return matrix.mul(2.0**-half).mul_(2.0 ** (half - exponent))
+    half = exponent // 2
+    return () if abs(exponent) <= 16 else (2.0**-half, 2.0 ** (half - exponent))
 
 
-def _empty_in_column_order(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Returns an `M x N` matrix whose columns are contiguous, as LAPACK wants them."""
-    return torch.empty(columns, rows, dtype=dtype, device="cpu").mT
-
-
-def _tall_factor(matrix: Tensor) -> Tensor:
-    """Returns `Q sign(diag R)` of an `M x N` matrix with `M >= N`; its columns should be contiguous."""
+def _tall_factor_(matrix: Tensor) -> None:
+    """Replaces an `M x N` matrix with `M >= N` by its `Q sign(diag R)`; its columns are contiguous."""
     rows, columns = matrix.shape
     if columns > TILE and _is_periodic(matrix):
-        matrix = _contrasts(matrix)
-    if columns > TILE and rows >= _MIN_ASPECT * columns:
-        factor = _cholesky_factor(matrix)
-        if factor is not None:
-            return factor
-    return _householder(matrix)
+        _contrasts_(matrix)
+    if columns > TILE and rows >= _MIN_ASPECT * columns and _cholesky_factor_(matrix):
+        return
+    _householder_(matrix)
 
 
-def _householder(matrix: Tensor) -> Tensor:
-    """Returns `Q sign(diag R)` by Householder reflections."""
-    factor, triangle = torch.linalg.qr(matrix)
-    signed: Tensor = factor.mul_(torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(factor.dtype))
-    return signed
+def _householder_(matrix: Tensor) -> None:
+    """Replaces a matrix by its `Q sign(diag R)`, by Householder reflections. These are the steps of `linalg.qr`."""
+    scales = matrix.new_empty(matrix.shape[1])
+    torch.geqrf(matrix, out=(matrix, scales))
+    signs = torch.where(matrix.diagonal() < 0, -1.0, 1.0).to(matrix.dtype)
+    torch.linalg.householder_product(matrix, scales, out=matrix)
+    matrix.mul_(signs)
 
 
 def _is_periodic(matrix: Tensor) -> bool:
@@ -115,48 +144,48 @@ def _is_periodic(matrix: Tensor) -> bool:
     return bool((second - first).norm() < 0.1 * first.norm())
 
 
-def _contrasts(matrix: Tensor) -> Tensor:
-    """Returns `Z`, in which each block of 64 columns but the first has lost the mean of the blocks before it.
+def _contrasts_(matrix: Tensor) -> None:
+    """Forms `Z`, in which each block of 64 columns but the first has lost the mean of the blocks before it.
 
     The first block is replaced by its own orthogonal factor, since the tile itself may be badly conditioned; before
     that, it is subtracted from all others, so that the rounding errors of the means are relative to the differences of
     the blocks, not to the blocks.
     """
-    rows, columns = matrix.shape
-    result = _empty_in_column_order(rows, columns, matrix.dtype)
     first = matrix[:, :TILE]
-    result[:, :TILE] = _householder(first)
-    total = torch.zeros_like(first)
-    for index, start in enumerate(range(TILE, columns, TILE), start=1):
+    total, spare = torch.zeros_like(first), torch.empty_like(first)
+    for index, start in enumerate(range(TILE, matrix.shape[1], TILE), start=1):
         block = matrix[:, start : start + TILE]
         width = block.shape[1]
-        difference = block - first[:, :width]
-        torch.add(difference, total[:, :width], alpha=-1 / index, out=result[:, start : start + width])
+        difference = torch.sub(block, first[:, :width], out=spare[:, :width])
+        torch.add(difference, total[:, :width], alpha=-1 / index, out=block)
         total[:, :width] += difference
-    return result
+    _householder_(first)
 
 
-def _cholesky_factor(matrix: Tensor) -> Tensor | None:
-    """Returns `Q` with a positive diagonal of `R` from one or two rounds of Cholesky QR, or None where that is unsafe.
+def _cholesky_factor_(matrix: Tensor) -> bool:
+    """Replaces a matrix by its `Q` with a positive diagonal of `R`, by one or two rounds of Cholesky QR.
 
     One round leaves an error of about `eps cond(Z)^2`, two rounds one of `eps` as long as `eps cond(Z)^2 << 1`
     (Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015).
+
+    Returns:
+        Whether that was safe. If not, the matrix is `Z` times an upper triangle with a positive diagonal, so that its
+        `Q` is still that of `Z`.
     """
-    factor: Tensor = matrix
     for _ in range(2):
-        triangle = _triangle(_gram(factor))
+        triangle = _triangle(_gram(matrix))
         if triangle is None:
-            return None
-        factor = torch.linalg.solve_triangular(triangle, factor, upper=True, left=False)
-        if _is_orthonormal(factor):
-            return factor
-    return None
+            return False
+        torch.linalg.solve_triangular(triangle, matrix, upper=True, left=False, out=matrix)
+        if _is_orthonormal(matrix):
+            return True
+    return False
 
 
 def _gram(matrix: Tensor) -> Tensor:
-    """Returns the upper triangle of `Z^T Z` (`N x N`); what is below its blocks is zero."""
+    """Returns the upper triangle of `Z^T Z` (`N x N`), with contiguous columns; what is below its blocks is zero."""
     columns = matrix.shape[1]
-    gram = matrix.new_zeros(columns, columns)
+    gram = matrix.new_zeros(columns, columns).mT
     for start in range(0, columns, _GRAM_BLOCK):
         stop = min(start + _GRAM_BLOCK, columns)
         torch.mm(matrix[:, start:stop].mT, matrix[:, start:], out=gram[start:stop, start:])
@@ -167,18 +196,22 @@ def _triangle(gram: Tensor) -> Tensor | None:
     """Returns the upper Cholesky factor, or None for a matrix that is not safely positive definite.
 
     It is computed for columns of unit norm, so that the scales of the columns do not count as bad conditioning.
+
+    Args:
+        gram: Symmetric matrix with contiguous columns, of which the upper triangle is read; its memory is reused.
     """
     diagonal = gram.diagonal()
     limits = torch.finfo(gram.dtype)
     if not bool((diagonal > limits.tiny / limits.eps).all()):
         return None  # a zero column, or one whose square underflows
     scale = diagonal.rsqrt()
-    triangle: Tensor
-    triangle, info = torch.linalg.cholesky_ex(gram * scale * scale.unsqueeze(1), upper=True)
-    independent = float(triangle.diagonal().min()) ** 2  # the share of a column that earlier ones do not explain
+    gram.mul_(scale).mul_(scale.unsqueeze(1))
+    info = torch.empty((), dtype=torch.int32, device="cpu")
+    torch.linalg.cholesky_ex(gram, upper=True, out=(gram, info))
+    independent = float(diagonal.min()) ** 2  # the share of a column that earlier ones do not explain
     if int(info) != 0 or not independent > 64 * limits.eps * math.sqrt(gram.shape[0]):
         return None
-    return triangle.div_(scale)
+    return gram.div_(scale)
 
 
 def _is_orthonormal(factor: Tensor) -> bool:

@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 from timm_ghn.errors import InitError
 from timm_ghn.postprocess.layers import WeightLayer, resolve_start_layer, weight_layers
-from timm_ghn.postprocess.noise import Correlation, add_noise
-from timm_ghn.postprocess.orthogonal import orthogonal_factor
+from timm_ghn.postprocess.noise import Correlation, add_noise_
+from timm_ghn.postprocess.orthogonal import orthogonal_factor_, wide_dtype
 
 Progress = Callable[[int, int, str], None]
 """Called after each layer with the number of finished layers, their total, and the name of the parameter."""
 
 _QUEUED_PER_WORKER = 4
-"""Bounds how many weights wait in memory while the next ones are predicted."""
+"""Bounds how many weights wait while the next ones are predicted. Only those that run need memory beyond their own."""
+
+_ALIGNMENT = 64
+"""Bytes, as of memory that torch allocates on CPUs."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,7 @@ class PostProcess:
             raise InitError(f"correlation={self.correlation!r}: expected one of {get_args(Correlation)}")
 
 
-@torch.no_grad()
-def postprocess_tensor(weight: Tensor, layer: WeightLayer, settings: PostProcess) -> Tensor:
+def postprocess_tensor(weight: Tensor, layer: WeightLayer, settings: PostProcess, *, in_place: bool = False) -> Tensor:
     """Post-processes one weight: Eq. 1, then Eq. 2.
 
     The result depends on the weight, the number of the layer and the settings alone. To that end it is computed on the
@@ -68,32 +70,57 @@ def postprocess_tensor(weight: Tensor, layer: WeightLayer, settings: PostProcess
     first dimension as stored, also that of a transposed convolution, as in ppuda.
 
     Args:
-        weight: `(K, ...)` of a floating dtype, of two or more dimensions; not changed.
+        weight: `(K, ...)` of a floating dtype, of two or more dimensions.
         layer: Which layer it is.
         settings: What is done.
+        in_place: Whether the weight is overwritten with the result. If it is a float32 or float64 tensor on the CPU,
+            contiguous and aligned, it is also where the result is computed; otherwise that is a copy. Beyond these,
+            less than the size of the weight is allocated if it is wide, and less than twice its size if it is tall or
+            its channels do not repeat.
 
     Returns:
-        A new tensor of the same shape, dtype and device.
+        The weight if it is overwritten, else a new tensor of the same shape, dtype and device.
 
     Raises:
-        InitError: The weight has fewer than two dimensions, lies on the meta device, or holds NaN or infinity.
+        InitError: The weight has fewer than two dimensions, lies on the meta device, or holds NaN or infinity. It is
+            then not changed.
     """
     _check_weight(weight, layer)
-    if weight.numel() == 0:
-        return weight.detach().clone()
-    with single_threaded():
-        result = weight.detach().cpu()
-        result = add_noise(
-            result, settings.noise, layer.number, settings.seed, settings.correlation, name=layer.parameter
-        )
-        if settings.orthogonal:
-            matrix = result.reshape(result.shape[0], -1)
-            result = orthogonal_factor(matrix, layer.parameter).reshape(result.shape)
-        return result.to(device=weight.device, dtype=weight.dtype, copy=True)
+    # Tensors made in inference mode are changed in that mode alone, and threads do not inherit it.
+    with torch.inference_mode(in_place and weight.is_inference()), torch.no_grad():
+        source = weight.detach()
+        dtype = wide_dtype(source.dtype)
+        here = in_place and source.dtype == dtype and _is_like_new(source)
+        result = source if here else torch.empty(source.shape, dtype=dtype, device="cpu").copy_(source)
+        if result.numel() > 0:
+            with single_threaded():
+                _process_(result, layer, settings)
+        if in_place:
+            return weight if here else weight.copy_(result)
+        return result.to(device=weight.device, dtype=weight.dtype)
+
+
+def _is_like_new(tensor: Tensor) -> bool:
+    """Tells whether a tensor is on the CPU, contiguous, and as aligned as one that torch allocates.
+
+    Matrix products round in another way where memory is not aligned.
+    """
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
+
+
+def _process_(weight: Tensor, layer: WeightLayer, settings: PostProcess) -> None:
+    """Post-processes a contiguous float32 or float64 tensor on the CPU."""
+    add_noise_(weight, settings.noise, layer.number, settings.seed, settings.correlation, layer.parameter)
+    if settings.orthogonal:
+        orthogonal_factor_(weight.view(weight.shape[0], -1), layer.parameter)
 
 
 def postprocess_many(
-    items: Iterable[tuple[WeightLayer, Tensor]], settings: PostProcess, workers: int | None = None
+    items: Iterable[tuple[WeightLayer, Tensor]],
+    settings: PostProcess,
+    workers: int | None = None,
+    *,
+    in_place: bool = False,
 ) -> Iterator[tuple[WeightLayer, Tensor]]:
     """Post-processes a stream of weights in parallel, one thread to a weight.
 
@@ -105,6 +132,9 @@ def postprocess_many(
         items: Layers and their weights; all of them are processed.
         settings: What is done.
         workers: Number of threads, `torch.get_num_threads()` by default. It does not change the result.
+        in_place: Whether the weights themselves, such as the memory of parameters, are overwritten. What is allocated
+            is then only what `postprocess_tensor` needs for one weight per thread. After an error, or if the iterator
+            is not exhausted, some weights are final and others are not.
 
     Yields:
         The layers in the order of the stream, with what `postprocess_tensor` returns for them.
@@ -120,7 +150,7 @@ def postprocess_many(
     pool = ThreadPoolExecutor(workers, "timm-ghn", initializer=torch.set_num_threads, initargs=(1,))
     try:
         for layer, weight in items:
-            pending.append((layer, pool.submit(postprocess_tensor, weight, layer, settings)))
+            pending.append((layer, pool.submit(postprocess_tensor, weight, layer, settings, in_place=in_place)))
             while pending and (pending[0][1].done() or len(pending) > workers * _QUEUED_PER_WORKER):
                 done, future = pending.popleft()
                 yield done, future.result()
@@ -178,9 +208,8 @@ def orthogonalize_(
     for layer, weight in zip(selected, weights, strict=True):
         _check_weight(weight, layer)
         _check_finite(weight, layer)
-    results = postprocess_many(zip(selected, weights, strict=True), settings)
-    for done, (weight, (layer, result)) in enumerate(zip(weights, results, strict=True), start=1):
-        weight.copy_(result)
+    results = postprocess_many(zip(selected, weights, strict=True), settings, in_place=True)
+    for done, (layer, _) in enumerate(results, start=1):
         if progress is not None:
             progress(done, len(selected), layer.parameter)
     return tuple(layer.parameter for layer in selected)
