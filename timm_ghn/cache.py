@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,34 +72,42 @@ class Entry:
         Returns:
             Whether all of them were written. If not, some may have been, and have to be computed.
         """
+        workers = torch.get_num_threads()
+        names = sorted(self.digests, key=lambda name: -parameters[name].numel())
         try:
-            with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-                for job in [pool.submit(self._copy, name, parameters[name]) for name in self.digests]:
-                    job.result()
+            with ThreadPoolExecutor(max_workers=workers) as pool:
+                for _ in pool.map(
+                    lambda part: self._copy(part, parameters), [names[i::workers] for i in range(workers)]
+                ):
+                    pass
         except _UNREADABLE as error:
             _warn_damaged(self.path, error)
             return False
         _touch(self.path)
         return True
 
-    def _copy(self, name: str, parameter: Tensor) -> None:
-        """Write one weight.
+    def _copy(self, names: Sequence[str], parameters: Mapping[str, Tensor]) -> None:
+        """Write some of the weights; the file's header is read once.
 
         Raises:
-            ValueError: If its hash is another one.
+            ValueError: If a hash or a shape is another one.
         """
         with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        if _digest(tensor) != self.digests[name]:
-            raise ValueError(f"the content of {name} does not match its hash")
+            for name in names:
+                tensor: Tensor = file.get_tensor(name)
+                if _digest(tensor) != self.digests[name]:
+                    raise ValueError(f"the content of {name} does not match its hash")
+                self._place(name, tensor, parameters[name])
+
+    def _place(self, name: str, tensor: Tensor, parameter: Tensor) -> None:
         tile = self.tiles.get(name)
-        if tile is None:
-            if tensor.shape != parameter.shape:
-                raise ValueError(f"{name} has another shape")
+        if tile is not None:
+            target = Target(name, tuple(tile["shape"]), Role.WEIGHT, Layout(tile["layout"]))
+            Prediction(target, tensor, tuple(tile["kernel"])).write_(parameter)
+        elif tensor.shape == parameter.shape:
             parameter.copy_(tensor)
-            return
-        target = Target(name, tuple(tile["shape"]), Role.WEIGHT, Layout(tile["layout"]))
-        Prediction(target, tensor, tuple(tile["kernel"])).write_(parameter)
+        else:
+            raise ValueError(f"{name} has another shape")
 
 
 @dataclass(frozen=True)

@@ -373,7 +373,8 @@ def _drawn(plan: _Plan) -> Iterator[tuple[WeightLayer, Tensor]]:
     """Standard normal weights that depend on seed, layer and shape alone."""
     for name, layer in plan.processed.items():
         parameter = plan.parameters[name].data
-        weight = parameter if _is_workspace(parameter) else torch.empty(parameter.shape)
+        in_place = _is_workspace(parameter) and parameter.is_contiguous()  # else the order of the draw differs
+        weight = parameter if in_place else torch.empty(parameter.shape)
         seed = derived_seed("orth", plan.init.seed, layer.number, tuple(weight.shape))
         yield layer, weight.normal_(generator=torch.Generator().manual_seed(seed))
 
@@ -385,8 +386,8 @@ def _postprocess_rest(model: nn.Module, init: Init, facts: Mapping[str, Any]) ->
     if not names or init.spec.source is not Source.GHN:
         return
     rest = [(layer, model.get_parameter(layer.parameter)) for layer in weight_layers(model) if layer.parameter in names]
-    for layer, weight in postprocess_many(rest, _postprocess_settings(init)):
-        model.get_parameter(layer.parameter).copy_(weight)
+    for _ in postprocess_many(rest, _postprocess_settings(init), in_place=True):
+        pass
 
 
 # --- reporting ------------------------------------------------------------------------------------------------------
