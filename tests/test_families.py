@@ -50,10 +50,16 @@ def check(name: str) -> None:
     batch = torch.randn(2, *model.pretrained_cfg["input_size"])
     for training in (False, True):
         with torch.no_grad():
-            output = model.train(training)(batch)
-        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            features, output = model.train(training).forward_features(batch), model(batch)
+        for tensor in (*_tensors(features), *_tensors(output)):
             assert torch.isfinite(tensor).all()
-            assert tensor.std() > 0
+        assert all(tensor.std() > 0 for tensor in _tensors(features))  # some heads start from zero
+
+
+def _tensors(output: object) -> tuple[torch.Tensor, ...]:
+    found = output if isinstance(output, (tuple, list)) else (output,)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in found)
+    return tuple(found)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in LARGE])
