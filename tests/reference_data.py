@@ -1,27 +1,13 @@
-"""The reference outputs in tests/data/reference (torchvision networks, ppuda), for tests of the post-processing."""
+"""The networks that the reference outputs started from, and the samples of a tensor that they hold."""
 
 from __future__ import annotations
 
-import json
 import zlib
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-
-REFERENCE = Path(__file__).parent / "data" / "reference"
-MODELS = ("resnet18", "mobilenet_v2", "resnet50", "convnext_base")
-
-
-@cache
-def reference(model: str) -> dict[str, Any]:
-    """The reference outputs of a torchvision network."""
-    data: dict[str, Any] = json.loads((REFERENCE / f"{model}.json").read_text())
-    return data
 
 
 def starting_weight(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -11,9 +11,10 @@ import pytest
 import timm
 import torch
 import torchvision
+from ghn_reference import MODELS, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_data import MODELS, reference, samples, starting_model, starting_weight
+from reference_data import samples, starting_model, starting_weight
 from torch import Tensor, nn
 
 from timm_ghn.errors import InitError

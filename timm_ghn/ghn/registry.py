@@ -123,7 +123,7 @@ NAMED_GHNS: dict[str, NamedGHN] = {
             "checkpoints/mlp_cifar10.pt",
             "3a987c98b437fd2dfc603668a846f2b632ed28a3",
         ),
-        NamedGHN(BUNDLED, "Small GHN-2 that comes with timm-ghn", "see its card"),
+        NamedGHN(BUNDLED, "Small GHN-2 that comes with timm-ghn", "Tiny-ImageNet, 32 x 32"),
     )
 }
 """The GHNs that `load_ghn` knows by name."""
