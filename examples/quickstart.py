@@ -2,8 +2,8 @@
 
     python examples/quickstart.py [MODEL]
 
-Shows `init=` of `timm.create_model`, the report of the same initialization of a model that exists already, and where a
-model says what it was initialized with. Without network and cache, the small GHN that comes with timm-ghn is used.
+Shows `init=` of `timm.create_model`, the report of what every parameter got, and where a model says what it was
+initialized with. Without network and cache, the small GHN that comes with timm-ghn is used.
 """
 
 import sys
@@ -23,8 +23,7 @@ def main() -> None:
     print(f"timm.create_model({name!r}, init='ghn-orth') took {time.perf_counter() - start:.1f} s")
     print("GHN:", timm_ghn.provenance(model)["ghn"])
 
-    report = timm_ghn.init_model(model, "ghn-orth")  # the same once more, for its report
-    print(report.table())
+    print(timm_ghn.report_of(model).table())
 
     size = model.pretrained_cfg["input_size"]
     with torch.no_grad():
