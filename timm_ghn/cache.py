@@ -33,7 +33,7 @@ from torch import Tensor
 from timm_ghn.errors import TimmGhnError
 from timm_ghn.ghn.model import Prediction
 from timm_ghn.graph import Layout, Role, Target
-from timm_ghn.paths import cache_directory, write_atomically
+from timm_ghn.paths import cache_directory
 
 _logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ class WeightCache:
     def remember(self, recipe: str, key: str) -> None:
         """Note the key that a recipe leads to."""
         data = json.dumps({"key": key}).encode()
-        _write(self.root / "recipes" / f"{recipe}.json", lambda path: write_atomically(path, data))
+        _write(self.root / "recipes" / f"{recipe}.json", lambda path: path.write_bytes(data))
 
     @contextmanager
     def locked(self, key: str) -> Iterator[None]:
@@ -212,7 +212,7 @@ def cache_key(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _write(path: Path, save: Callable[[Path], None]) -> bool:
+def _write(path: Path, save: Callable[[Path], object]) -> bool:
     """Have a file written under another name, and give it its own; a failure is a warning and leaves nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
