@@ -13,8 +13,7 @@ import timm
 import torch
 
 import timm_ghn
-from timm_ghn import cli
-from timm_ghn.cli import main
+from timm_ghn.cli import ghns, init, main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,7 +75,7 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_table", interrupt)
+    monkeypatch.setattr(ghns, "table", interrupt)
     assert main(["ghns"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -214,7 +213,7 @@ def test_damaged_ghn(tmp_path: Path, capsys: pytest.CaptureFixture[str], seeded_
 def test_destination_is_checked_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_create_initialized", lambda *_: pytest.fail("computed before the folder was checked"))
+    monkeypatch.setattr(init, "_create_initialized", lambda *_: pytest.fail("computed before the folder was checked"))
     (tmp_path / "file").write_text("")
     assert "not a folder" in error_of(capsys, "init", "test_resnet", "--out", str(tmp_path / "file"))
 

@@ -1,0 +1,70 @@
+"""The `timm-ghn` command: a module for each of its commands, `common` for what they share.
+
+What a command needs is imported when it runs, so that `--help` is immediate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+from timm_ghn._version import __version__
+from timm_ghn.cli import ghns, graph, init, run, train
+from timm_ghn.cli.common import PROGRAM, CommandError, logging_to_stderr
+from timm_ghn.errors import TimmGhnError
+
+_logger = logging.getLogger(__name__)
+
+FAILED, INTERRUPTED = 2, 130
+_COMMANDS = {"init": init, "graph": graph, "ghns": ghns, "train": train, "run": run}
+_OWN_LOGGING = ("run", "train")
+"""Commands that set up logging themselves, or leave it to the script that they run."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments; those of the process by default.
+
+    Returns:
+        Exit status: 0, 2 after an error, 130 after an interruption.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((item for item in arguments if not item.startswith("-")), None)
+    args = make_parser(with_train=command == "train").parse_args(arguments)
+    # A script that `run` runs fails as it would without us.
+    expected = (CommandError,) if args.command == "run" else (TimmGhnError, OSError)
+    own_logging = args.command in _OWN_LOGGING and not args.verbose
+    try:
+        with nullcontext() if own_logging else logging_to_stderr(args.verbose):
+            handler: Callable[[argparse.Namespace], int] = args.handler
+            return handler(args)
+    except expected as error:
+        _logger.debug("where it failed", exc_info=True)
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def make_parser(*, with_train: bool = False) -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        with_train: Whether `train` gets its arguments, which takes an import of torch and of the training code.
+    """
+    parser = argparse.ArgumentParser(PROGRAM, description="Initialize timm models with weights that a GHN predicts.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="say more on stderr; twice for debugging")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module in _COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP)
+        module.add_arguments(command)
+        if with_train and module is train:
+            train.add_all_arguments(command)
+    return parser

@@ -1,0 +1,135 @@
+"""What several commands share: arguments, names of models, errors and tables."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from timm_ghn.errors import TimmGhnError
+
+PROGRAM = "timm-ghn"
+METHODS = ("ghn-orth", "ghn", "orth", "rand")
+
+
+class CommandError(TimmGhnError):
+    """A command cannot do what was asked."""
+
+
+def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
+    """Declare --model-kwargs KEY=VALUE ..., whose values are Python literals or text."""
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        type=key_value,
+        default=[],
+        metavar="KEY=VALUE",
+        help="further arguments of timm.create_model",
+    )
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, where the value is a Python literal or else text, as timm's scripts read it."""
+    key, sign, value = text.partition("=")
+    if not key or not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def parse_start_layer(text: str) -> int | float | str:
+    """L as a number, a fraction of the depth, or the name of a module."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def method_tag(name: str) -> str | None:
+    """The method in a name like "resnet50.ghn-orth"."""
+    tag = name.partition(".")[2].replace("_", "-").lower()
+    return tag if ":" not in name and tag in METHODS else None
+
+
+def check_name(name: str) -> None:
+    """Raise an error that suggests other names if timm has no model of this one.
+
+    Raises:
+        CommandError: Likewise.
+    """
+    import timm
+
+    if ":" in name:  # hf-hub:, local-dir:
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise CommandError(f"unknown model {architecture!r}{close_matches(architecture, timm.list_models())}")
+    if tag and not method_tag(name):
+        try:
+            timm.models.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            known = [item.partition(".")[2] for item in timm.list_models(f"{architecture}.*", pretrained=True)]
+            hint = close_matches(tag, [*known, *METHODS])
+            raise CommandError(f"model {architecture} has no tag {tag!r}{hint}") from error
+
+
+def close_matches(name: str, known: Sequence[str]) -> str:
+    """The end of a message that suggests names; empty if none is close."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turns what timm or torchvision raises while it builds a model into an error of a line."""
+    try:
+        yield
+    except (TimmGhnError, MemoryError):
+        raise
+    except Exception as error:  # constructors of models raise anything
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CommandError(f"{name} cannot be created: {reason[0]} (-vv shows where)") from error
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Aligned columns, numbers to the right."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    numeric = [all(_is_number(row[column]) for row in cells[1:]) for column in range(len(header))]
+    return [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "").removesuffix("%").isdigit()
+
+
+@contextmanager
+def logging_to_stderr(verbosity: int) -> Iterator[None]:
+    """Messages of this package on stderr: warnings, with -v what it does, with -vv all."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
+    level = {0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
+    handler.setLevel(level)
+    logger = logging.getLogger("timm_ghn")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

@@ -1,0 +1,110 @@
+"""`timm-ghn init`: create a model with predicted weights and write it for plain timm."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from timm_ghn.cli.common import (
+    METHODS,
+    CommandError,
+    add_model_kwargs,
+    check_name,
+    explained,
+    method_tag,
+    parse_start_layer,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from timm_ghn.report import Report
+
+HELP = "create a model with predicted weights and write it for plain timm"
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments and the handler."""
+    parser.add_argument("name", metavar="NAME", help="name of a timm model")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the weights and config.json")
+    parser.add_argument("--method", metavar="METHOD", help=f"{', '.join(METHODS)} (default: {METHODS[0]})")
+    parser.add_argument("--ghn", help="name, path or hf-hub:organization/name of a GHN")
+    parser.add_argument("--noise", type=float, help="beta, the scale of the noise before orthogonalization")
+    parser.add_argument(
+        "--start-layer",
+        type=parse_start_layer,
+        metavar="L",
+        help="first layer to orthogonalize: its number from 1, a fraction of the depth, or the name of a module",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of noise and of random weights (default: 0)")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="classes")
+    parser.add_argument("--in-chans", type=int, metavar="N", help="channels of the images")
+    parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, of the images")
+    add_model_kwargs(parser)
+    parser.add_argument("--dtype", choices=_DTYPES, help="type of the weights (default: float32)")
+    parser.add_argument("--no-cache", action="store_true", help="do not look into the cache or write to it")
+    parser.add_argument("--force", action="store_true", help="replace a model that is in DIR")
+    parser.add_argument("--parameters", action="store_true", help="list every parameter")
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Create the model and write it."""
+    from timm_ghn.export import check_destination, save
+    from timm_ghn.methods import Init
+
+    check_destination(args.out, overwrite=args.force)
+    given = {"ghn": args.ghn, "noise": args.noise, "start_layer": args.start_layer}
+    settings = {key: value for key, value in given.items() if value is not None}
+    method = args.method or method_tag(args.name) or METHODS[0]
+    init = Init(method, seed=args.seed, cache=not args.no_cache, **settings)
+    kwargs = _model_kwargs(args)
+    model, report = _create_initialized(args.name, init, kwargs, args.dtype)
+    save(model, args.out, overwrite=args.force, model_args=None if hasattr(model, "_model_args") else kwargs)
+    print(f"{args.name}: timm's own initialization" if report is None else report.table(parameters=args.parameters))
+    print(f"\nWritten to {args.out}. To load it: timm.create_model('local-dir:{args.out}', pretrained=True)")
+    return 0
+
+
+def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that the weights' shapes depend on.
+
+    Raises:
+        CommandError: If they contradict each other or are none that a model can be written with.
+    """
+    size = args.img_size
+    if size is not None and len(size) > 2:
+        raise CommandError(f"--img-size takes a side, or height and width, not {len(size)} numbers")
+    options = {
+        "num_classes": args.num_classes,
+        "in_chans": args.in_chans,
+        "img_size": size if size is None else size[0] if len(size) == 1 else tuple(size),
+    }
+    chosen = {key: value for key, value in options.items() if value is not None}
+    given = dict(args.model_kwargs)
+    for key in ("init", "pretrained", "checkpoint_path", *chosen):
+        if key in given:
+            hint = f"give --{key.replace('_', '-')} only" if key in chosen else "the weights are what `init` makes"
+            raise CommandError(f"--model-kwargs {key}={given[key]}: {hint}")
+    return {**given, **chosen}
+
+
+def _create_initialized(
+    name: str, init: Any, kwargs: Mapping[str, Any], dtype: str | None
+) -> tuple[nn.Module, Report | None]:
+    """The model, and the report of its initialization if there was one to make."""
+    import timm
+    import torch
+
+    from timm_ghn.deferred import seeded
+    from timm_ghn.hook import install, report_of
+
+    check_name(name)
+    install()
+    types = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    with explained(name), seeded(init.seed):
+        model = timm.create_model(name, init=init, **types, **kwargs)
+    return model, report_of(model)

@@ -1,0 +1,71 @@
+"""`timm-ghn run`: run a script whose `timm.create_model` knows `init=`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from timm_ghn.cli.common import PROGRAM, CommandError
+
+HELP = "run a script whose timm.create_model knows init="
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments and the handler."""
+    parser.usage = f"{PROGRAM} run [-h] (SCRIPT | -m MODULE) [ARGS ...]"
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="run a module, as `python -m` does")
+    parser.add_argument("script", nargs="?", metavar="SCRIPT", help="file to run")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a script or module as python would; its exit status passes through as SystemExit."""
+    import runpy
+
+    from timm_ghn.hook import install
+
+    install()
+    if args.module is not None:
+        if not args.module:
+            raise CommandError("run -m needs the name of a module")
+        name, *arguments = args.module
+        with _as_program(str(Path.cwd()), [name, *arguments]):
+            _check_module(name)
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        return 0
+    if args.script is None:
+        raise CommandError("run needs a script, or -m and a module")
+    script = Path(args.script)
+    if not script.exists():
+        raise CommandError(f"there is no script {args.script}")
+    with _as_program(str(script.resolve().parent), [args.script, *args.arguments]):
+        runpy.run_path(args.script, run_name="__main__")
+    return 0
+
+
+def _check_module(name: str) -> None:
+    import importlib.util
+
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):
+        found = False
+    if not found:
+        raise CommandError(f"there is no module named {name}")
+
+
+@contextmanager
+def _as_program(folder: str, arguments: list[str]) -> Iterator[None]:
+    """`sys.argv` and `sys.path` as the program would find them."""
+    before = sys.argv, list(sys.path)
+    sys.argv = arguments
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[:1] = [folder]
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:] = before
