@@ -105,7 +105,7 @@ def test_a_recipe_finds_the_entry_without_recording_the_graph(
 ) -> None:
     first = create(settings)
     report = timm_ghn.report_of(timm.create_model("test_vit", init=settings, drop_rate=0.1))
-    monkeypatch.setattr(initialize, "to_graph", lambda *args, **kwargs: pytest.fail("the graph was recorded"))
+    monkeypatch.setattr(initialize, "make_plan", lambda *args, **kwargs: pytest.fail("the graph was recorded"))
     again = timm.create_model("test_vit", init=settings)
     assert equal(first, again.state_dict())
     found = timm_ghn.report_of(again)

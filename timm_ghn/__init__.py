@@ -12,9 +12,10 @@ from timm_ghn._version import __version__
 from timm_ghn.ghn import list_ghns, load_ghn
 from timm_ghn.graph import Graph, to_graph
 from timm_ghn.hook import install, report_of, uninstall
-from timm_ghn.initialize import init_model, provenance
+from timm_ghn.initialize import init_model
 from timm_ghn.methods import METHODS, Init
 from timm_ghn.postprocess import orthogonalize_
+from timm_ghn.provenance import provenance
 from timm_ghn.report import Report
 
 __all__ = [

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from timm_ghn.errors import TimmGhnError
-from timm_ghn.initialize import provenance
+from timm_ghn.provenance import provenance
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

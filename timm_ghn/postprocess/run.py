@@ -121,6 +121,7 @@ def postprocess_many(
     workers: int | None = None,
     *,
     in_place: bool = False,
+    queued: int | None = None,
 ) -> Iterator[tuple[WeightLayer, Tensor]]:
     """Post-processes a stream of weights in parallel, one thread to a weight.
 
@@ -135,6 +136,8 @@ def postprocess_many(
         in_place: Whether the weights themselves, such as the memory of parameters, are overwritten. What is allocated
             is then only what `postprocess_tensor` needs for one weight per thread. After an error, or if the iterator
             is not exhausted, some weights are final and others are not.
+        queued: How many weights are worked on or wait at once, a few per thread by default. One more is held while it
+            is waited for them.
 
     Yields:
         The layers in the order of the stream, with what `postprocess_tensor` returns for them.
@@ -146,12 +149,13 @@ def postprocess_many(
     workers = num_threads if workers is None else workers
     if workers < 1:
         raise InitError(f"workers={workers}: expected at least one thread")
+    queued = workers * _QUEUED_PER_WORKER if queued is None else queued
     pending: deque[tuple[WeightLayer, Future[Tensor]]] = deque()
     pool = ThreadPoolExecutor(workers, "timm-ghn", initializer=torch.set_num_threads, initargs=(1,))
     try:
         for layer, weight in items:
             pending.append((layer, pool.submit(postprocess_tensor, weight, layer, settings, in_place=in_place)))
-            while pending and (pending[0][1].done() or len(pending) > workers * _QUEUED_PER_WORKER):
+            while pending and (pending[0][1].done() or len(pending) > queued):
                 done, future = pending.popleft()
                 yield done, future.result()
         while pending:

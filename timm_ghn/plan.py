@@ -1,0 +1,146 @@
+"""What an initialization is going to do, decided before a weight is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from timm_ghn.errors import InitError
+from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
+from timm_ghn.graph import Graph, Layout, Role, Target, to_graph
+from timm_ghn.methods import Init, Source
+from timm_ghn.postprocess import PostProcess, WeightLayer, resolve_start_layer, selected_layers, weight_layers
+
+
+@dataclass(frozen=True)
+class Hypernetwork:
+    """A GHN that is going to predict.
+
+    Attributes:
+        model: The GHN.
+        name: What it is called in the provenance.
+        hash: SHA-256 of its configuration and weights.
+    """
+
+    model: GHN
+    name: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what the parameters of a model get.
+
+    Attributes:
+        init: Settings.
+        hypernetwork: What predicts; None for methods without a GHN.
+        graph: The model's graph; None likewise.
+        parameters: Parameters by name; tied ones once.
+        layers: All conv and fully-connected layers, in order.
+        start_layer: L; None without post-processing.
+        targets: What the GHN predicts, by name.
+        reasons: Why a parameter is not predicted, by name.
+        processed: Layers that are post-processed, by the name of their weight.
+        factors: What a prediction is multiplied with before it is post-processed, by name; 1 for all others.
+    """
+
+    init: Init
+    hypernetwork: Hypernetwork | None
+    graph: Graph | None
+    parameters: Mapping[str, nn.Parameter]
+    layers: tuple[WeightLayer, ...]
+    start_layer: int | None
+    targets: Mapping[str, Target]
+    reasons: Mapping[str, str]
+    processed: Mapping[str, WeightLayer]
+    factors: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def postprocess(self) -> PostProcess:
+        """Settings of the post-processing."""
+        return postprocess_settings(self.init)
+
+    @property
+    def generated(self) -> tuple[str, ...]:
+        """Parameters whose values depend on the plan alone, not on what they were before."""
+        drawn = self.processed if self.init.spec.source is Source.GAUSSIAN else {}
+        return tuple(name for name in self.parameters if name in self.targets or name in drawn)
+
+    def is_overwritten(self, name: str) -> bool:
+        """Whether nothing is kept of a generated parameter, not even the prefix rows of a table of tokens."""
+        return name not in self.targets or self.targets[name].layout is not Layout.TOKENS
+
+
+def postprocess_settings(init: Init) -> PostProcess:
+    """Settings of the post-processing; random weights get no noise."""
+    noise = init.noise if init.spec.source is Source.GHN else 0.0
+    return PostProcess(noise=noise, seed=init.seed, correlation=init.correlation)
+
+
+def find_hypernetwork(init: Init) -> Hypernetwork | None:
+    """The GHN that an initialization asks for, and its hash; None for methods without one.
+
+    Raises:
+        CheckpointError, UnknownGhnError, DownloadError: If it cannot be loaded.
+    """
+    if init.spec.source is not Source.GHN:
+        return None
+    ghn = load_ghn(init.ghn) if init.ghn is not None else default_ghn()
+    if isinstance(init.ghn, GHN) or ghn.info is None:  # its weights may have changed since it was loaded
+        return Hypernetwork(ghn, ghn.info.name if ghn.info else "in memory", content_hash(ghn))
+    return Hypernetwork(ghn, ghn.info.name, ghn.info.hash)
+
+
+def make_plan(
+    model: nn.Module,
+    init: Init,
+    hypernetwork: Hypernetwork | None,
+    *,
+    input_size: Sequence[int] | None = None,
+    example_input: Any = None,
+) -> Plan:
+    """Decide what every parameter gets. The model is not changed, and its values are not read.
+
+    Raises:
+        InitError: If L lies outside of the model.
+        CaptureError: If the forward pass cannot be recorded.
+        GraphError: If the model has no layer that can be predicted.
+    """
+    layers = weight_layers(model)
+    start_layer = None
+    processed: dict[str, WeightLayer] = {}
+    if init.spec.orthogonal:
+        start_layer = resolve_start_layer(layers, init.start_layer, init.spec.start_layer)
+        processed = {layer.parameter: layer for layer in selected_layers(layers, start_layer)}
+    graph = None
+    targets: dict[str, Target] = {}
+    reasons: dict[str, str] = {}
+    if hypernetwork is not None:
+        graph = to_graph(model, input_size=input_size, example_input=example_input, reading=init.reading)
+        targets, reasons = _choose_targets(graph, hypernetwork.model)
+    parameters = dict(model.named_parameters())
+    return Plan(init, hypernetwork, graph, parameters, layers, start_layer, targets, reasons, processed)
+
+
+def check_memory(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises InitError for a parameter without memory."""
+    on_meta = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
+    if on_meta is not None:
+        raise InitError(f"{on_meta} is on the meta device and has no memory; call model.to_empty(device=...) first")
+
+
+def _choose_targets(graph: Graph, ghn: GHN) -> tuple[dict[str, Target], dict[str, str]]:
+    """Parameters to predict, and why the others are not."""
+    reasons = dict(graph.unused)
+    chosen: dict[str, Target] = {}
+    for target in graph.targets:
+        classes = target.shape[0]
+        if target.role in (Role.CLASS_WEIGHT, Role.CLASS_BIAS) and classes != ghn.config.num_classes:
+            reasons[target.name] = f"classifier of {classes} classes, the GHN's has {ghn.config.num_classes}"
+        else:
+            chosen[target.name] = target
+    return chosen, reasons
