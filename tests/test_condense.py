@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import CondConv2d
 from torch import Tensor, nn
 
 from timm_ghn.graph import Graph, Layout, Op, Role, to_graph
+from timm_ghn.postprocess import orthogonalize_, weight_layers
 
 
 def graph_of(model: nn.Module, *size: int) -> Graph:
@@ -146,6 +148,21 @@ def test_a_mixture_of_kernels_is_one_convolution() -> None:
     assert (target.layout, target.role) == (Layout.MIXTURE, Role.WEIGHT)
     node = next(node for node in graph_of(Mixture()).nodes if target in node.targets)
     assert node.shape == (8, 3, 3, 3)
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_the_experts_of_a_mixture_are_post_processed_one_by_one(groups: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), CondConv2d(8, 16, 3, groups=groups, num_experts=3), nn.Linear(16, 2))
+    assert [layer.kernel for layer in weight_layers(model)] == [(), (16, 8 // groups, 3, 3), ()]
+    with torch.no_grad():
+        model[1].weight.copy_(model[1].weight[0].clone().expand(3, -1))  # as predicted: all from one kernel
+    assert orthogonalize_(model, start_layer=1) == ("0.weight", "1.weight")
+    experts = model[1].weight.detach().view(3, 16, -1)
+    for expert in experts:
+        tall = expert if expert.shape[0] >= expert.shape[1] else expert.T
+        torch.testing.assert_close(tall.T @ tall, torch.eye(tall.shape[1]), atol=1e-5, rtol=0)
+    assert not torch.equal(experts[0], experts[1])  # each got noise of its own
+    torch.testing.assert_close(experts[0], experts[1], atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from timm.layers import CondConv2d
 from torch import nn
 
 from timm_ghn.errors import InitError
@@ -28,12 +29,15 @@ class WeightLayer:
         parameter: Qualified name of its weight.
         module: Qualified name of the module that holds the weight; empty for the model itself.
         is_classifier: Whether it belongs to the classifier, which is counted but never changed.
+        kernel: Shape of one kernel, where each row of the weight is the flattened kernel of an expert (CondConv);
+            empty where the weight is one kernel.
     """
 
     number: int
     parameter: str
     module: str
     is_classifier: bool = False
+    kernel: tuple[int, ...] = ()
 
 
 def weight_layers(model: nn.Module) -> tuple[WeightLayer, ...]:
@@ -41,7 +45,8 @@ def weight_layers(model: nn.Module) -> tuple[WeightLayer, ...]:
 
     A layer is a module with a floating `weight` parameter of two or more dimensions, other than lookup tables and
     norms. The stacked (or separate) query, key and value matrices of `nn.MultiheadAttention` count as well. A module
-    or parameter that occurs several times counts once, and not at all if it is also a lookup table.
+    or parameter that occurs several times counts once, and not at all if it is also a lookup table. The experts of a
+    `CondConv2d` are one layer of several kernels.
 
     The classifier is what the `get_classifier()` of a timm model returns (an identity, one or several modules, all
     their layers). Of a model without that method it is the last layer, except of timm's feature extractors, which
@@ -51,18 +56,20 @@ def weight_layers(model: nn.Module) -> tuple[WeightLayer, ...]:
         InitError: A parameter of a lazy module has no shape yet.
     """
     seen = {id(module.weight) for module in model.modules() if isinstance(module, _TABLES)}
-    found: list[tuple[str, str, nn.Parameter]] = []
+    found: list[tuple[str, str, nn.Parameter, tuple[int, ...]]] = []
     for module_name, module in model.named_modules():
         for attribute, weight in _weights(module, module_name):
             if id(weight) not in seen:
                 seen.add(id(weight))
-                found.append((f"{module_name}.{attribute}" if module_name else attribute, module_name, weight))
+                parameter = f"{module_name}.{attribute}" if module_name else attribute
+                kernel = tuple(module.weight_shape) if isinstance(module, CondConv2d) else ()
+                found.append((parameter, module_name, weight, kernel))
     classifier = _classifier_weights(model)
     if classifier is None:
-        classifier = {id(weight) for _, _, weight in found[-1:]}
+        classifier = {id(weight) for _, _, weight, _ in found[-1:]}
     return tuple(
-        WeightLayer(number, parameter, module_name, id(weight) in classifier)
-        for number, (parameter, module_name, weight) in enumerate(found, start=1)
+        WeightLayer(number, parameter, module_name, id(weight) in classifier, kernel)
+        for number, (parameter, module_name, weight, kernel) in enumerate(found, start=1)
     )
 
 

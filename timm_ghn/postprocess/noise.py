@@ -26,20 +26,23 @@ _SMALL = 1 << 18
 """Up to this many entries float64 costs next to nothing; larger matrices are standardized in parts of that size."""
 
 
-def layer_generator(seed: int, layer: int, shape: Sequence[int]) -> torch.Generator:
-    """Returns the CPU generator of a layer's noise, which depends on these three values and nothing else.
+def layer_generator(seed: int, layer: int, shape: Sequence[int], expert: int = 0) -> torch.Generator:
+    """Returns the CPU generator of a layer's noise, which depends on these values and nothing else.
 
     Args:
         seed: The user's seed.
         layer: Number of the layer, from 1.
-        shape: Shape of its weight.
+        shape: Shape of its weight, or of one kernel of a mixture.
+        expert: Which kernel of a mixture it is, from 0.
     """
-    key = f"timm-ghn noise seed={seed} layer={layer} shape={tuple(shape)}"
+    key = f"timm-ghn noise seed={seed} layer={layer} shape={tuple(shape)}" + (f" expert={expert}" if expert else "")
     digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def add_noise_(weight: Tensor, noise: float, layer: int, seed: int, correlation: Correlation, name: str) -> None:
+def add_noise_(
+    weight: Tensor, noise: float, layer: int, seed: int, correlation: Correlation, name: str, expert: int = 0
+) -> None:
     """Replaces a weight by `w + N(0, beta sigma(r(w)))` (Eq. 1).
 
     Args:
@@ -49,6 +52,7 @@ def add_noise_(weight: Tensor, noise: float, layer: int, seed: int, correlation:
         seed: The user's seed.
         correlation: What is correlated.
         name: What error messages call the weight.
+        expert: Which kernel of a mixture it is, from 0.
 
     Raises:
         InitError: The weight holds NaN or infinity; it is then not changed.
@@ -56,7 +60,7 @@ def add_noise_(weight: Tensor, noise: float, layer: int, seed: int, correlation:
     deviation = noise * correlation_std(weight.view(weight.shape[0], -1), correlation, name) if noise > 0 else 0.0
     if deviation == 0:
         return
-    generator = layer_generator(seed, layer, weight.shape)
+    generator = layer_generator(seed, layer, weight.shape, expert)
     entries = weight.view(-1)
     # In parts that stay in the cache. torch draws fewer than 16 numbers in another way, so that the last part has more,
     # and the parts together are what one call would draw.

@@ -67,7 +67,8 @@ def postprocess_tensor(weight: Tensor, layer: WeightLayer, settings: PostProcess
 
     The result depends on the weight, the number of the layer and the settings alone. To that end it is computed on the
     CPU by one thread, wherever the weight lies. A weight of more than two dimensions is the matrix `K x rest` of its
-    first dimension as stored, also that of a transposed convolution, as in ppuda.
+    first dimension as stored, also that of a transposed convolution, as in ppuda. The kernels of a mixture (`kernel` of
+    the layer) are post-processed one by one, each with noise of its own.
 
     Args:
         weight: `(K, ...)` of a floating dtype, of two or more dimensions.
@@ -109,10 +110,12 @@ def _is_like_new(tensor: Tensor) -> bool:
 
 
 def _process_(weight: Tensor, layer: WeightLayer, settings: PostProcess) -> None:
-    """Post-processes a contiguous float32 or float64 tensor on the CPU."""
-    add_noise_(weight, settings.noise, layer.number, settings.seed, settings.correlation, layer.parameter)
-    if settings.orthogonal:
-        orthogonal_factor_(weight.view(weight.shape[0], -1), layer.parameter)
+    """Post-processes a contiguous float32 or float64 tensor on the CPU, one kernel after the other."""
+    kernels = weight.view(weight.shape[0], *layer.kernel) if layer.kernel else weight.unsqueeze(0)
+    for index, kernel in enumerate(kernels):
+        add_noise_(kernel, settings.noise, layer.number, settings.seed, settings.correlation, layer.parameter, index)
+        if settings.orthogonal:
+            orthogonal_factor_(kernel.view(kernel.shape[0], -1), layer.parameter)
 
 
 def postprocess_many(
