@@ -271,6 +271,8 @@ def operation_name(function: Callable[..., Any]) -> str:
         return str(getattr(getattr(function, "__self__", None), "__name__", name))
     if name.startswith("__") and name.endswith("__"):
         name = name[2:-2]
+        if name in ("rdiv", "rtruediv"):  # 1 / x
+            return "reciprocal"
         if name[:1] in ("i", "r") and name[1:] in _ARITHMETIC:
             name = name[1:]
         return {"truediv": "div"}.get(name, name)

@@ -37,12 +37,14 @@ from timm_ghn.graph.facts import (
     ADDED_PRODUCTS,
     CONVOLUTIONS,
     MULTIPLICATIONS,
+    OVER_CONSTANTS,
     PRODUCTS,
     TRANSPOSED_CONVOLUTIONS,
     Facts,
     Origin,
     find_facts,
     flat,
+    operands,
 )
 from timm_ghn.graph.graph import MAX_DISTANCE, Graph, Layout, Node, Op, Role, Shape, Target
 
@@ -108,12 +110,13 @@ class _Builder:
         self._feeds: dict[int, tuple[int, ...]] = dict.fromkeys(trace.inputs, (0,))  # nodes that make a value
         self._taken: set[str] = set()
         self._reasons: dict[str, str] = {}
+        self._norms: dict[int, int] = {}  # node by the multiplication that applies the weight of a norm
 
     # Nodes
 
     def add(self, number: int, operation: Operation) -> None:
         """Add the nodes of one operation and tell what feeds its outputs."""
-        sources = self._sources_of(operation.inputs)
+        sources = self._sources_of(operands(operation))
         fed = self._nodes_of(number, operation, sources)
         for output in operation.outputs:
             self._feeds[output.index] = fed
@@ -141,14 +144,17 @@ class _Builder:
     def _plain(self, number: int, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
         """Operations without parameters of their own."""
         name = operation.name
-        if name == "scaled_dot_product_attention":
+        if name == "scaled_dot_product_attention" or number in self._facts.attentions:
             self._explain(operation, _LEARNED_TOKEN)
             return (self._node(Node(Op.MSA), sources),)
+        if number in self._facts.norms:
+            return self._spelled_norm(number, operation, sources)
         if name in _MAX_POOLS or name in _AVG_POOLS:
             op = Op.MAX_POOL if name in _MAX_POOLS else Op.AVG_POOL
             return (self._node(Node(op, _pool_shape(operation)), sources),)
         if self._is_global_average(number, operation):
-            return (self._node(Node(Op.GLOB_AVG), sources),)
+            window = _adaptive_window(operation) if self._reading is Reading.DEFAULT else None
+            return (self._node(Node(Op.AVG_POOL, window) if window else Node(Op.GLOB_AVG), sources),)
         if name in MULTIPLICATIONS and self._is_gate(number, operation):
             return (self._node(Node(Op.CSE), sources),)
         if name in _CONCATENATIONS:
@@ -196,15 +202,19 @@ class _Builder:
             origins = self._facts.mixtures[number]
         else:
             origins = self._facts.of(weight).origin.values
-        if not sources and not self._facts.of(inputs).origin.values:
+        origin = self._facts.of(inputs).origin
+        if not sources and (not origin.values or origin.obstacle):
+            self._explain_values(origins, OVER_CONSTANTS)
             return ()
         swapped = transposed or (not spatial and self._facts.of(weight).origin.transposed)
+        self._explain_values(self._facts.of(inputs).origin.values, _LEARNED_TOKEN)
         target = self._weight_target(origins, weight, spatial, swapped)
         if target is None:
             fed = sources
         else:
             shape, found = target
             fed = (self._node(Node(op, shape, self._claim(found)), sources),)
+            self._explain_values(origins, _DERIVED)
         return self._bias(bias, fed) if isinstance(bias, Value) else fed
 
     def _product(self, number: int, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
@@ -272,6 +282,20 @@ class _Builder:
         size = max(math.prod(target.shape) for target in targets)
         return (self._node(Node(op, (size,), self._claim(tuple(targets))), self._sources_of([operation.inputs[0]])),)
 
+    def _spelled_norm(self, number: int, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
+        """A norm that the model computes itself, at the multiplication by its weight."""
+        origins = [index for value in operation.inputs for index in self._facts.of(value).origin.values]
+        targets = tuple(Target(self._name(index), self._shape(index), Role.NORM_WEIGHT) for index in origins)
+        size = math.prod(targets[0].shape)
+        self._norms[number] = self._node(Node(self._facts.norms[number], (size,), self._claim(targets)), sources)
+        return (self._norms[number],)
+
+    def _spelled_norm_bias(self, node: int, bias: Value, sources: tuple[int, ...]) -> tuple[int, ...]:
+        origins = self._facts.of(bias).origin.values
+        targets = self._claim(tuple(Target(self._name(i), self._shape(i), Role.NORM_BIAS) for i in origins))
+        self._nodes[node] = replace(self._nodes[node], targets=(*self._nodes[node].targets, *targets))
+        return sources
+
     def _multi_head_attention(self, operation: Operation) -> tuple[int, ...]:
         query, key, value = (operation.argument(i, name) for i, name in enumerate(("query", "key", "value")))
         weights = [operation.argument(5, "in_proj_weight")] + [
@@ -318,12 +342,13 @@ class _Builder:
         if len(extents) <= 1:
             if fact.affine:
                 return self._bias(learned, sources)
+            if fact.scaled is not None and math.prod(learned.shape) == fact.channels:
+                return self._spelled_norm_bias(self._norms[fact.scaled], learned, sources)
             self._explain_values(origin.values, "a vector added outside of a norm or a layer with weights")
             return sources
         table = self._table_target(origin, data, learned)
         if table is None or fact.similarity is not None or fact.squeezes:
-            reason = "a table looked up by index (relative positions)" if origin.looked_up else "added to an activation"
-            self._explain_values(origin.values, reason)
+            self._explain_values(origin.values, origin.obstacle or _TABLE)
             return sources
         shape, target = table
         position = self._node(Node(Op.POS_ENC, shape, self._claim((target,))), ())
@@ -332,7 +357,7 @@ class _Builder:
     def _table_target(self, origin: Origin, data: Value, learned: Value) -> tuple[Shape, Target] | None:
         """Shape (1, C, h, w) and parameter of a table of positions; None if it is not one."""
         tables = [index for index in origin.values if len([s for s in self._shape(index) if s > 1]) > 1]
-        if origin.looked_up or len(tables) != 1:
+        if origin.obstacle or len(tables) != 1:
             return None
         shape = self._shape(tables[0])
         if len(shape) == 4 and shape[0] == 1:
@@ -382,8 +407,7 @@ class _Builder:
         for value in operation.inputs:
             fact = self._facts.of(value)
             if not fact.data and any(self._facts.of(output).data for output in operation.outputs):
-                lookup = "a table looked up by index (relative positions)" if fact.origin.looked_up else reason
-                self._explain_values(fact.origin.values, lookup)
+                self._explain_values(fact.origin.values, fact.origin.obstacle or reason)
 
     def _explain_values(self, values: Sequence[int], reason: str) -> None:
         for index in values:
@@ -433,10 +457,10 @@ class _Builder:
 
 
 _LEARNED_TOKEN = "a learned token or query"
-_REASONS = {
-    "mul": "multiplied elementwise (layer scale, gain or gate)",
-    "div": "multiplied elementwise (layer scale, gain or gate)",
-}
+_TABLE = "a table added to activations that is not one of positions, or one of several that make it up"
+_DERIVED = "scales a weight of which it is a small part"
+_SCALE = "multiplied elementwise (layer scale, gain or gate)"
+_REASONS = {"mul": _SCALE, "div": _SCALE, "addcmul": _SCALE}
 
 
 def _canonical(shape: Shape, operand: Shape, spatial: int, swapped: bool) -> tuple[Shape, Layout]:
@@ -474,6 +498,17 @@ def _pool_shape(operation: Operation) -> Shape:
     return (1, 1, kernel[-2] if len(kernel) > 1 else kernel[0], kernel[-1])
 
 
+def _adaptive_window(operation: Operation) -> Shape | None:
+    """Kernel of an adaptive pooling to a smaller map; None if that is one position, or as large as the map was."""
+    if operation.name not in ADAPTIVE_AVG_POOLS:
+        return None
+    before, after = operation.inputs[0].shape[2:], operation.outputs[0].shape[2:]
+    if after == before or math.prod(after) == 1:
+        return None
+    window = [max(1, size // kept) for size, kept in zip(before, after, strict=True)]
+    return (1, 1, *_plane(tuple(window)))
+
+
 def _grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     """Rows and columns of a table of tokens: the feature map's if it fits, else the largest square."""
     if grid is not None and 0 <= tokens - grid[0] * grid[1] <= 16:
@@ -488,18 +523,25 @@ def _mark_classifiers(nodes: Sequence[Node], edges: Sequence[tuple[int, int]], c
     These are weights with one row a class from which only biases, sums and concatenations lead on.
     """
     successors: list[list[int]] = [[] for _ in nodes]
+    predecessors: list[list[int]] = [[] for _ in nodes]
     for source, target in edges:
         successors[source].append(target)
+        predecessors[target].append(source)
+    heads = [False] * len(nodes)  # what is made of such weights alone, unlike the sum behind a residual branch
+    for index, node in enumerate(nodes):
+        is_weight = node.op is Op.CONV and node.shape is not None and math.prod(node.shape) == math.prod(node.shape[:2])
+        joins = node.op in (Op.BIAS, Op.SUM, Op.CONCAT) and len(predecessors[index]) > 0
+        heads[index] = (
+            node.shape[0] in counts
+            if is_weight and node.shape
+            else joins and all(heads[n] for n in predecessors[index])
+        )
     marked = list(nodes)
     last = [True] * len(nodes)
     for index in reversed(range(len(nodes))):
-        node = nodes[index]
-        last[index] = all(last[n] and nodes[n].op in (Op.BIAS, Op.SUM, Op.CONCAT) for n in successors[index])
-        if not last[index] or node.shape is None or node.shape[0] not in counts:
-            continue
-        is_weight = node.op is Op.CONV and math.prod(node.shape) == math.prod(node.shape[:2])
-        if is_weight:
-            marked[index] = _with_role(node, Role.CLASS_WEIGHT)
+        last[index] = all(last[n] and heads[n] and nodes[n].op is not Op.CONV for n in successors[index])
+        if last[index] and heads[index] and nodes[index].op is Op.CONV:
+            marked[index] = _with_role(nodes[index], Role.CLASS_WEIGHT)
             for follower in successors[index]:
                 if nodes[follower].op is Op.BIAS:
                     marked[follower] = _with_role(nodes[follower], Role.CLASS_BIAS)

@@ -6,12 +6,14 @@ global poolings, before any node of the graph is made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from timm_ghn.graph.capture import Operation, Trace, Value
-from timm_ghn.graph.graph import Shape
+from timm_ghn.graph.graph import Op, Shape
+from timm_ghn.graph.norms import Statistic, keeps_values, norm_made_by, statistic_after
 
 CONVOLUTIONS = {f"conv{rank}d": rank for rank in (1, 2, 3)}
 TRANSPOSED_CONVOLUTIONS = {f"conv_transpose{rank}d": rank for rank in (1, 2, 3)}
@@ -24,6 +26,11 @@ MULTIPLICATIONS = {"mul", "multiply"}
 _HARD_GATES = {"hardsigmoid", "hardswish"}
 _TRANSPOSITIONS = {"t", "T", "mT", "transpose", "permute", "swapaxes", "movedim"}
 _LOOKUPS = {"embedding", "index_select", "gather", "take", "grid_sample", "index"}
+_PARTS = {"split", "chunk", "tensor_split", "unbind", "getitem", "narrow"}
+_LIKE_ANOTHER = {"expand_as", "view_as", "reshape_as", "type_as"}
+
+LOOKED_UP = "a table looked up by index, as of relative positions"
+OVER_CONSTANTS = "a layer over constants (coordinates of positions)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +40,13 @@ class Origin:
     Attributes:
         values: Indices of the parameters' values.
         transposed: Whether the last two dimensions were swapped on the way.
-        looked_up: Whether entries were picked by an index, as from a table of relative positions.
+        obstacle: Why they cannot be predicted as a table: entries were picked by an index, as from a table of relative
+            positions, or they are the weights of layers that the input does not pass. Empty otherwise.
     """
 
     values: tuple[int, ...] = ()
     transposed: bool = False
-    looked_up: bool = False
+    obstacle: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,10 @@ class Fact:
         grid: (h, w) of the last feature map that led to it.
         hard_gate: Operations since a hard sigmoid or swish (ppuda's reading of cse), None if there was none.
         affine: Whether it comes straight from a product with a parameter, so that a vector added is its bias.
+        weighted: Whether it is a product of values with weights from a softmax, so that its sum is attention.
+        statistic: The statistic of the activations that it is made from, else None.
+        normalized: The norm that it comes straight from, if that was spelled out; None otherwise.
+        scaled: The multiplication (by number) that applied the weight of such a norm, if it comes straight from it.
     """
 
     data: bool = False
@@ -67,6 +79,10 @@ class Fact:
     grid: tuple[int, int] | None = None
     hard_gate: int | None = None
     affine: bool = False
+    weighted: bool = False
+    statistic: Statistic | None = None
+    normalized: Op | None = None
+    scaled: int | None = None
 
 
 @dataclass(slots=True)
@@ -74,6 +90,7 @@ class Facts:
     """Result of the first pass: facts by value, and the roles of single operations."""
 
     by_value: dict[int, Fact] = field(default_factory=dict)
+    norms: dict[int, Op] = field(default_factory=dict)  # multiplications that apply the weight of a norm
     gates: set[int] = field(default_factory=set)
     squeezes: set[int] = field(default_factory=set)
     attentions: set[int] = field(default_factory=set)
@@ -108,6 +125,13 @@ def find_facts(trace: Trace) -> Facts:
     return facts
 
 
+def operands(operation: Operation) -> tuple[Value, ...]:
+    """The values that an operation computes with; not those that it only takes a shape or type from."""
+    if operation.name in _LIKE_ANOTHER:
+        return operation.inputs[:1]
+    return () if operation.name.endswith("_like") or operation.name.startswith("new_") else operation.inputs
+
+
 def _weight_of(operation: Operation) -> Value | None:
     """Second operand of a convolution or linear layer."""
     if operation.name in CONVOLUTIONS or operation.name in TRANSPOSED_CONVOLUTIONS or operation.name == "linear":
@@ -118,25 +142,17 @@ def _weight_of(operation: Operation) -> Value | None:
 
 def _note(facts: Facts, number: int, operation: Operation) -> Fact:
     """Fact of an operation's outputs; notes gates, squeezes and attention on the way."""
-    known = [facts.of(value) for value in operation.inputs]
+    values = operands(operation)
+    known = [facts.of(value) for value in values]
     data = [fact for fact in known if fact.data]
     if not data:
         return _note_constant(operation, known)
-    fact = Fact(
-        data=True,
-        channels=_agreed([item.channels for item in data]),
-        squeezes=frozenset().union(*(item.squeezes for item in data)) if all(i.squeezes for i in data) else frozenset(),
-        similarity=next((item.similarity for item in data if item.similarity), None),
-        product=max((item.product for item in data if item.product is not None), default=None),
-        grid=next((item.grid for item in data if item.grid), None),
-        hard_gate=_next_hard_gate(operation, data),
-    )
-    name = operation.name
-    output = operation.outputs[0]
+    name, output = operation.name, operation.outputs[0]
+    fact = _inherited(operation, data)
     weight = _weight_of(operation)
     if weight is not None:
         grid = output.shape[-2:] if len(output.shape) == 4 and name != "linear" and not fact.squeezes else fact.grid
-        return replace(fact, channels=_out_channels(name, weight.shape, output), grid=grid, affine=True, product=None)
+        return replace(_after_layer(fact), channels=_out_channels(name, weight.shape, output), grid=grid)
     if name in PRODUCTS or name in ADDED_PRODUCTS:
         return _note_product(facts, number, operation, fact)
     if name == "scaled_dot_product_attention":
@@ -145,27 +161,83 @@ def _note(facts: Facts, number: int, operation: Operation) -> Fact:
         return replace(fact, similarity=None, product=None, channels=output.shape[-1])
     if name == "softmax" and len(output.shape) >= 2:
         return replace(fact, similarity=fact.similarity or (output.shape[-2], output.shape[-1]))
+    if name in ("sum", "mean") and fact.weighted:
+        facts.attentions.add(number)
+        return replace(fact, weighted=False, similarity=None, product=number)
     if _squeezes(operation, data[0]):
         return replace(fact, squeezes=fact.squeezes | {number}, similarity=None)
-    if name in MULTIPLICATIONS and len(data) == 2 and bool(data[0].squeezes) != bool(data[1].squeezes):
-        facts.gates.add(number)
-        facts.squeezes |= data[0].squeezes | data[1].squeezes
+    if name in MULTIPLICATIONS:
+        return _note_multiplication(facts, number, operation, fact)
+    return fact
+
+
+def _inherited(operation: Operation, data: Sequence[Fact]) -> Fact:
+    """What an operation without a meaning of its own passes on from those operands that depend on the input."""
+    statistics = [item.statistic for item in data]
+    source = operation.inputs[0]
+    dims = _reduced_dims(operation, len(source.shape))
+    is_same = len(data) == 1 and keeps_values(operation)
+    return Fact(
+        data=True,
+        channels=_agreed([item.channels for item in data]),
+        squeezes=frozenset().union(*(item.squeezes for item in data)) if all(i.squeezes for i in data) else frozenset(),
+        similarity=next((item.similarity for item in data if item.similarity), None),
+        product=max((item.product for item in data if item.product is not None), default=None),
+        grid=next((item.grid for item in data if item.grid), None),
+        hard_gate=_next_hard_gate(operation, data),
+        affine=len(data) == 1 and data[0].affine and (is_same or operation.name in _PARTS),
+        weighted=is_same and data[0].weighted,
+        statistic=statistic_after(operation, statistics, dims, data[0].channels),
+        normalized=data[0].normalized if is_same else norm_made_by(operation, statistics),
+        scaled=data[0].scaled if is_same else None,
+    )
+
+
+def _after_layer(fact: Fact) -> Fact:
+    """A fact behind a product with weights: what it was before does not matter for what it is."""
+    return replace(fact, affine=True, product=None, statistic=None, normalized=None, weighted=False, scaled=None)
+
+
+def _note_multiplication(facts: Facts, number: int, operation: Operation, fact: Fact) -> Fact:
+    """An elementwise product: with a squeezed gate, with weights from a softmax, or with the weight of a norm."""
+    known = [facts.of(value) for value in operation.inputs]
+    output = operation.outputs[0]
+    if len(known) == 2 and all(item.data for item in known):
+        squeezed = [bool(item.squeezes) for item in known]
+        is_gate = fact.normalized is None and squeezed[0] != squeezed[1]
+        if is_gate and operation.inputs[squeezed[0]].shape == output.shape:
+            facts.gates.add(number)
+            facts.squeezes |= known[0].squeezes | known[1].squeezes
+        weights = [item.similarity is not None for item in known]
+        return replace(fact, weighted=weights[0] != weights[1] and not any(squeezed))
+    weight = next((value for value, item in zip(operation.inputs, known, strict=True) if item.origin.values), None)
+    normalized = next((item.normalized for item in known if item.normalized), None)
+    if weight is not None and normalized is not None and max(weight.shape, default=1) == fact.channels:
+        facts.norms[number] = normalized
+        return replace(fact, scaled=number)
     return fact
 
 
 def _note_constant(operation: Operation, known: Sequence[Fact]) -> Fact:
     """Fact of a value made from parameters and constants only."""
-    if operation.name == "linear" and len(known) > 1 and known[0].origin.values:
+    if operation.name == "linear" and known[0].origin.values and not known[0].origin.obstacle:
         return Fact(data=True, channels=operation.outputs[0].shape[-1], affine=True)  # a layer over learned tokens
     values = tuple(dict.fromkeys(index for fact in known for index in fact.origin.values))
+    transposed = any(fact.origin.transposed for fact in known) != _swaps_last(operation)
+    return Fact(origin=Origin(values, transposed, _obstacle(operation, known) if values else ""))
+
+
+def _obstacle(operation: Operation, known: Sequence[Fact]) -> str:
+    """Why a value made from parameters and constants is no table, if so."""
+    before = next((fact.origin.obstacle for fact in known if fact.origin.obstacle), "")
+    if before:
+        return before
+    is_layer = operation.name == "linear" or operation.name in CONVOLUTIONS
+    if is_layer and not known[0].origin.values:
+        return OVER_CONSTANTS
     picks = operation.name == "getitem" and any(isinstance(item, Value) for item in flat(operation.args[1:]))
-    return Fact(
-        origin=Origin(
-            values,
-            transposed=any(fact.origin.transposed for fact in known) != _swaps_last(operation),
-            looked_up=any(fact.origin.looked_up for fact in known) or operation.name in _LOOKUPS or picks,
-        )
-    )
+    is_mix = operation.name in PRODUCTS and not all(fact.origin.values for fact in known)
+    return LOOKED_UP if operation.name in _LOOKUPS or picks or is_mix else ""
 
 
 def flat(items: Any) -> list[Any]:
@@ -217,7 +289,8 @@ def _note_product(facts: Facts, number: int, operation: Operation, fact: Fact) -
     output = operation.outputs[0]
     if len(known) < 2 or not all(item.data for item in known):
         channels = output.shape[-1] if output.shape else None
-        return replace(fact, channels=channels, affine=True, product=None)
+        return replace(_after_layer(fact), channels=channels)
+    fact = replace(fact, statistic=None, normalized=None, weighted=False, scaled=None)
     earlier = {item.product for item in known if item.product is not None}
     if earlier or any(item.similarity for item in known):
         facts.attentions -= earlier
@@ -251,11 +324,11 @@ def _squeezes(operation: Operation, source: Fact) -> bool:
         return False
     left = [size for dim, size in enumerate(shape) if dim not in dims and dim > 0]
     gone = [size for dim, size in enumerate(shape) if dim in dims]
-    if source.channels in left:
+    if math.prod(left) == source.channels:
         return source.channels not in gone or (len(left) == 1 and dims[0] != len(shape) - 1)
-    if source.channels in gone:
+    if source.channels in (*left, *gone):
         return False
-    return dims in ((2, 3), (1,)) if len(shape) > 3 else dims == (1,)
+    return dims in ((2, 3), (1, 2)) if len(shape) > 3 else dims == (1,)
 
 
 def _reduced_dims(operation: Operation, rank: int) -> tuple[int, ...]:
@@ -286,3 +359,4 @@ def _note_mixture(facts: Facts, trace: Trace, number: int, weight: Value, makers
         elif operation.name != "linear":
             pending.extend(value.index for value in operation.inputs if facts.of(value).data)
     facts.mixtures[number] = tuple(dict.fromkeys(found))
+    facts.squeezes |= facts.of(weight).squeezes  # as those of gates

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from timm.layers import CondConv2d
+from timm.layers.cond_conv2d import CondConv2d
 from torch import nn
 
 from timm_ghn.errors import InitError
@@ -49,8 +50,8 @@ def weight_layers(model: nn.Module) -> tuple[WeightLayer, ...]:
     `CondConv2d` are one layer of several kernels.
 
     The classifier is what the `get_classifier()` of a timm model returns (an identity, one or several modules, all
-    their layers). Of a model without that method it is the last layer, except of timm's feature extractors, which
-    have none.
+    their layers), and any layers of the same shape right behind it, which are auxiliary heads. Of a model without that
+    method it is the last layer, except of timm's feature extractors, which have none.
 
     Raises:
         InitError: A parameter of a lazy module has no shape yet.
@@ -67,6 +68,9 @@ def weight_layers(model: nn.Module) -> tuple[WeightLayer, ...]:
     classifier = _classifier_weights(model)
     if classifier is None:
         classifier = {id(weight) for _, _, weight, _ in found[-1:]}
+    for (_, _, before, _), (_, _, weight, _) in itertools.pairwise(found):
+        if id(before) in classifier and weight.shape == before.shape:
+            classifier.add(id(weight))
     return tuple(
         WeightLayer(number, parameter, module_name, id(weight) in classifier, kernel)
         for number, (parameter, module_name, weight, kernel) in enumerate(found, start=1)
