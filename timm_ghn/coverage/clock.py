@@ -96,17 +96,18 @@ class ClockedGHN(GHN):
                 prediction = next(predictions, None)
             if prediction is None:
                 return
-            yield _Clocked(prediction.target, prediction.block, prediction.kernel, self._clock)
+            yield _Clocked(prediction, self._clock)
 
 
 class _Clocked(Prediction):
     """A prediction that counts the time of being written."""
 
     __slots__ = ("_clock",)
+    _clock: Clock
 
-    def __init__(self, target: Any, block: Tensor, kernel: tuple[int, ...], clock: Clock) -> None:
-        super().__init__(target, block, kernel)
-        object.__setattr__(self, "_clock", clock)
+    def __init__(self, prediction: Prediction, clock: Clock) -> None:
+        Prediction.__init__(self, prediction.target, prediction.block, prediction.kernel)
+        object.__setattr__(self, "_clock", clock)  # the base is frozen
 
     def write_(self, parameter: Tensor) -> None:
         """As of any prediction."""

@@ -70,9 +70,7 @@ def memory_needed(parameters: int) -> int:
     return int(4 * parameters * _WORKSPACE) + _PROGRAM
 
 
-def examine(
-    name: str, settings: Settings = Settings(), *, graph_only: bool = False, memory: int = MEMORY
-) -> Coverage:
+def examine(name: str, settings: Settings = Settings(), *, graph_only: bool = False, memory: int = MEMORY) -> Coverage:
     """Everything that can be found out about one model, in this process.
 
     Args:
@@ -122,7 +120,7 @@ def examine_init(name: str, settings: Settings = Settings(), probe_size: tuple[i
 
 def _recorded(stage: Stage, name: str, clock: Clock, work: Callable[[], Facts]) -> Entry:
     """An entry of what the work returns, or of how it failed."""
-    start, before = time.perf_counter(), _reset_peak()
+    start, cpu, before = time.perf_counter(), time.process_time(), _reset_peak()
     facts, failure = None, None
     try:
         facts = work()
@@ -130,7 +128,8 @@ def _recorded(stage: Stage, name: str, clock: Clock, work: Callable[[], Facts]) 
         failure = Failure.of(clock.last, error)
     peak = _status_bytes("VmHWM")
     memory = None if peak is None or before is None else max(peak - before, 0)
-    return Entry(stage, name, module_of(name), facts, failure, time.perf_counter() - start, memory)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return Entry(stage, name, module_of(name), facts, failure, seconds, cpu, memory)
 
 
 # --- the graph ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -158,7 +159,7 @@ def _end(item: _Running) -> None:
 
 def _child(work: Callable[[str], Entry], name: str, sender: Connection, memory: int) -> None:
     """Do one task and send its entry."""
-    import timm_ghn.coverage._warm
+    importlib.import_module(PRELOAD)
 
     _silence()
     _limit_memory(memory)

@@ -263,7 +263,8 @@ class Entry:
         module: Module of timm that builds it.
         facts: What came out; None after a failure.
         failure: What went wrong; None otherwise.
-        seconds: All of it, with starting a process.
+        seconds: All of it.
+        cpu: Seconds of it that the process computed, on all of its threads.
         memory: Bytes that the process needed at most, beyond what it started with; None where that is not known.
     """
 
@@ -273,6 +274,7 @@ class Entry:
     facts: Facts | None
     failure: Failure | None = None
     seconds: float = 0.0
+    cpu: float = 0.0
     memory: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
