@@ -141,7 +141,7 @@ def test_plain_timm_loads_what_init_writes(tmp_path: Path) -> None:
 
 def test_init_prints_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "model")
-    assert main(["init", "test_resnet", "--out", out, "--seed", "5", "--noise", "0", "--parameters", "--no-cache"]) == 0
+    assert main(["init", "test_resnet", "--out", out, "--seed", "5", "--noise", "0", "--parameters"]) == 0
     printed = capsys.readouterr().out
     assert "predicted and orthogonalized" in printed
     assert "fc.weight" in printed

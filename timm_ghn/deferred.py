@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,11 +50,16 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Fill:
-    """An in-place call that was put off."""
+    """An in-place call that was put off; `state` is that of the generator when it was called, where that is kept."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    state: Tensor | None = None
+
+    def apply(self) -> None:
+        """Carry it out."""
+        self.function(*self.args, **self.kwargs)
 
 
 class DeferredRandom(TorchFunctionMode):
@@ -94,26 +99,26 @@ class DeferredRandom(TorchFunctionMode):
     def drop(self, tensors: Iterable[Tensor]) -> None:
         """Forget what was put off for these tensors, whose values will be written by someone else."""
         for tensor in tensors:
-            self._pending.pop(_storage(tensor), None)
+            self._pending.pop(storage_id(tensor), None)
 
     def replay(self, tensor: Tensor, label: str) -> None:
         """Carry out what was put off for a tensor, with random numbers that depend on the seed and the label."""
-        fills = self._pending.pop(_storage(tensor), None)
+        fills = self._pending.pop(storage_id(tensor), None)
         if not fills:
             return
         with seeded(derived_seed(self._seed, label), tensor.device), torch.no_grad():
             for fill in fills:
-                fill.function(*fill.args, **fill.kwargs)
+                fill.apply()
 
     def _defer(self, tensor: Tensor, fill: _Fill, *, overwrites: bool) -> Tensor:
-        fills = self._pending.setdefault(_storage(tensor), [])
+        fills = self._pending.setdefault(storage_id(tensor), [])
         if overwrites and _is_whole(tensor):
             fills.clear()
         fills.append(fill)
         return tensor
 
     def _is_pending(self, tensor: Tensor) -> bool:
-        return tensor.device.type != "meta" and _storage(tensor) in self._pending
+        return tensor.device.type != "meta" and storage_id(tensor) in self._pending
 
     def _replay_unlabelled(self, tensors: list[Tensor]) -> None:
         """Some code of the model is about to read these values."""
@@ -123,7 +128,39 @@ class DeferredRandom(TorchFunctionMode):
                 self.replay(tensor, f"read during construction, {self._count}")
 
 
-def _storage(tensor: Tensor) -> int:
+class ReplayedRandom(DeferredRandom):
+    """Draws all random numbers in timm's order, forgets them, and draws the same ones again in `replay`.
+
+    The values are those of a model that is built without this mode, from the same state of torch's generator.
+
+    Args:
+        forget: Gives back the memory of a tensor whose values are not needed for now, or does nothing.
+    """
+
+    def __init__(self, forget: Callable[[Tensor], object]) -> None:
+        super().__init__(seed=0)  # of nothing
+        self._forget = forget
+
+    def replay(self, tensor: Tensor, label: str) -> None:
+        """Carry out what was put off for a tensor; the label does not matter."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for fill in self._pending.pop(storage_id(tensor), ()):
+                if fill.state is not None:
+                    torch.set_rng_state(fill.state)
+                fill.apply()
+
+    def _defer(self, tensor: Tensor, fill: _Fill, *, overwrites: bool) -> Tensor:
+        if overwrites:
+            fill = replace(fill, state=torch.get_rng_state())
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                fill.apply()
+            if _is_whole(tensor):
+                self._forget(tensor)
+        return super()._defer(tensor, fill, overwrites=overwrites)
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Equal for tensors that share memory, while one of them lives."""
     return int(tensor.untyped_storage()._cdata)
 
 

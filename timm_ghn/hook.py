@@ -66,6 +66,29 @@ def report_of(model: nn.Module) -> Report | None:
     return _reports.get(model)
 
 
+def builder_of(
+    model_name: str, init: str | Mapping[str, Any] | Init, *, pretrained_cfg: Any = None, **kwargs: Any
+) -> tuple[Callable[[], nn.Module], Init]:
+    """What builds a model with timm's own initialization, and the settings of the one that was asked for.
+
+    Args:
+        model_name: Name, whose tag may name a method.
+        init: A method by name, or all settings.
+        pretrained_cfg: As of `timm.create_model`.
+        **kwargs: Further arguments of `timm.create_model`.
+
+    Raises:
+        InitError: If name, settings and arguments ask for different weights.
+    """
+    name, config, tag = _split_request(model_name, pretrained_cfg)
+    settings = _settings(init, tag)
+    for argument in ("pretrained", "checkpoint_path"):
+        if kwargs.get(argument):
+            raise InitError(f"init={settings.method!r} and {argument} ask for different weights; leave one out")
+    original = importlib.import_module("timm.models._factory").create_model
+    return functools.partial(original, name, pretrained_cfg=config, **kwargs), settings
+
+
 def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     @functools.wraps(original)
     def create_model(
@@ -156,13 +179,13 @@ def _initialized(
     deferred = DeferredRandom(settings.seed)
     with seeded(settings.seed), deferred:
         model = build()
-    report = initialize_(model, settings, input_size=_input_size(model, kwargs), deferred=deferred, recipe=recipe)
+    report = initialize_(model, settings, input_size=input_size_of(model, kwargs), deferred=deferred, recipe=recipe)
     _reports[model] = report
     _logger.info("%s", report)
     return model
 
 
-def _input_size(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+def input_size_of(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, int, int] | None:
     """(channels, height, width) where the caller chose the image size; None leaves it to the model."""
     size = kwargs.get("img_size")
     if size is None:

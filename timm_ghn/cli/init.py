@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,7 @@ from timm_ghn.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from timm_ghn.methods import Init
     from timm_ghn.report import Report
 
 HELP = "create a model with predicted weights and write it for plain timm"
@@ -45,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, of the images")
     add_model_kwargs(parser)
     parser.add_argument("--dtype", choices=_DTYPES, help="type of the weights (default: float32)")
-    parser.add_argument("--no-cache", action="store_true", help="do not look into the cache or write to it")
+    parser.add_argument(
+        "--max-shard-size",
+        default="50GB",
+        metavar="SIZE",
+        help="spread larger weights over several files, which plain timm does not load (default: 50GB)",
+    )
     parser.add_argument("--force", action="store_true", help="replace a model that is in DIR")
     parser.add_argument("--parameters", action="store_true", help="list every parameter")
     parser.set_defaults(handler=run)
@@ -53,20 +56,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Create the model and write it."""
-    from timm_ghn.export import check_destination, save
+    from timm_ghn.export import check_destination
     from timm_ghn.methods import Init
 
     check_destination(args.out, overwrite=args.force)
     given = {"ghn": args.ghn, "noise": args.noise, "start_layer": args.start_layer}
     settings = {key: value for key, value in given.items() if value is not None}
     method = args.method or method_tag(args.name) or METHODS[0]
-    init = Init(method, seed=args.seed, cache=not args.no_cache, **settings)
-    kwargs = _model_kwargs(args)
-    model, report = _create_initialized(args.name, init, kwargs, args.dtype)
-    save(model, args.out, overwrite=args.force, model_args=None if hasattr(model, "_model_args") else kwargs)
-    print(f"{args.name}: timm's own initialization" if report is None else report.table(parameters=args.parameters))
-    print(f"\nWritten to {args.out}. To load it: timm.create_model('local-dir:{args.out}', pretrained=True)")
+    init = Init(method, seed=args.seed, **settings)
+    report = _init_to_folder(args, init)
+    print(report.table(parameters=args.parameters))
+    print(f"\nWritten to {args.out}. {_how_to_load(args.out)}")
     return 0
+
+
+def _init_to_folder(args: argparse.Namespace, init: Init) -> Report:
+    """Create the model in its folder; see `timm_ghn.stream`."""
+    import torch
+
+    from timm_ghn.stream import init_to_folder
+
+    kwargs = _model_kwargs(args)
+    types = {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
+    check_name(args.name)
+    with explained(args.name):
+        return init_to_folder(
+            args.name, args.out, init, overwrite=args.force, max_shard_size=args.max_shard_size, **types, **kwargs
+        )
+
+
+def _how_to_load(directory: Path) -> str:
+    """The call that loads what was written: timm's own reads a single file."""
+    from timm_ghn.tensorfile import SINGLE_FILE
+
+    if (directory / SINGLE_FILE).is_file():
+        return f"To load it: timm.create_model('local-dir:{directory}', pretrained=True)"
+    return (
+        f"timm alone does not read several files. To load them: model = timm.create_model('local-dir:{directory}'); "
+        f"huggingface_hub.load_torch_model(model, '{directory}', strict=True)"
+    )
 
 
 def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,21 +118,3 @@ def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
             hint = f"give --{key.replace('_', '-')} only" if key in chosen else "the weights are what `init` makes"
             raise CommandError(f"--model-kwargs {key}={given[key]}: {hint}")
     return {**given, **chosen}
-
-
-def _create_initialized(
-    name: str, init: Any, kwargs: Mapping[str, Any], dtype: str | None
-) -> tuple[nn.Module, Report | None]:
-    """The model, and the report of its initialization if there was one to make."""
-    import timm
-    import torch
-
-    from timm_ghn.deferred import seeded
-    from timm_ghn.hook import install, report_of
-
-    check_name(name)
-    install()
-    types = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-    with explained(name), seeded(init.seed):
-        model = timm.create_model(name, init=init, **types, **kwargs)
-    return model, report_of(model)
