@@ -17,6 +17,7 @@ from timm_ghn.methods import METHODS, Init
 from timm_ghn.postprocess import orthogonalize_
 from timm_ghn.provenance import provenance
 from timm_ghn.report import Report
+from timm_ghn.stream import init_to_folder
 
 __all__ = [
     "METHODS",
@@ -25,6 +26,7 @@ __all__ = [
     "Report",
     "__version__",
     "init_model",
+    "init_to_folder",
     "install",
     "list_ghns",
     "load_ghn",
