@@ -39,5 +39,9 @@ class TrainingError(TimmGhnError, RuntimeError):
     """The training of a GHN cannot go on."""
 
 
+class FineTuneError(TimmGhnError, RuntimeError):
+    """A network cannot be fine-tuned as asked: settings, data, memory, or results on disk."""
+
+
 class MissingDependencyError(TimmGhnError, ImportError):
     """An optional package is needed for what was asked."""

@@ -1,0 +1,27 @@
+"""Fine-tuning of timm models from different initializations: the experiments of arXiv 2207.10049."""
+
+from timm_ghn.finetune.config import PRESETS, FineTuneConfig
+from timm_ghn.finetune.data import Benchmark, load_benchmark
+from timm_ghn.finetune.experiment import Grid, Job, run_jobs, tune
+from timm_ghn.finetune.results import Comparison, ResultStore, RunResult, Summary, compare, summarize
+from timm_ghn.finetune.run import Execution
+from timm_ghn.finetune.stem import adjust_stem
+
+__all__ = [
+    "PRESETS",
+    "Benchmark",
+    "Comparison",
+    "Execution",
+    "FineTuneConfig",
+    "Grid",
+    "Job",
+    "ResultStore",
+    "RunResult",
+    "Summary",
+    "adjust_stem",
+    "compare",
+    "load_benchmark",
+    "run_jobs",
+    "summarize",
+    "tune",
+]

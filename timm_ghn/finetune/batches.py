@@ -1,0 +1,128 @@
+"""Batches made on the device: images stay there as bytes, and one small table says what an epoch makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.nn import functional as F
+
+from timm_ghn.deferred import derived_seed
+from timm_ghn.finetune.config import FineTuneConfig
+from timm_ghn.finetune.data import Task
+from timm_ghn.training.data import ImageSet
+
+
+def epoch_picks(config: FineTuneConfig, count: int, seed: int, epoch: int) -> Tensor:
+    """Which image comes when in an epoch, and how it is cropped and mirrored.
+
+    The table depends on the settings, the seed and the epoch alone: not on the device, nor on what ran before, so that
+    a resumed run goes on with the same images.
+
+    Args:
+        config: Settings of the augmentation.
+        count: Number of training images.
+        seed: Seed of the run.
+        epoch: Epoch, from 0.
+
+    Returns:
+        int64 (4, N) on the CPU: index of the image, top and left of the crop, and whether it is mirrored.
+    """
+    generator = torch.Generator().manual_seed(derived_seed("fine-tuning epoch", seed, epoch))
+    order = torch.randperm(count, generator=generator)
+    corners = torch.randint(0, 2 * config.padding + 1, (2, count), generator=generator)
+    mirrored = torch.randint(0, 2, (1, count), generator=generator) * int(config.flip)
+    return torch.cat([order[None], corners, mirrored])
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceImages:
+    """Images on the device where they are used.
+
+    Attributes:
+        images: uint8 (N, 3, S + 2 P, S + 2 P) with a black border of P pixels.
+        labels: int64 (N,).
+        padding: P.
+        side: Side of the network's input; crops of S pixels are enlarged or reduced to it.
+        mean: (1, 3, 1, 1), in units of a byte.
+        std: Likewise.
+        channels_last: Whether batches have this memory format.
+    """
+
+    images: Tensor
+    labels: Tensor
+    padding: int
+    side: int
+    mean: Tensor
+    std: Tensor
+    channels_last: bool
+
+    @classmethod
+    def of(
+        cls,
+        data: ImageSet,
+        task: Task,
+        config: FineTuneConfig,
+        device: torch.device,
+        *,
+        padding: int = 0,
+        channels_last: bool = True,
+    ) -> DeviceImages:
+        """Move images to a device."""
+        images = F.pad(data.images, (padding,) * 4).to(device)
+        mean, std = normalization(config, task, data.size)
+        return cls(
+            images,
+            data.labels.to(device),
+            padding,
+            config.image_size,
+            torch.tensor(mean, dtype=torch.float32, device=device).view(1, 3, 1, 1),
+            torch.tensor(std, dtype=torch.float32, device=device).view(1, 3, 1, 1),
+            channels_last,
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def augmented(self, picks: Tensor) -> tuple[Tensor, Tensor]:
+        """A training batch.
+
+        Args:
+            picks: (4, B) on the device, columns of `epoch_picks`.
+
+        Returns:
+            Normalized float32 images (B, 3, side, side), and labels (B,).
+        """
+        index, top, left, mirrored = picks.unbind()
+        size = self.images.shape[-1] - 2 * self.padding
+        span = torch.arange(size, device=picks.device)
+        rows = top[:, None] + span
+        columns = left[:, None] + torch.where(mirrored[:, None] > 0, size - 1 - span, span)
+        channels = torch.arange(3, device=picks.device)
+        crops = self.images[
+            index[:, None, None, None], channels[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]
+        ]
+        return self._as_input(crops), self.labels[index]
+
+    def plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Images as they are, with labels, for measuring."""
+        inner = slice(self.padding, self.images.shape[-1] - self.padding)
+        return self._as_input(self.images[start:stop, :, inner, inner]), self.labels[start:stop]
+
+    def _as_input(self, images: Tensor) -> Tensor:
+        batch = (images.float() - self.mean) / self.std
+        if batch.shape[-1] != self.side:
+            batch = F.interpolate(batch, (self.side, self.side), mode="bilinear", antialias=batch.shape[-1] > self.side)
+        return batch.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+
+
+def normalization(config: FineTuneConfig, task: Task, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that images are normalized with, in units of a byte."""
+    imagenet = config.normalization == "imagenet" or (
+        config.normalization == "auto" and (config.init == "pretrained" or config.image_size != size)
+    )
+    if not imagenet:
+        return task.mean, task.std
+    return tuple(255 * value for value in IMAGENET_DEFAULT_MEAN), tuple(255 * value for value in IMAGENET_DEFAULT_STD)

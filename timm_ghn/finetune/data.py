@@ -1,0 +1,325 @@
+"""Labelled images to fine-tune on: named data sets, folders of classes, JPEG shards; and which of them are used."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import logging
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision import datasets
+
+from timm_ghn.errors import FineTuneError, TrainingError
+from timm_ghn.finetune.config import VALIDATION_IMAGES, FineTuneConfig
+from timm_ghn.paths import cache_directory, write_atomically
+from timm_ghn.training.data import ImageSet, from_dataset, load_folder, load_shards
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark:
+    """A data set with its official division.
+
+    Attributes:
+        name: What it is called in results.
+        train: All training images, in the order of the data set.
+        test: All test images.
+        copy: Which copy of the data it is, for the record.
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet
+    copy: str
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.train.classes)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a run is trained and measured on.
+
+    Attributes:
+        train: Images to train on.
+        test: Images to measure accuracy on.
+        mean: Of the training set, (3,), in units of a byte.
+        std: Likewise.
+        digest: Of all of these; part of a run's identity.
+        copy: Which copy of the data it is.
+    """
+
+    train: ImageSet
+    test: ImageSet
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    digest: str
+    copy: str
+
+
+def make_task(data: Benchmark, config: FineTuneConfig) -> Task:
+    """Choose images: the first of each class, and the test images or those held out for tuning.
+
+    For tuning, the last 5,000 training images (a tenth of a smaller set) are held out, and the first images of each
+    class are taken from the others. Test images are not looked at then.
+
+    Raises:
+        FineTuneError: If a class has fewer images than are asked for.
+    """
+    pool, test = data.train, data.test
+    if config.split == "validation":
+        held_out = min(VALIDATION_IMAGES, len(pool) // 10)
+        pool, test = pool.subset(torch.arange(len(pool) - held_out)), pool.subset(torch.arange(len(pool))[-held_out:])
+    train = pool if config.labels_per_class is None else pool.subset(first_of_each_class(pool, config.labels_per_class))
+    mean, std = statistics_of(data.train)
+    digest = hashlib.sha256(data.name.encode())
+    for tensor in (train.images, train.labels, test.images, test.labels):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return Task(train, test, mean, std, digest.hexdigest()[:16], data.copy)
+
+
+def first_of_each_class(data: ImageSet, count: int) -> Tensor:
+    """Indices of the first `count` images of each class, in the order of the data set.
+
+    Raises:
+        FineTuneError: If a class has fewer.
+    """
+    chosen = []
+    for label, name in enumerate(data.classes):
+        members = torch.nonzero(data.labels == label).flatten()[:count]
+        if len(members) < count:
+            raise FineTuneError(
+                f"{count} labels a class were asked for, but class {name!r} has {len(members)} training images; ask "
+                "for fewer, or for all of them with --labels 0"
+            )
+        chosen.append(members)
+    return torch.cat(chosen).sort().values
+
+
+def statistics_of(data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of every channel over all pixels, in units of a byte."""
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    for part in torch.split(data.images, 1000):
+        values = part.permute(1, 0, 2, 3).reshape(3, -1).float()
+        sums += torch.stack([values.sum(1, dtype=torch.float64), values.square().sum(1, dtype=torch.float64)])
+    mean, square = sums / (data.images.numel() // 3)
+    return tuple(mean.tolist()), tuple((square - mean.square()).clamp(min=1e-6).sqrt().tolist())
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+"""Where the Debian package dataset-fashion-mnist puts its files."""
+
+DATASETS = ("cifar10", "cifar100", "svhn", "fashion-mnist", "folder", "shards")
+"""What `load_benchmark` knows."""
+
+
+def load_benchmark(
+    name: str, path: str | Path | None = None, *, size: int = 32, download: bool = False, progress: bool = True
+) -> Benchmark:
+    """Load a data set.
+
+    - "cifar10", "cifar100", "svhn", "fashion-mnist": torchvision's files in `path`, or JPEG shards named
+      `NAME-train*.safetensors` and `NAME-test*.safetensors` there. Fashion-MNIST is also taken from Debian's package.
+    - "folder": `path` with `train` and `test` (or `val`), each with a folder a class; or with the classes themselves,
+      of which every fifth image is then a test image.
+    - "shards": `path` is a prefix such as `data/tinyimagenet32`, for `PREFIX-train*.safetensors` and
+      `PREFIX-test*.safetensors` (or `-val`).
+
+    Args:
+        name: One of `DATASETS`.
+        path: Folder or prefix; "data" by default.
+        size: Side in pixels that images are kept at; others are resized and cropped.
+        download: Whether torchvision may download what is missing.
+        progress: Whether to show bars.
+
+    Raises:
+        FineTuneError: If the data are not there (the message says how to get them), or an image is damaged.
+    """
+    root = Path(path if path is not None else "data").expanduser()
+    try:
+        if name == "folder":
+            return _from_folder(root, size, progress)
+        if name == "shards":
+            return _from_shards(root.name, root, size, progress)
+        if name in _TORCHVISION:
+            return _named(name, root, size, download, progress)
+    except TrainingError as error:
+        raise FineTuneError(str(error)) from error
+    raise FineTuneError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
+
+
+def _named(name: str, root: Path, size: int, download: bool, progress: bool) -> Benchmark:
+    """torchvision's copy if it is there, else shards, else Debian's, else a download."""
+    make, how = _TORCHVISION[name]
+    copies: list[Callable[[], Benchmark]] = [lambda: _from_torchvision(name, make, root, size, False, progress)]
+    if _shard_files(root / name, "train"):
+        copies.append(lambda: _from_shards(name, root / name, size, progress))
+    if name == "fashion-mnist" and DEBIAN_FASHION.is_dir():
+        copies.append(lambda: _from_debian(size))
+    if download:
+        copies.append(lambda: _from_torchvision(name, make, root, size, True, progress))
+    for copy in copies:
+        try:
+            return copy()
+        except _MissingCopyError:
+            continue
+    raise FineTuneError(f"{name} is not in {root}: {how}, or name its folder with --data")
+
+
+class _MissingCopyError(FineTuneError):
+    """A copy of a data set is not there."""
+
+
+def _from_torchvision(
+    name: str, make: Callable[[Path, bool, bool], Any], root: Path, size: int, download: bool, progress: bool
+) -> Benchmark:
+    try:
+        train, test = make(root, True, download), make(root, False, download)
+    except RuntimeError as error:  # torchvision's word for missing and for damaged files
+        raise _MissingCopyError(f"{name} in {root}: {error}") from error
+    except OSError as error:
+        raise FineTuneError(f"{name} could not be read from or downloaded to {root}: {error}") from error
+    return Benchmark(name, _images(train, size, progress), _images(test, size, progress), "original files, torchvision")
+
+
+def _images(dataset: Any, size: int, progress: bool) -> ImageSet:
+    """All images of a torchvision data set; without PIL where its array has the right size."""
+    array = torch.as_tensor(dataset.data)
+    labels = torch.as_tensor(getattr(dataset, "targets", getattr(dataset, "labels", None))).long()
+    if array.ndim == 4 and array.shape[-1] == 3:
+        array = array.permute(0, 3, 1, 2)
+    if array.ndim != 4 or array.shape[-1] != size:
+        return from_dataset(dataset, size, progress=progress)
+    names = getattr(dataset, "classes", None) or [str(label) for label in range(int(labels.max()) + 1)]
+    return ImageSet(array.contiguous(), labels, tuple(map(str, names)))
+
+
+_DOWNLOAD = "--download gets it"
+_TORCHVISION: dict[str, tuple[Callable[[Path, bool, bool], Any], str]] = {
+    "cifar10": (lambda root, train, download: datasets.CIFAR10(root, train, download=download), _DOWNLOAD),
+    "cifar100": (lambda root, train, download: datasets.CIFAR100(root, train, download=download), _DOWNLOAD),
+    "svhn": (
+        lambda root, train, download: datasets.SVHN(root, "train" if train else "test", download=download),
+        f"{_DOWNLOAD} (it needs scipy)",
+    ),
+    "fashion-mnist": (
+        lambda root, train, download: datasets.FashionMNIST(root, train, download=download),
+        f"{_DOWNLOAD}, as does `apt-get install dataset-fashion-mnist`",
+    ),
+}
+
+
+def _from_debian(size: int) -> Benchmark:
+    """Fashion-MNIST from the gzipped IDX files of Debian's package."""
+
+    def part(prefix: str) -> ImageSet:
+        images = _read_idx(DEBIAN_FASHION / f"{prefix}-images-idx3-ubyte.gz")
+        labels = _read_idx(DEBIAN_FASHION / f"{prefix}-labels-idx1-ubyte.gz").long()
+        return ImageSet(_grey(images, size), labels, tuple(datasets.FashionMNIST.classes))
+
+    return Benchmark("fashion-mnist", part("train"), part("t10k"), "Debian package dataset-fashion-mnist")
+
+
+def _read_idx(path: Path) -> Tensor:
+    """An array of bytes in the format of MNIST."""
+    try:
+        data = gzip.decompress(path.read_bytes())
+        shape = struct.unpack_from(f">{data[3]}I", data, 4)
+        array = np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy()
+        return torch.from_numpy(array)
+    except (OSError, EOFError, ValueError, IndexError, struct.error) as error:
+        raise FineTuneError(f"{path} is damaged: {error}; reinstall dataset-fashion-mnist") from error
+
+
+def _grey(images: Tensor, size: int) -> Tensor:
+    """Bytes (N, H, W) as (N, 3, size, size): centered on black if they are smaller, resized otherwise."""
+    border = size - images.shape[-1]
+    if border >= 0:
+        pads = (border // 2, border - border // 2) * 2
+        images = F.pad(images, pads)
+    else:
+        resized = F.interpolate(images[:, None].float(), (size, size), mode="bilinear", antialias=True)
+        images = resized[:, 0].round().clamp(0, 255).to(torch.uint8)
+    return images[:, None].expand(-1, 3, -1, -1).contiguous()
+
+
+def _from_folder(root: Path, size: int, progress: bool) -> Benchmark:
+    """torchvision's ImageFolder layout, divided or not."""
+    if not root.is_dir():
+        raise FineTuneError(f"there is no folder {root}: --data names a folder with one sub-folder a class")
+    if (root / "train").is_dir():
+        other = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
+        if other is None:
+            raise FineTuneError(f"{root} has a folder 'train', but neither 'test' nor 'val' beside it")
+        train, test = (load_folder(part, size, progress=progress) for part in (root / "train", other))
+        if train.classes != test.classes:
+            differ = sorted(set(train.classes) ^ set(test.classes))
+            raise FineTuneError(f"{root}: train and {other.name} have different classes: {', '.join(differ[:5])}")
+        return Benchmark(root.name, train, test, f"folder {root.name}")
+    images = load_folder(root, size, progress=progress)
+    every_fifth = torch.zeros(len(images), dtype=torch.bool)
+    for label in range(len(images.classes)):
+        every_fifth[torch.nonzero(images.labels == label).flatten()[4::5]] = True
+    if not every_fifth.any():
+        raise FineTuneError(f"{root} has too few images to measure on: make folders 'train' and 'test' in it")
+    return Benchmark(root.name, images.subset(~every_fifth), images.subset(every_fifth), f"folder, fifths: {root.name}")
+
+
+# --- JPEG shards ----------------------------------------------------------------------------------------------------
+
+
+def _shard_files(prefix: Path, part: str) -> list[Path]:
+    return sorted(prefix.parent.glob(f"{prefix.name}-{part}*.safetensors"))
+
+
+def _from_shards(name: str, prefix: Path, size: int, progress: bool) -> Benchmark:
+    train, test = _shard_files(prefix, "train"), _shard_files(prefix, "test") or _shard_files(prefix, "val")
+    if not train or not test:
+        raise FineTuneError(f"there are no shards {prefix}-train*.safetensors and {prefix}-test*.safetensors")
+    copy = "JPEG shards (not bit-identical to the original)"
+    return Benchmark(name, _decoded(train, size, progress), _decoded(test, size, progress), copy)
+
+
+def _decoded(files: Sequence[Path], size: int, progress: bool) -> ImageSet:
+    """Images of shards; decoded once, then kept in the cache, where several processes share the memory."""
+    digest = hashlib.sha256(f"timm-ghn images 1 {size}".encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    kept = cache_directory() / "images" / f"{digest.hexdigest()[:32]}.safetensors"
+    found = _read_decoded(kept)
+    if found is not None:
+        return found
+    images = load_shards(files, size, progress=progress)
+    tensors = {"images": images.images, "labels": images.labels}
+    try:
+        write_atomically(kept, save(tensors, {"classes": "\n".join(images.classes)}))
+    except OSError as error:
+        _logger.warning("decoded images are not kept: %s", error)
+    return images
+
+
+def _read_decoded(path: Path) -> ImageSet | None:
+    try:
+        with safe_open(path, "pt") as file:
+            classes = file.metadata()["classes"].split("\n")
+            return ImageSet(file.get_tensor("images"), file.get_tensor("labels"), tuple(classes))
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        _logger.warning("%s is damaged and will be made again: %s", path, error)
+        return None

@@ -1,0 +1,239 @@
+"""Many runs: which are left, several at a time, tuned learning rates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from time import monotonic
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from timm_ghn.errors import FineTuneError
+from timm_ghn.finetune.batches import DeviceImages
+from timm_ghn.finetune.config import FineTuneConfig
+from timm_ghn.finetune.data import Benchmark, Task, make_task
+from timm_ghn.finetune.network import build_network, weights_digest
+from timm_ghn.finetune.results import ResultStore, RunResult, Summary, environment, summarize
+from timm_ghn.finetune.run import Execution, Run
+
+_logger = logging.getLogger(__name__)
+
+_INITIAL_IMAGES = 64
+"""Training images that initializations which look at data are given."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to make: settings and a seed."""
+
+    config: FineTuneConfig
+    seed: int
+
+
+def run_jobs(
+    jobs: Sequence[Job], data: Benchmark, store: ResultStore, execution: Execution, *, together: int = 1
+) -> tuple[RunResult, ...]:
+    """Make the runs that are not in the store, and return the results of all that are by then.
+
+    A run that another process works on is left to it. A run that was interrupted goes on from its checkpoint.
+
+    Args:
+        jobs: The runs.
+        data: The images.
+        store: Where results are.
+        execution: How to compute.
+        together: Runs that take turns on a device, each on its own CUDA stream.
+
+    Raises:
+        FineTuneError: If a run cannot be made, or memory does not suffice (the message says what to change).
+    """
+    named = _named(jobs, data)
+    todo = [item for item in named if store.read(item[0]) is None]
+    with tqdm(total=len(named), initial=len(named) - len(todo), unit="run", delay=2, disable=None) as bar:
+        for start in range(0, len(todo), together):
+            bar.update(_run_group(todo[start : start + together], data, store, execution))
+    found = (store.read(key) for key in dict.fromkeys(key for key, _, _ in named))
+    return tuple(result for result in found if result is not None)
+
+
+def _named(jobs: Sequence[Job], data: Benchmark) -> list[tuple[str, Job, Task]]:
+    """The runs with their names and images; what several have in common is made once."""
+    tasks: dict[tuple[str, int | None], Task] = {}
+    weights: dict[tuple[str, str | None, str | None], str] = {}
+    named = []
+    for job in jobs:
+        config = job.config
+        images, source = (config.split, config.labels_per_class), (config.init, config.ghn, config.init_file)
+        if images not in tasks:
+            tasks[images] = make_task(data, config)
+        if source not in weights:
+            weights[source] = weights_digest(config)
+        named.append((config.key(job.seed, tasks[images].digest, weights[source]), job, tasks[images]))
+    return named
+
+
+def _run_group(
+    group: Sequence[tuple[str, Job, Task]], data: Benchmark, store: ResultStore, execution: Execution
+) -> int:
+    """Make a few runs in turns.
+
+    Returns:
+        How many are finished.
+    """
+    with ExitStack() as stack, explained_memory(group[0][1].config, len(group)):
+        active: list[tuple[str, Run, Task]] = []
+        for key, job, task in group:
+            # Another process may have finished it since the store was read.
+            if stack.enter_context(store.claimed(key)) and store.read(key) is None:
+                active.append((key, _start(key, job, task, store, execution), task))
+            else:
+                _logger.info("%s is left to the process that works on it", key)
+        _train(active, store, execution)
+        for key, run, task in active:
+            store.write(_result(key, run, task, data))
+    return len(active)
+
+
+def _start(key: str, job: Job, task: Task, store: ResultStore, execution: Execution) -> Run:
+    """A new run, or one that goes on."""
+    images = _initial_images(job.config, task)
+    network = build_network(job.config, len(task.train.classes), job.seed, images)
+    run = Run(job.config, job.seed, task, network, execution)
+    path = store.checkpoint(key)
+    if path.exists():
+        run.load(path)
+        _logger.info("%s goes on after %d epochs", key, run.progress.epoch)
+    return run
+
+
+def _initial_images(config: FineTuneConfig, task: Task) -> Tensor:
+    """The first training images, normalized, on the CPU."""
+    first = task.train.subset(torch.arange(min(_INITIAL_IMAGES, len(task.train))))
+    images = DeviceImages.of(first, task, config, torch.device("cpu"), padding=0, channels_last=False)
+    return images.plain(0, len(first))[0]
+
+
+def _train(active: Sequence[tuple[str, Run, Task]], store: ResultStore, execution: Execution) -> None:
+    """Train all to their ends, step by step in turns."""
+    total = max((run.config.epochs for _, run, _ in active), default=0)
+    saved = monotonic()
+    with tqdm(total=total, unit="epoch", delay=2, leave=False, disable=None) as bar:
+        while epochs := [run.epoch() for _, run, _ in active if not run.is_done]:
+            while epochs:
+                epochs = [epoch for epoch in epochs if next(epoch, True) is None]
+            bar.update(min(run.progress.epoch for _, run, _ in active) - bar.n)
+            if monotonic() - saved >= execution.save_seconds:
+                for key, run, _ in active:
+                    run.save(store.checkpoint(key))
+                saved = monotonic()
+
+
+def _result(key: str, run: Run, task: Task, data: Benchmark) -> RunResult:
+    """The record of a finished run."""
+    progress = run.progress
+    last = progress.curve[-1]
+    if last.accuracy is None or last.loss is None:
+        raise FineTuneError(f"{key} was not measured after its last epoch")
+    return RunResult(
+        key=key,
+        config=run.config,
+        seed=run.seed,
+        accuracy=last.accuracy,
+        loss=last.loss,
+        diverged=progress.diverged,
+        seconds=progress.seconds,
+        images_per_second=progress.epoch * len(task.train) / max(progress.seconds, 1e-9),
+        curve=tuple(progress.curve),
+        data={
+            "name": data.name,
+            "copy": task.copy,
+            "digest": task.digest,
+            "train": len(task.train),
+            run.config.split: len(task.test),
+            "classes": len(task.train.classes),
+        },
+        network={
+            "parameters": sum(parameter.numel() for parameter in run.module.parameters()),
+            "stem": run.network.stem,
+            "weights": dict(run.network.provenance),
+        },
+        environment=environment(run.device),
+    )
+
+
+@contextmanager
+def explained_memory(config: FineTuneConfig, together: int) -> Iterator[None]:
+    """Say what to change where memory does not suffice.
+
+    Raises:
+        FineTuneError: In place of torch's error.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        ways = [f"a smaller --batch-size than {config.batch_size}", "--precision bfloat16"]
+        if together > 1:
+            ways.insert(0, f"fewer runs at a time than --together {together}")
+        if config.adjusts_stem:
+            ways.append("--stem original")
+        raise FineTuneError(
+            f"{config.model} does not fit in the memory of the GPU with images of {config.image_size} pixels: try "
+            f"{', '.join(ways)}. Finished runs are kept; the same command goes on"
+        ) from error
+
+
+# --- tuning ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values to try on the held-out training images.
+
+    Attributes:
+        lrs: Learning rates; empty for the configuration's.
+        weight_decays: Weight decays; likewise.
+        seeds: Seeds of every trial.
+    """
+
+    lrs: tuple[float, ...] = ()
+    weight_decays: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (1000,)
+
+    def of(self, config: FineTuneConfig) -> tuple[FineTuneConfig, ...]:
+        """The configurations to try, which measure on the validation images."""
+        return tuple(
+            replace(config, lr=lr, weight_decay=decay, split="validation")
+            for lr in self.lrs or (config.lr,)
+            for decay in self.weight_decays or (config.weight_decay,)
+        )
+
+
+def tune(
+    config: FineTuneConfig, grid: Grid, data: Benchmark, store: ResultStore, execution: Execution, *, together: int = 1
+) -> FineTuneConfig:
+    """The configuration with the learning rate and weight decay that are best on held-out training images.
+
+    Raises:
+        FineTuneError: As `run_jobs`, or if other processes still work on some of the trials.
+    """
+    trials = grid.of(config)
+    if len(trials) < 2:
+        return replace(config, lr=trials[0].lr, weight_decay=trials[0].weight_decay)
+    jobs = [Job(trial, seed) for trial in trials for seed in grid.seeds]
+    results = run_jobs(jobs, data, store, execution, together=together)
+    if len(results) < len(jobs):
+        raise FineTuneError(
+            f"{len(jobs) - len(results)} of {len(jobs)} trials are left to other processes: run this again later"
+        )
+    best = best_of(summarize(results))
+    _logger.info("%s, %s: lr %g, weight decay %g", config.model, config.starts_from, best.lr, best.weight_decay)
+    return replace(config, lr=best.lr, weight_decay=best.weight_decay)
+
+
+def best_of(summaries: Sequence[Summary]) -> FineTuneConfig:
+    """The configuration of the highest mean accuracy; of equal ones the smallest learning rate."""
+    return max(summaries, key=lambda row: (row.mean, -row.config.lr)).config

@@ -1,0 +1,143 @@
+"""A network with the weights that a run starts from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from timm_ghn.deferred import derived_seed, seeded
+from timm_ghn.errors import FineTuneError
+from timm_ghn.finetune.config import FineTuneConfig
+from timm_ghn.finetune.stem import adjust_stem
+from timm_ghn.ghn import content_hash, default_ghn, load_ghn
+from timm_ghn.initialize import init_model
+from timm_ghn.methods import METHODS, Init, Source
+
+PRETRAINED = "pretrained"
+"""Initialization by timm's pretrained weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network before its first step.
+
+    Attributes:
+        module: The network, on the CPU.
+        stem: What was changed in its first layers.
+        provenance: What its weights come from, JSON-compatible.
+    """
+
+    module: nn.Module
+    stem: str
+    provenance: Mapping[str, Any]
+
+
+def build_network(config: FineTuneConfig, num_classes: int, seed: int, images: Tensor | None = None) -> Network:
+    """Create a timm model, adjust its stem, and give it the weights that the settings ask for.
+
+    The stem comes first, so that weights are predicted for the network that is trained. The global random state stays.
+
+    Args:
+        config: Settings.
+        num_classes: Classes of the new classifier.
+        seed: Seed of whatever is drawn.
+        images: Normalized training images (B, 3, H, W) for initializations that look at data.
+
+    Raises:
+        FineTuneError: If the model cannot be created or the file of weights does not fit.
+        InitError, CaptureError, GraphError: As `init_model`.
+    """
+    with seeded(derived_seed("fine-tuning network", seed)):
+        model = _create(config, num_classes)
+    if config.init_file is not None:
+        _load_file(model, config.init_file)
+    size = (int(config.model_kwargs.get("in_chans", 3)), config.image_size, config.image_size)
+    stem = str(adjust_stem(model, size)) if config.adjusts_stem else "original"
+    provenance: Mapping[str, Any] = {"method": config.starts_from}
+    if config.init != PRETRAINED and config.init_file is None and METHODS[config.init].source is not Source.TIMM:
+        chosen = {"ghn": config.ghn, "noise": config.noise, "start_layer": config.start_layer}
+        settings: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        init = Init(config.init, seed=seed, cache=False, **settings)
+        report = init_model(model, init, input_size=size, example_input=images)
+        provenance = report.provenance
+    return Network(model, stem, provenance)
+
+
+def weights_digest(config: FineTuneConfig) -> str:
+    """What the settings do not say of the weights: the content of the GHN, or of the file that they come from.
+
+    Raises:
+        FineTuneError: If the file cannot be read.
+        CheckpointError, UnknownGhnError, DownloadError: If the GHN cannot be loaded.
+    """
+    if config.init_file is not None:
+        try:
+            return hashlib.sha256(Path(config.init_file).read_bytes()).hexdigest()
+        except OSError as error:
+            raise FineTuneError(f"--init-file {config.init_file} cannot be read: {error.strerror}") from error
+    if config.init == PRETRAINED or METHODS[config.init].source is not Source.GHN:
+        return ""
+    return content_hash(load_ghn(config.ghn) if config.ghn is not None else default_ghn())
+
+
+def check_init(config: FineTuneConfig) -> None:
+    """Fail before data are loaded if an initialization does not exist.
+
+    Raises:
+        InitError: If the method is unknown.
+    """
+    if config.init != PRETRAINED:
+        Init(config.init)
+
+
+def _create(config: FineTuneConfig, num_classes: int) -> nn.Module:
+    if not timm.is_model(config.model.partition(".")[0]) and ":" not in config.model:
+        raise FineTuneError(f"timm has no model {config.model!r}")
+    pretrained = config.init == PRETRAINED and config.init_file is None
+    try:
+        model: nn.Module = timm.create_model(
+            config.model, pretrained=pretrained, num_classes=num_classes, **config.model_kwargs
+        )
+    except (RuntimeError, TypeError, ValueError, OSError) as error:
+        hint = "; --init-file takes downloaded weights" if pretrained else ""
+        raise FineTuneError(f"{config.model} cannot be created: {' '.join(str(error).split())}{hint}") from error
+    return model
+
+
+@torch.no_grad()
+def _load_file(model: nn.Module, path: str) -> None:
+    """Load weights; a classifier of another number of classes stays new.
+
+    Raises:
+        FineTuneError: If the file cannot be read, or lacks a weight, or one has another shape.
+    """
+    try:
+        state: Mapping[str, Tensor] = load_state_dict(path, use_ema=False, weights_only=True)
+    except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise FineTuneError(f"--init-file {path} cannot be read: {error}") from error
+    head = _classifier_names(model)
+    own = model.state_dict()
+    for name, value in own.items():
+        found = state.get(name)
+        if found is not None and found.shape == value.shape:
+            value.copy_(found)
+        elif name not in head:
+            shape = "is missing" if found is None else f"is {tuple(found.shape)}, not {tuple(value.shape)}"
+            raise FineTuneError(f"--init-file {path} does not fit the model: {name} {shape}")
+
+
+def _classifier_names(model: nn.Module) -> set[str]:
+    get_classifier = getattr(model, "get_classifier", None)
+    head = get_classifier() if callable(get_classifier) else None
+    parts = head if isinstance(head, (tuple, list)) else (head,)
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    inside = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
+    return {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in inside}

@@ -1,0 +1,272 @@
+"""Results of runs on disk, one file a run, and what they come to."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import platform
+import statistics
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from filelock import FileLock, Timeout
+
+from timm_ghn._version import __version__
+from timm_ghn.errors import FineTuneError
+from timm_ghn.finetune.config import FineTuneConfig
+from timm_ghn.finetune.run import Point
+from timm_ghn.paths import write_atomically
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        key: Its name.
+        config: Its settings.
+        seed: Its seed.
+        accuracy: Share of the images of `config.split` that the network gets right after the last epoch.
+        loss: Mean loss on them.
+        diverged: Whether the loss stopped being a number; accuracy is then what that network reaches.
+        seconds: Time of training, without measurements.
+        images_per_second: Training images a second.
+        curve: One point an epoch.
+        data: Name, copy, digest and sizes of the data.
+        network: Parameters, changes to the stem, and where the weights came from.
+        environment: Versions, device, commit.
+    """
+
+    key: str
+    config: FineTuneConfig
+    seed: int
+    accuracy: float
+    loss: float
+    diverged: bool
+    seconds: float
+    images_per_second: float
+    curve: tuple[Point, ...]
+    data: Mapping[str, Any]
+    network: Mapping[str, Any]
+    environment: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-compatible form."""
+        return {
+            **{entry.name: getattr(self, entry.name) for entry in fields(self)},
+            "config": self.config.to_dict(),
+            "curve": [asdict(point) for point in self.curve],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunResult:
+        """A result from `to_dict`.
+
+        Raises:
+            KeyError, TypeError, FineTuneError: If it is none.
+        """
+        config = FineTuneConfig.from_dict(values["config"])
+        curve = tuple(Point(**point) for point in values["curve"])
+        return cls(**{**values, "config": config, "curve": curve})
+
+
+class ResultStore:
+    """A folder of results. Several processes may work on one.
+
+    Args:
+        folder: Where `runs/` and `checkpoints/` are.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, key: str) -> Path:
+        """File of a finished run."""
+        return self.folder / "runs" / f"{key}.json"
+
+    def checkpoint(self, key: str) -> Path:
+        """File of an unfinished run."""
+        return self.folder / "checkpoints" / f"{key}.pt"
+
+    def read(self, key: str) -> RunResult | None:
+        """The result of a run; None if it is not finished or its file is damaged."""
+        path = self.path(key)
+        try:
+            return RunResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, FineTuneError) as error:
+            _logger.warning("%s is no result and does not count: %s", path, error)
+            return None
+
+    def write(self, result: RunResult) -> None:
+        """Keep a result, and drop the checkpoint that it came from.
+
+        Raises:
+            FineTuneError: If it cannot be written.
+        """
+        try:
+            write_atomically(self.path(result.key), json.dumps(result.to_dict(), indent=1).encode())
+        except OSError as error:
+            raise FineTuneError(f"the result of {result.key} cannot be written: {error}") from error
+        self.checkpoint(result.key).unlink(missing_ok=True)
+
+    def all(self) -> tuple[RunResult, ...]:
+        """All finished runs, by name."""
+        found = (self.read(path.stem) for path in sorted((self.folder / "runs").glob("*.json")))
+        return tuple(result for result in found if result is not None)
+
+    @contextmanager
+    def claimed(self, key: str) -> Iterator[bool]:
+        """Whether this process may work on a run; no other may meanwhile, and a killed one loses its claim."""
+        lock = FileLock(self.folder / "checkpoints" / f"{key}.lock")
+        self.checkpoint(key).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Runs of the same settings with different seeds.
+
+    Attributes:
+        config: The settings.
+        accuracies: Accuracy by seed.
+        diverged: How many runs diverged.
+        seconds: Median time of a run.
+    """
+
+    config: FineTuneConfig
+    accuracies: Mapping[int, float]
+    diverged: int
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy."""
+        return statistics.fmean(self.accuracies.values())
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation of the accuracies; 0 for a single run."""
+        values = list(self.accuracies.values())
+        return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def summarize(results: Iterable[RunResult]) -> tuple[Summary, ...]:
+    """Group runs that differ in their seeds alone, in the order of their first appearance."""
+    groups: dict[str, list[RunResult]] = defaultdict(list)
+    for result in results:
+        groups[json.dumps([result.config.to_dict(), result.data["digest"]], sort_keys=True)].append(result)
+    return tuple(
+        Summary(
+            group[0].config,
+            {result.seed: result.accuracy for result in sorted(group, key=lambda result: result.seed)},
+            sum(result.diverged for result in group),
+            statistics.median(result.seconds for result in group),
+        )
+        for group in groups.values()
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two initializations, paired by seed.
+
+    Attributes:
+        difference: Mean of the differences of accuracy, first minus second.
+        std: Their sample standard deviation.
+        wins: Seeds on which the first is better.
+        pairs: Number of seeds that both have.
+        p_value: Share of all choices of signs that give a mean at least as far from 0 (exact, two-sided). With 5 seeds
+            it cannot be smaller than 0.0625.
+    """
+
+    difference: float
+    std: float
+    wins: int
+    pairs: int
+    p_value: float
+
+
+def compare(first: Summary, second: Summary) -> Comparison:
+    """Compare on the seeds that both have.
+
+    Raises:
+        FineTuneError: If there are none.
+    """
+    seeds = sorted(first.accuracies.keys() & second.accuracies.keys())
+    if not seeds:
+        raise FineTuneError(f"{first.config.starts_from} and {second.config.starts_from} have no seed in common")
+    differences = [first.accuracies[seed] - second.accuracies[seed] for seed in seeds]
+    return Comparison(
+        statistics.fmean(differences),
+        statistics.stdev(differences) if len(seeds) > 1 else 0.0,
+        sum(value > 0 for value in differences),
+        len(seeds),
+        _sign_flip_p(differences),
+    )
+
+
+def _sign_flip_p(differences: Sequence[float]) -> float:
+    observed = abs(sum(differences)) - 1e-12
+    sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in _signs(len(differences))]
+    return sum(value >= observed for value in sums) / len(sums)
+
+
+def _signs(count: int) -> Iterator[tuple[int, ...]]:
+    return itertools.product((1, -1), repeat=count)
+
+
+def markdown_table(summaries: Sequence[Summary]) -> str:
+    """Accuracies in percent, a row for each initialization."""
+    lines = ["| model | init | lr | weight decay | runs | accuracy, % | s a run |", "|---|---|---|---|---|---|---|"]
+    for row in summaries:
+        config = row.config
+        note = f" ({row.diverged} diverged)" if row.diverged else ""
+        split = "" if config.split == "test" else f" ({config.split})"
+        lines.append(
+            f"| {config.model} | {config.starts_from} | {config.lr:g} | {config.weight_decay:g} | {len(row.accuracies)}"
+            f"{note} | {100 * row.mean:.2f} ± {100 * row.std:.2f}{split} | {row.seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Where a run takes place."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "timm_ghn": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.type}: {name}",
+        "threads": str(torch.get_num_threads()),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """Commit of this package, if it runs from a clone of git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
