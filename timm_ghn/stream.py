@@ -7,6 +7,7 @@ the model in memory, byte for byte.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import Counter, defaultdict
@@ -29,6 +30,8 @@ from timm_ghn.plan import find_hypernetwork, make_plan
 from timm_ghn.provenance import Facts, record_
 from timm_ghn.report import Report
 from timm_ghn.tensorfile import TensorSpec, WeightFiles
+
+_logger = logging.getLogger(__name__)
 
 
 def init_to_folder(
@@ -88,7 +91,9 @@ def init_to_folder(
         fill_generated(plan, deferred, writer.finished, queued=queued)
         fill_others(model, facts, plan.postprocess, deferred, writer.finished, queued=queued)
         writer.write_buffers()
-    return facts.report(model, from_cache=False, seconds=time.perf_counter() - start)
+    report = facts.report(model, from_cache=False, seconds=time.perf_counter() - start)
+    _logger.info("%s", report)
+    return report
 
 
 class _Writer:

@@ -12,6 +12,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -107,12 +108,20 @@ def read_safetensors(path: str | os.PathLike[str]) -> GHN:
         path: The `.safetensors` file.
 
     Returns:
-        The GHN, float32 on the CPU and in eval mode. `info.metadata` has the file's metadata.
+        The GHN, float32 on the CPU and in eval mode. `info.metadata` has the file's metadata. A file that has not
+        changed is read and verified once per process; every call returns a GHN of its own.
 
     Raises:
         CheckpointError: If the file cannot be read, is damaged, or is not a GHN.
     """
     _check_file_size(path)
+    status = Path(path).stat()
+    return _copy(_read_once(str(path), status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=2)
+def _read_once(path: str, *_: int) -> GHN:
+    """The GHN in a file of that inode, size and time. It is never handed out, so that nobody can change it."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -209,6 +218,14 @@ def _build(config: GHNConfig, tensors: Any, name: str, metadata: Mapping[str, st
     ghn.load_state_dict(copies, assign=True)
     ghn.info = GHNInfo(name, content_hash(ghn), MappingProxyType(dict(metadata)))
     return ghn.eval()
+
+
+def _copy(ghn: GHN) -> GHN:
+    """A GHN with copies of the weights of another."""
+    copied = _empty(ghn.config)
+    copied.load_state_dict({name: tensor.clone() for name, tensor in ghn.state_dict().items()}, assign=True)
+    copied.info = ghn.info
+    return copied.eval()
 
 
 class _SkipInitialization(TorchFunctionMode):
