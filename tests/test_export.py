@@ -10,12 +10,14 @@ import pytest
 import timm
 import torch
 import torchvision
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import load_torch_model
+from safetensors import safe_open
 from torch import nn
 
 import timm_ghn
 from timm_ghn import export
 from timm_ghn.export import ExportError, check_destination, save
+from timm_ghn.tensorfile import WeightFiles
 
 FILES = {"config.json", "model.safetensors"}
 
@@ -100,21 +102,27 @@ def test_overwriting_has_to_be_asked_for(model: nn.Module, tmp_path: Path) -> No
     assert (load(tmp_path).fc.bias == 7).all()
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_sync", "_write_config"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: disk full")])
-def test_a_full_disk_leaves_nothing(
-    failing: str, error: Exception, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failing", [(WeightFiles, "write"), (export, "_sync"), (export, "_write_config")])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_or_an_interruption_leaves_nothing(
+    failing: tuple[Any, str], error: BaseException, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = getattr(export, failing)
+    real = getattr(*failing)
 
     def fail(*args: Any) -> None:
         real(*args)
         raise error
 
-    monkeypatch.setattr(export, failing, fail)
-    with pytest.raises(ExportError, match=r"cannot be written: (No space left|.*disk full)"):
+    monkeypatch.setattr(*failing, fail)
+    is_full = isinstance(error, OSError)
+    with pytest.raises(ExportError if is_full else KeyboardInterrupt, match="No space left" if is_full else None):
         save(model, tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_is_noticed_before(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"the weights take 1,000,000,000.0 GB, and [\d,.]+ GB are free"):
+        check_destination(tmp_path / "new", num_bytes=10**18)
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -145,7 +153,7 @@ def test_a_failure_keeps_the_model_that_was_there(
     def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", fail)
+    monkeypatch.setattr(WeightFiles, "write", fail)
     with pytest.raises(ExportError):
         save(model, tmp_path, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -193,3 +201,34 @@ def test_coat_whose_encoders_share_weights(tmp_path: Path) -> None:
     loaded = load(tmp_path)
     assert_same_state(loaded, model)
     assert len(list(loaded.parameters())) == len(list(model.parameters()))
+
+
+def test_several_files(model: nn.Module, tmp_path: Path) -> None:
+    save(model, tmp_path, max_shard_size="500KB")
+    files = {path.name for path in tmp_path.iterdir()}
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert files == {"config.json", "model.safetensors.index.json", *index["weight_map"].values()}
+    assert len(files) > 4
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in model.state_dict().values())
+    loaded = timm.create_model(f"local-dir:{tmp_path}")
+    load_torch_model(loaded, tmp_path, strict=True)
+    assert_same_state(loaded, model)
+
+
+def test_overwriting_leaves_no_files_of_the_model_before(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    save(model, tmp_path, max_shard_size="500KB")
+    with pytest.raises(ExportError, match=r"model.safetensors.index.json"):
+        save(model, tmp_path)
+    save(model, tmp_path, overwrite=True, max_shard_size="1MB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = set(index["weight_map"].values())
+    assert {path.name for path in tmp_path.glob("model*")} == {"model.safetensors.index.json", *shards}
+    save(model, tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, "notes.txt"}
+    assert_same_state(load(tmp_path), model)
+
+
+def test_a_size_that_is_none(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="max_shard_size='much'"):
+        save(model, tmp_path, max_shard_size="much")

@@ -81,7 +81,8 @@ def init_to_folder(
     plan = make_plan(model, settings, hypernetwork, input_size=input_size_of(model, kwargs))
     facts = Facts.of(plan)
     record_(model, facts.provenance)
-    described = None if hasattr(model, "_model_args") else kwargs
+    shaping = {key: value for key, value in kwargs.items() if key not in ("dtype", "device")}
+    described = None if hasattr(model, "_model_args") else shaping  # older versions of timm do not remember them
     specs = {name: TensorSpec.of(tensor) for name, tensor in model.state_dict().items()}
     folder = model_folder(
         model, specs, directory, overwrite=overwrite, max_shard_size=max_shard_size, model_args=described
