@@ -19,6 +19,7 @@ from timm_ghn.plan import Plan
 from timm_ghn.postprocess import PostProcess, WeightLayer, postprocess_many, single_threaded, weight_layers
 from timm_ghn.provenance import Facts
 from timm_ghn.report import Status
+from timm_ghn.rescale import bounded
 
 Finished = Callable[[str, Prediction | None], None]
 """Called once for each parameter when it is final: its name, and what it was tiled from if nothing followed that."""
@@ -108,6 +109,8 @@ def _predicted(plan: Plan, deferred: DeferredRandom, finished: Finished) -> Iter
             continue
         if not bool(torch.isfinite(prediction.block).all()):
             raise InitError(f"the GHN predicts values for {name} that are not finite; it was not trained well enough")
+        if plan.init.rescale == "auto":
+            prediction = bounded(prediction)
         prediction = _scaled(prediction, plan.factors.get(name, 1.0))
         parameter = _claim(plan, deferred, name)
         layer = plan.processed.get(name)

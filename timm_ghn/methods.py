@@ -83,6 +83,7 @@ class Init:
         seed: Seed of all noise and of what keeps a random initialization.
         correlation: Whose correlations scale the noise: the "paper"'s, between channels, or those of "ppuda"'s code.
         reading: How the graph is read, "default" or "ppuda" (see `timm_ghn.graph.Reading`).
+        rescale: "auto" keeps the scale of predictions sane (see `timm_ghn.rescale`); "off" writes them as they are.
         cache: Whether results are looked up in the cache and kept there.
 
     Raises:
@@ -96,6 +97,7 @@ class Init:
     seed: int = 0
     correlation: Literal["paper", "ppuda"] = "paper"
     reading: Literal["default", "ppuda"] = "default"
+    rescale: Literal["auto", "off"] = "auto"
     cache: bool = True
 
     def __post_init__(self) -> None:
@@ -108,6 +110,8 @@ class Init:
             raise InitError(f"correlation must be 'paper' or 'ppuda', got {self.correlation!r}")
         if self.reading not in ("default", "ppuda"):
             raise InitError(f"reading must be 'default' or 'ppuda', got {self.reading!r}")
+        if self.rescale not in ("auto", "off"):
+            raise InitError(f"rescale must be 'auto' or 'off', got {self.rescale!r}")
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | Init, **changes: Any) -> Init:

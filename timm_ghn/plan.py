@@ -11,9 +11,10 @@ from torch import nn
 
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
-from timm_ghn.graph import Graph, Layout, Role, Target, to_graph
+from timm_ghn.graph import Graph, Layout, Reading, Role, Target, capture, condense
 from timm_ghn.methods import Init, Source
 from timm_ghn.postprocess import PostProcess, WeightLayer, resolve_start_layer, selected_layers, weight_layers
+from timm_ghn.rescale import residual_factors
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,15 @@ def make_plan(
     graph = None
     targets: dict[str, Target] = {}
     reasons: dict[str, str] = {}
+    factors: dict[str, float] = {}
     if hypernetwork is not None:
-        graph = to_graph(model, input_size=input_size, example_input=example_input, reading=init.reading)
+        trace = capture(model, input_size=input_size, example_input=example_input)
+        graph = condense(trace, reading=Reading(init.reading))
         targets, reasons = _choose_targets(graph, hypernetwork.model)
+        if init.rescale == "auto":
+            factors = residual_factors(trace, [name for name in targets if name not in processed])
     parameters = dict(model.named_parameters())
-    return Plan(init, hypernetwork, graph, parameters, layers, start_layer, targets, reasons, processed)
+    return Plan(init, hypernetwork, graph, parameters, layers, start_layer, targets, reasons, processed, factors)
 
 
 def check_memory(parameters: Mapping[str, nn.Parameter]) -> None:

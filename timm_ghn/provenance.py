@@ -12,6 +12,7 @@ from torch import nn
 from timm_ghn._version import __version__
 from timm_ghn.plan import Plan
 from timm_ghn.report import ParameterReport, Report, Status
+from timm_ghn.rescale import describe_factor
 
 _PREFIX = "timm-ghn: "
 """Start of the note in `model.pretrained_cfg` that holds the provenance."""
@@ -37,6 +38,7 @@ class Provenance:
         seed: Seed of the noise and of what is random.
         correlation: Whose correlations scale the noise.
         reading: How the graph is read.
+        rescale: Whether the scale of predictions is kept sane, "auto" or "off".
     """
 
     method: str
@@ -49,6 +51,7 @@ class Provenance:
     seed: int
     correlation: str
     reading: str
+    rescale: str
 
     @classmethod
     def of(cls, plan: Plan) -> Provenance:
@@ -65,6 +68,7 @@ class Provenance:
             seed=init.seed,
             correlation=init.correlation,
             reading=init.reading,
+            rescale=init.rescale,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,7 +172,7 @@ def _outcome(plan: Plan, name: str) -> tuple[Status, str]:
     """What a parameter gets, and why if that is not the prediction."""
     processed = name in plan.processed
     if name in plan.targets:
-        return (Status.PREDICTED_ORTHOGONALIZED if processed else Status.PREDICTED), ""
+        return (Status.PREDICTED_ORTHOGONALIZED if processed else Status.PREDICTED), describe_factor(plan.factors, name)
     status = Status.ORTHOGONALIZED if processed else Status.KEPT
     return status, plan.reasons.get(name, "" if processed else f"not changed by {plan.init.method}")
 
