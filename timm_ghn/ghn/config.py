@@ -11,6 +11,7 @@ from timm_ghn.errors import CheckpointError
 
 HYPERNETS = ("gatedgnn", "mlp")
 DECODERS = ("conv", "mlp")
+KERNELS = ("raw", "normalized", "orthogonal")
 
 MAX_CHANNELS = 1024
 MAX_KERNEL = 64
@@ -33,6 +34,9 @@ class GHNConfig:
         ve: Whether virtual edges carry messages (arXiv 2110.13100, section 4.1).
         layernorm: Whether the final node features are normalized.
         hid: Size of a node's features.
+        kernels: What happens to an emitted block before it is scaled: "raw" leaves it as it is (ppuda), "normalized"
+            divides it by its root mean square, so that every kernel has the scale of He's initialization, and
+            "orthogonal" first makes its singular values nearly equal.
 
     Raises:
         CheckpointError: If a value is of the wrong type or out of bounds.
@@ -46,10 +50,11 @@ class GHNConfig:
     ve: bool = True
     layernorm: bool = True
     hid: int = 32
+    kernels: str = "raw"
 
     def __post_init__(self) -> None:
         self._check_sizes()
-        for name, choices in (("hypernet", HYPERNETS), ("decoder", DECODERS)):
+        for name, choices in (("hypernet", HYPERNETS), ("decoder", DECODERS), ("kernels", KERNELS)):
             value = getattr(self, name)
             if value not in choices:
                 raise CheckpointError(f"GHN config: {name} is {value!r}, not one of {', '.join(choices)}")
@@ -95,7 +100,8 @@ class GHNConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> GHNConfig:
         """Build a configuration from JSON or from the `config` entry of a ppuda checkpoint.
 
-        Only `hypernet`, `decoder` and `hid` may be missing: ppuda's defaults for the rest are not those of GHN-2.
+        Only `hypernet`, `decoder`, `hid` and `kernels` may be missing: ppuda's defaults for the rest are not those of
+        GHN-2.
 
         Raises:
             CheckpointError: If a key is missing or unknown, or a value is of the wrong type or out of bounds.
@@ -106,7 +112,7 @@ class GHNConfig:
         unknown = sorted(str(key) for key in data if key not in known)
         if unknown:
             raise CheckpointError(f"GHN config: unknown settings {', '.join(unknown)}")
-        missing = sorted(known - set(data) - {"hypernet", "decoder", "hid"})
+        missing = sorted(known - set(data) - {"hypernet", "decoder", "hid", "kernels"})
         if missing:
             raise CheckpointError(f"GHN config: missing settings {', '.join(missing)}")
         values = dict(data)
@@ -115,8 +121,11 @@ class GHNConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-compatible form; `from_dict` reads it back."""
-        return {**asdict(self), "max_shape": list(self.max_shape)}
+        """JSON-compatible form; `from_dict` reads it back. What ppuda does not know is left out where it is unused."""
+        data = {**asdict(self), "max_shape": list(self.max_shape)}
+        if self.kernels == "raw":
+            del data["kernels"]
+        return data
 
 
 @dataclass(frozen=True)

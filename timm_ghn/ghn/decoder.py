@@ -9,8 +9,11 @@ Shapes: N nodes, K out channels, C in channels, h x w kernel.
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +22,19 @@ from timm_ghn.ghn.gnn import MLP
 
 Block = tuple[int, int, int, int]
 """A part (K, C, h, w) of the largest block."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvParts:
+    """The parts of a `ConvDecoder`'s layers that emit blocks of one size.
+
+    Attributes:
+        places: Weight and bias of the first layer for the places of an h x w kernel.
+        channels: Weight and bias of the last layer for K x C channels.
+    """
+
+    places: tuple[Tensor, Tensor]
+    channels: tuple[Tensor, Tensor]
 
 
 class ConvDecoder(nn.Module):
@@ -35,19 +51,44 @@ class ConvDecoder(nn.Module):
         )
         self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Conv2d(out_channels, config.num_classes, 1))
 
-    def forward(self, x: Tensor, block: Block) -> Tensor:
-        """Kernels (N, K, C, h, w), contiguous, for node features (N, hid)."""
-        out_channels, in_channels, height, width = block
-        places, first, last = cast(nn.Linear, self.fc[0]), cast(nn.Conv2d, self.conv[0]), cast(nn.Conv2d, self.conv[2])
-        weight = _cut(places.weight, (-1, *self.max_shape[2:]), (None, height, width))
-        bias = _cut(places.bias, (-1, *self.max_shape[2:]), (None, height, width))
-        maps = F.relu(F.linear(x, weight, bias)).view(len(x), -1, height * width)
+    def cut(self, blocks: Iterable[Block]) -> dict[Block, ConvParts]:
+        """What emits blocks of these sizes, for `forward`; cut together, they have one gradient for each layer."""
+        sizes = list(dict.fromkeys(blocks))
+        places, last = cast(nn.Linear, self.fc[0]), cast(nn.Conv2d, self.conv[2])
+        maps = [(4 * places.in_features, *block[2:]) for block in sizes]
+        channels = [block[:2] for block in sizes]
+        side, pairs = (4 * places.in_features, *self.max_shape[2:]), self.max_shape[:2]
+        cut = [
+            _cut_all(tensor, shape, wanted)
+            for tensor, shape, wanted in (
+                (places.weight, side, maps),
+                (places.bias, side, maps),
+                (last.weight.flatten(1), pairs, channels),
+                (_bias(last), pairs, channels),
+            )
+        ]
+        parts = zip(sizes, *cut, strict=True)
+        return {
+            size: ConvParts((weight, bias), (last_weight, last_bias))
+            for size, weight, bias, last_weight, last_bias in parts
+        }
+
+    def forward(self, x: Tensor, block: Block, parts: ConvParts | None = None) -> Tensor:
+        """Kernels (N, K, C, h, w), contiguous, for node features (N, hid).
+
+        Args:
+            x: Features of the nodes.
+            block: Size of the kernels.
+            parts: What `cut` gave for this size; cut here if it is missing.
+        """
+        height, width = block[2:]
+        parts = parts or self.cut([block])[block]
+        first = cast(nn.Conv2d, self.conv[0])
+        maps = F.relu(F.linear(x, *parts.places)).view(len(x), -1, height * width)
 
         # 1x1 convolutions as matrix products: rows are the places of all nodes.
         hidden = F.relu(F.linear(maps.transpose(1, 2), first.weight.flatten(1), first.bias))
-        weight = _cut(last.weight.flatten(1), self.max_shape[:2], (out_channels, in_channels))
-        bias = _cut(_bias(last), self.max_shape[:2], (out_channels, in_channels))
-        kernels = F.linear(hidden, weight, bias).transpose(1, 2)
+        kernels = F.linear(hidden, *parts.channels).transpose(1, 2)
         return kernels.reshape(len(x), *block)
 
     def class_weights(self, x: Tensor, in_channels: int) -> Tensor:
@@ -68,8 +109,12 @@ class MLPDecoder(nn.Module):
         self.mlp = MLP(config.hid, (middle, out_channels * in_channels * height * width), last_activation=False)
         self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Linear(middle, config.num_classes * out_channels))
 
-    def forward(self, x: Tensor, block: Block) -> Tensor:
-        """Kernels (N, K, C, h, w), contiguous, for node features (N, hid)."""
+    def cut(self, blocks: Iterable[Block]) -> dict[Block, ConvParts]:
+        """Nothing: this decoder cuts as it emits."""
+        return {}
+
+    def forward(self, x: Tensor, block: Block, parts: ConvParts | None = None) -> Tensor:
+        """Kernels (N, K, C, h, w), contiguous, for node features (N, hid); `parts` is not used."""
         first, last = self.mlp.linear(0), self.mlp.linear(1)
         weight, bias = _cut(last.weight, self.max_shape, block), _cut(last.bias, self.max_shape, block)
         return F.linear(F.relu(first(x)), weight, bias).view(len(x), *block)
@@ -84,6 +129,37 @@ def _cut(rows: Tensor, shape: tuple[int, ...], sizes: tuple[int | None, ...]) ->
     """The rows of a layer whose outputs, seen as `shape`, lie in the corner of `sizes` (None: all)."""
     grid = rows.view(*shape, *rows.shape[1:])
     return grid[tuple(slice(size) for size in sizes)].reshape(-1, *rows.shape[1:])
+
+
+class _Corners(torch.autograd.Function):
+    """Several corners of one grid. The gradient is summed in place, not in a tensor of the grid's size for each."""
+
+    @staticmethod
+    def forward(ctx: Any, grid: Tensor, corners: tuple[tuple[slice, ...], ...]) -> tuple[Tensor, ...]:
+        ctx.corners, ctx.shape = corners, grid.shape
+        return tuple(grid[corner].contiguous().clone() for corner in corners)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        given = [(corner, grad) for corner, grad in zip(ctx.corners, grads, strict=True) if grad is not None]
+        if not given:
+            return None, None
+        total = given[0][1].new_zeros(ctx.shape)
+        for corner, grad in given:
+            total[corner] += grad
+        return total, None
+
+
+def _cut_all(rows: Tensor, shape: tuple[int, ...], sizes: Iterable[tuple[int, ...]]) -> list[Tensor]:
+    """For each of some sizes, the rows of a layer whose outputs, seen as `shape`, lie in that corner."""
+    grid = rows.view(*shape, *rows.shape[1:])
+    distinct = {size: tuple(slice(length) for length in size) for size in sizes}
+    if torch.is_grad_enabled():
+        parts = _Corners.apply(grid, tuple(distinct.values()))  # type: ignore[no-untyped-call]
+    else:
+        parts = tuple(grid[corner] for corner in distinct.values())
+    found = {size: part.reshape(-1, *rows.shape[1:]) for size, part in zip(distinct, parts, strict=True)}
+    return [found[size] for size in sizes]
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:
@@ -105,20 +181,89 @@ def class_bias_layer(config: GHNConfig) -> nn.Sequential:
     return nn.Sequential(nn.ReLU(), nn.Linear(max(config.max_shape[:2]), config.num_classes))
 
 
-def scale(block: Tensor, shape: tuple[int, ...], is_table: bool) -> Tensor:
-    """Scale a predicted kernel by its fan-in (arXiv 2110.13100, section 4.2; ppuda's `GHN._normalize`).
+_POLYNOMIAL = (3.4445, -4.7750, 2.0315)
+"""Coefficients of an odd quintic that moves singular values from (0, 1] towards 0.7 to 1.2 (the Muon optimizer's)."""
+
+
+_STEPS = 5
+"""How often it is applied: singular values above 1 / 100 of a block's norm become nearly equal."""
+
+
+def condition(blocks: Sequence[Tensor], kernels: str) -> list[Tensor]:
+    """Bring emitted blocks to a common scale, as `GHNConfig.kernels` says.
 
     Args:
-        block: Any part of the kernel.
+        blocks: Any number of batches (N, K, ...) of blocks, each block a matrix of K rows.
+        kernels: "raw", "normalized" or "orthogonal".
+
+    Returns:
+        Blocks of the same shapes; their root mean squares are 1 unless `kernels` is "raw". Differentiable.
+    """
+    if kernels == "raw":
+        return list(blocks)
+    matrices = [block.flatten(2) for block in blocks]
+    if kernels == "normalized":
+        scales = [matrix.square().mean((1, 2), keepdim=True).clamp_min(1e-24).rsqrt() for matrix in matrices]
+        return [(matrix * scale).view_as(block) for matrix, scale, block in zip(matrices, scales, blocks, strict=True)]
+    tall = [matrix.shape[1] > matrix.shape[2] for matrix in matrices]
+    wide = [matrix.transpose(1, 2) if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)]
+    factors = _evening_factors([matrix @ matrix.transpose(1, 2) for matrix in wide])
+    even = [
+        math.sqrt(block[0].numel()) * factor @ matrix
+        for factor, matrix, block in zip(factors, wide, blocks, strict=True)
+    ]
+    turned = [matrix.transpose(1, 2) if turn else matrix for matrix, turn in zip(even, tall, strict=True)]
+    return [matrix.reshape(block.shape) for matrix, block in zip(turned, blocks, strict=True)]
+
+
+_BUCKETS = (4, 16, 32)
+"""Sizes that small Gram matrices are filled up to, so that those of many groups make one batch."""
+
+
+def _evening_factors(grams: Sequence[Tensor]) -> list[Tensor]:
+    """For batches of Gram matrices X X^T: F such that the singular values of F X are nearly equal, and its norm is 1."""
+    padded: dict[int, list[Tensor]] = {}
+    for gram in grams:
+        side = gram.shape[1]
+        bucket = next((size for size in _BUCKETS if side <= size), side)
+        padded.setdefault(bucket, []).append(F.pad(gram, (0, bucket - side, 0, bucket - side)))
+    done = {
+        bucket: iter(_polynomials(torch.cat(parts)).split([len(part) for part in parts]))
+        for bucket, parts in padded.items()
+    }
+    sides = [gram.shape[1] for gram in grams]
+    return [next(done[next((size for size in _BUCKETS if side <= size), side)])[:, :side, :side] for side in sides]
+
+
+def _polynomials(gram: Tensor) -> Tensor:
+    """The factors for one batch of Gram matrices (N, m, m): the quintic, applied repeatedly, as a polynomial of each."""
+    a, b, c = _POLYNOMIAL
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    first = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-24)[:, None, None]
+    gram = start = gram / first
+    total = eye
+    for step in range(_STEPS):
+        factor = a * eye + gram @ (b * eye + c * gram)
+        total = factor @ total if step else factor
+        if step < _STEPS - 1:
+            gram = factor @ gram @ factor
+    norm = (total * (total @ start)).sum((1, 2), keepdim=True).clamp_min(1e-24)
+    return total * (first * norm).rsqrt()
+
+
+def kernel_scale(shape: tuple[int, ...], is_table: bool) -> float:
+    """Factor that scales a predicted kernel by its fan-in (arXiv 2110.13100, section 4.2; ppuda's `GHN._normalize`).
+
+    Args:
         shape: Shape of the whole kernel, (K, C) or (K, C, kh, kw): its rank matters.
         is_table: Whether it is a table of positional encodings, which keeps its scale from a side of 11.
 
     Returns:
-        The block times sqrt(beta / fan-in), beta being 1 for depthwise and wide kernels, which ReLUs seldom follow.
+        sqrt(beta / fan-in), beta being 1 for depthwise and wide kernels, which ReLUs seldom follow.
     """
     if is_table and len(shape) > 2 and shape[0] == 1 and shape[2] >= 11:
-        return block
+        return 1.0
     without_relu = len(shape) == 4 and (shape[1] == 1 or shape[2] < shape[3])
     fan_in = math.prod(shape[1:])
     beta = 1.0 if without_relu else 2.0
-    return block * math.sqrt(beta / fan_in)
+    return math.sqrt(beta / fan_in)

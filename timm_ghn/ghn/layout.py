@@ -31,7 +31,7 @@ def tile(block: Tensor, shape: Shape) -> Tensor:
         split = [size for length in block.shape for size in (1, length)]
         covered = [count * length for count, length in zip(counts, block.shape, strict=True)]
         block = block.reshape(split).expand(repeated).reshape(covered)
-    return block[tuple(slice(size) for size in shape)]
+    return block if tuple(block.shape) == tuple(shape) else block[tuple(slice(size) for size in shape)]
 
 
 def tile_(destination: Tensor, block: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -54,11 +54,15 @@ class Prediction:
             dtype: Type of the result; that of the block by default.
             device: Device of the result; that of the block by default.
         """
-        block = self.block.to(device=device, dtype=dtype)
-        kernel = layout.tile(block, self.kernel)
-        out = layout.arrange(kernel, self.target.shape, self.target.layout).contiguous()
+        out = self.expand(dtype, device)
         shared = out.untyped_storage().data_ptr() == self.block.untyped_storage().data_ptr()
         return out.clone() if shared else out
+
+    def expand(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
+        """Like `materialize`, but the result may share memory with the block."""
+        block = self.block.to(device=device, dtype=dtype)
+        kernel = layout.tile(block, self.kernel)
+        return layout.arrange(kernel, self.target.shape, self.target.layout).contiguous()
 
     @torch.no_grad()
     def write_(self, parameter: Tensor) -> None:
@@ -89,7 +93,7 @@ class Prediction:
 class _Group:
     """Parameters that one call of a decoder emits: those of one kind and of one size of block."""
 
-    kind: str  # "kernel", "class_weight", "vector" or "class_bias"
+    kind: str  # "kernel", "table", "class_weight", "vector" or "class_bias"
     block: Shape = ()
 
 
@@ -176,19 +180,33 @@ class GHN(nn.Module):
         """
         outputs: list[dict[str, Tensor]] = [{} for _ in graphs]
         for index, prediction in self._predictions(graphs):
-            outputs[index][prediction.target.name] = prediction.materialize()
+            outputs[index][prediction.target.name] = prediction.expand()
         return outputs
 
     def _predictions(self, graphs: Sequence[Graph]) -> Iterator[tuple[int, Prediction]]:
         """Predictions for all targets of all graphs, with the index of their graph."""
         groups = self._groups(graphs)
         features = self.embed_nodes(graphs)
-        for group, jobs in groups.items():
-            for chunk in _chunks(jobs, self._bytes(group)):
-                nodes = torch.tensor([job.node for job in chunk], device=features.device)
-                blocks = self._decode(group, features[nodes])
-                for job, block in zip(chunk, blocks.unbind(), strict=True):
+        chunks = [(group, part) for group, jobs in groups.items() for part in _chunks(jobs, self._bytes(group))]
+        # With gradients, all groups are decoded together: more memory, but far fewer operations and cheaper gradients.
+        batches = [chunks] if torch.is_grad_enabled() else [[chunk] for chunk in chunks]
+        for batch in batches:
+            for (_, jobs), blocks in zip(batch, self._emit(batch, features), strict=True):
+                for job, block in zip(jobs, self._normalize(jobs, blocks).unbind(), strict=True):
                     yield job.graph, self._finish(job, block)
+
+    def _emit(self, batch: Sequence[tuple[_Group, Sequence[_Job]]], features: Tensor) -> list[Tensor]:
+        """Blocks (n, ...) of some groups for the nodes of their jobs, not yet scaled by fan-in."""
+        parts = self.decoder.cut(_block(group) for group, _ in batch if group.kind in _EMITTED)
+        emitted = []
+        for group, jobs in batch:
+            nodes = torch.tensor([job.node for job in jobs], device=features.device)
+            emitted.append(self._decode(group, features[nodes], parts))
+        kernels = [index for index, (group, _) in enumerate(batch) if group.kind == "kernel"]
+        conditioned = decoders.condition([emitted[index] for index in kernels], self.config.kernels)
+        for index, blocks in zip(kernels, conditioned, strict=True):
+            emitted[index] = blocks
+        return emitted
 
     def _groups(self, graphs: Sequence[Graph]) -> dict[_Group, list[_Job]]:
         """All targets, grouped by what a decoder emits at once."""
@@ -207,7 +225,7 @@ class GHN(nn.Module):
         if role in (Role.WEIGHT, Role.POS_ENC):
             largest = self.config.max_shape
             sizes = tuple(min(size, limit) for size, limit in zip(shape_4d(job.shape), largest, strict=True))
-            return _Group("kernel", sizes)
+            return _Group("kernel" if role is Role.WEIGHT else "table", sizes)
         if role is Role.CLASS_WEIGHT:
             return _Group("class_weight", (self.config.num_classes, min(job.shape[1], self.config.max_shape[1])))
         return _Group("class_bias") if role is Role.CLASS_BIAS else _Group("vector")
@@ -215,36 +233,48 @@ class GHN(nn.Module):
     def _bytes(self, group: _Group) -> int:
         return 4 * max(math.prod(group.block), 2 * max(self.config.max_shape[:2]), self.config.num_classes)
 
-    def _decode(self, group: _Group, x: Tensor) -> Tensor:
+    def _decode(self, group: _Group, x: Tensor, parts: Mapping[decoders.Block, decoders.ConvParts]) -> Tensor:
         """Blocks (n, ...) of a group for node features (n, hid), neither scaled nor cut to their targets."""
-        if group.kind == "kernel":
-            out_channels, in_channels, height, width = group.block
-            return cast(Tensor, self.decoder(x, (out_channels, in_channels, height, width)))
+        if group.kind in _EMITTED:
+            block = _block(group)
+            return cast(Tensor, self.decoder(x, block, parts.get(block)))
         if group.kind == "class_weight":
             return self.decoder.class_weights(x, group.block[1])
         vectors: Tensor = self.decoder_1d(x).view(len(x), 2, -1)
         return cast(Tensor, self.bias_class(vectors[:, 1])) if group.kind == "class_bias" else vectors
 
+    def _normalize(self, jobs: Sequence[_Job], blocks: Tensor) -> Tensor:
+        """Scale the blocks of some jobs of one group, as `weight_norm` says: all at once, in few operations."""
+        if not self.config.weight_norm:
+            return blocks
+        if blocks.ndim == 3 and jobs[0].target.role is not Role.CLASS_WEIGHT:  # norm weights and other vectors
+            return torch.stack([2 * torch.sigmoid(blocks[:, 0] / 2), torch.tanh(blocks[:, 1] / 5)], dim=1)
+        if blocks.ndim == 2:
+            return torch.tanh(blocks / 5)
+        factors = [decoders.kernel_scale(job.shape, job.target.role is Role.POS_ENC) for job in jobs]
+        return blocks * blocks.new_tensor(factors).view(-1, *(1,) * (blocks.ndim - 1))
+
     def _finish(self, job: _Job, block: Tensor) -> Prediction:
-        """Cut a block to what its target needs, and scale it."""
+        """Cut a block to what its target needs."""
         target, shape = job.target, job.shape
-        normalize = self.config.weight_norm
         if target.role in (Role.WEIGHT, Role.POS_ENC, Role.CLASS_WEIGHT):
             kernel = shape[:2] if target.role is Role.CLASS_WEIGHT else shape_4d(shape)
-            block = block[: kernel[0]]
-            if normalize:
-                block = decoders.scale(block, shape, target.role is Role.POS_ENC)
+            block = block[: kernel[0]] if kernel[0] < len(block) else block
             copies = layout.repeats(kernel, target.shape, target.layout)
             block = block / copies if target.layout is Layout.DEPTH else block
             return Prediction(target, block, kernel)
-        if target.role is Role.CLASS_BIAS:
-            block = block[: shape[0]]
-        else:
-            block = block[0 if target.role is Role.NORM_WEIGHT else 1, : shape[0]]
-        if normalize:
-            is_weight = target.role is Role.NORM_WEIGHT
-            block = 2 * torch.sigmoid(block / 2) if is_weight else torch.tanh(block / 5)
-        return Prediction(target, block, shape)
+        if target.role is not Role.CLASS_BIAS:
+            block = block[0 if target.role is Role.NORM_WEIGHT else 1]
+        return Prediction(target, block[: shape[0]], shape)
+
+
+_EMITTED = ("kernel", "table")
+"""Kinds of groups whose blocks are whole kernels."""
+
+
+def _block(group: _Group) -> decoders.Block:
+    out_channels, in_channels, height, width = group.block
+    return out_channels, in_channels, height, width
 
 
 def _kernel_shape(target: Target, shape: Shape | None) -> Shape:

@@ -19,17 +19,21 @@ from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.ghn.model import GHN
 from timm_ghn.training.architectures import FAMILY_WEIGHTS
 from timm_ghn.training.config import PRESETS, TrainConfig
-from timm_ghn.training.data import HOW_TO_GET_IMAGES, Splits, load_images, split
+from timm_ghn.training.data import HOW_TO_GET_IMAGES, ImageSet, Splits, load_images, split
 from timm_ghn.training.export import export_run, smooth_sizes
 from timm_ghn.training.loop import Trainer, rescale_decoder, share_decoder
 from timm_ghn.training.pool import ArchitecturePool, PoolConfig
+from timm_ghn.training.pretext import make_pretext
 
 _OVERRIDES = (
     ("steps", int, "updates of the GHN"),
+    ("stop_after", int, "end at this step, with the schedules of --steps"),
     ("minutes", float, "let the schedules follow the clock, and stop after so many minutes"),
     ("meta_batch", int, "architectures a step, over all processes"),
     ("batch_size", int, "images an architecture"),
     ("lr", float, "peak learning rate"),
+    ("kernels", str, "what the GHN does to the kernels that it emits: raw, normalized or orthogonal"),
+    ("easy", str, "task to begin with: pretext (photographs and drawings) or clusters (of the images)"),
     ("pool_size", int, "distinct architectures to train on"),
     ("eval_pool_size", int, "other architectures to evaluate on"),
     ("held_out_classes", int, "classes that are kept for measuring"),
@@ -183,6 +187,27 @@ def _pools(out: Path, config: TrainConfig, workers: int, progress: bool) -> tupl
     return pool, held_out
 
 
+def easy_images(config: TrainConfig) -> ImageSet | None:
+    """Images of the easy task to begin with; None for clusters of the training images.
+
+    Raises:
+        TrainingError: If packages are missing.
+    """
+    if config.easy != "pretext":
+        return None
+    return make_pretext(config.sampler.input_size, config.pretext_images, config.seed)
+
+
+def new_ghn(shape: GHNConfig, config: TrainConfig) -> GHN:
+    """A GHN as training begins with it: embeddings of sizes that vary slowly, and kernels that nodes share."""
+    torch.manual_seed(config.seed)
+    ghn = GHN(shape)
+    smooth_sizes(ghn, config.seed)
+    if shape.decoder == "conv":
+        share_decoder(ghn, config.share, config.seed)
+    return ghn
+
+
 def make_trainer(
     config: TrainConfig,
     splits: Splits,
@@ -195,12 +220,10 @@ def make_trainer(
     resume: bool = False,
 ) -> Trainer:
     """A trainer with a new GHN at a good scale, or with that of the folder's checkpoint."""
-    torch.manual_seed(config.seed)
-    ghn = GHN(GHNConfig(num_classes=len(splits.train.classes), hid=hid)).to(device)
-    smooth_sizes(ghn, config.seed)
-    share_decoder(ghn, config.share, config.seed)
-    rescale_decoder(ghn, [member.graph for member in pool[:32]])
-    trainer = Trainer(ghn, config, splits, pool, eval_pool, out, device)
+    ghn = new_ghn(GHNConfig(num_classes=len(splits.train.classes), hid=hid, kernels=config.kernels), config).to(device)
+    if config.kernels == "raw":
+        rescale_decoder(ghn, [member.graph for member in pool[:32]])
+    trainer = Trainer(ghn, config, splits, pool, eval_pool, out, device, easy_images(config))
     if resume:
         trainer.resume()
     return trainer

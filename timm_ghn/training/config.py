@@ -14,6 +14,7 @@ _COUNTS = (
     "meta_batch",
     "groups",
     "clusters",
+    "pretext_images",
     "pool_size",
     "pool_start",
     "eval_pool_size",
@@ -26,18 +27,27 @@ _COUNTS = (
 """Settings that must be positive."""
 
 
+EASY_TASKS = ("pretext", "clusters")
+SCHEDULES = ("cosine", "constant")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides the course of a training run.
 
     Attributes:
         steps: Number of updates.
+        stop_after: If given, training ends at this step, while the schedules stay those of `steps`.
         minutes: If given, the schedules follow the clock and training ends after so many minutes (or `steps`).
             Such a run cannot be repeated exactly.
         meta_batch: Architectures a step, over all processes.
         batch_size: Images that each of them sees, all different.
         lr: Peak learning rate.
-        warmup: Steps of linear warm-up; a cosine to zero follows.
+        warmup: Steps of linear warm-up.
+        schedule: What follows the warm-up: "cosine" to zero at the end of the run, or "constant", for runs whose end is
+            open (use it with `average`).
+        average: Decay, for each step, of a running average of the weights, which is what is evaluated and exported;
+            0 for none.
         weight_decay: AdamW's.
         clip: Largest norm of the GHN's gradient.
         network_clip: Largest norm of the gradient by one network's predicted parameters: one network that explodes
@@ -51,12 +61,17 @@ class TrainConfig:
         ways: Classes in a batch of images; 0 draws images of any class.
         head_weight: Weight of the loss of the predicted classifier.
         ridge_weight: Weight of the loss of a classifier fitted to half of a batch (needs `ways`).
-        clusters: Clusters of images by how they look: the easy task of classifiers fitted to features.
-        easy_from: Share of the run up to which these classifiers tell clusters apart, never classes.
-        easy_until: Share of the run from which they do so with probability `easy_rest`; linear in between.
+        easy: The easy task that training begins with: "pretext" (crops of photographs and drawings, see
+            `timm_ghn.training.pretext`) or "clusters" (clusters of the images by how they look).
+        easy_ways: Classes in a batch of the easy task; 0 draws images of any class, and fits no classifier to them.
+        clusters: Number of clusters.
+        pretext_images: Images of each class of the pretext.
+        easy_from: Share of the run up to which batches are of the easy task, never of the classes.
+        easy_until: Share of the run from which they are so with probability `easy_rest`; linear in between.
         easy_rest: See there.
         pool_start: Architectures to begin with: the first of the pool.
         pool_full: Share of the run from which the whole pool is used; the number grows exponentially up to there.
+        kernels: What the GHN does to the blocks that it emits, see `timm_ghn.ghn.config.GHNConfig`.
         share: How different the kernels of different nodes are to begin with, see `share_decoder`.
         norm_penalty: Weight of the penalty on predicted kernels that leave the scale of He's initialization.
         correlation_penalty: Weight of the penalty on correlated channels in predicted kernels.
@@ -77,11 +92,14 @@ class TrainConfig:
     """
 
     steps: int = 10_000
+    stop_after: int | None = None
     minutes: float | None = None
     meta_batch: int = 8
     batch_size: int = 48
     lr: float = 1e-3
     warmup: int = 200
+    schedule: str = "cosine"
+    average: float = 0.0
     weight_decay: float = 1e-4
     clip: float = 5.0
     network_clip: float = 5.0
@@ -93,12 +111,16 @@ class TrainConfig:
     ways: int = 8
     head_weight: float = 1.0
     ridge_weight: float = 1.0
+    easy: str = "clusters"
+    easy_ways: int = 8
     clusters: int = 64
+    pretext_images: int = 900
     easy_from: float = 0.1
     easy_until: float = 0.5
     easy_rest: float = 0.15
     pool_start: int = 8
     pool_full: float = 0.5
+    kernels: str = "raw"
     share: float = 0.3
     norm_penalty: float = 0.0
     correlation_penalty: float = 0.0
@@ -125,6 +147,12 @@ class TrainConfig:
             raise TrainingError("batch_size must be at least 2: batch norms use the statistics of the batch")
         if self.ridge_weight and self.ways < 2:
             raise TrainingError("ridge_weight needs batches of at least 2 ways")
+        if self.easy not in EASY_TASKS:
+            raise TrainingError(f"easy is '{self.easy}', not one of {', '.join(EASY_TASKS)}")
+        if self.schedule not in SCHEDULES:
+            raise TrainingError(f"schedule is '{self.schedule}', not one of {', '.join(SCHEDULES)}")
+        if not 0 <= self.average < 1:
+            raise TrainingError(f"average must be at least 0 and less than 1, not {self.average}")
         if not self.lr > 0:
             raise TrainingError(f"lr must be positive, not {self.lr}")
         if not 0 <= self.coarse_from <= self.coarse_until <= 1:
@@ -174,18 +202,27 @@ def _ramp(progress: float, start: float, stop: float, rest: float) -> float:
 
 PRESETS: dict[str, TrainConfig] = {
     "bundled": TrainConfig(
-        lr=1e-3,
-        warmup=50,
-        easy_from=0.2,
-        easy_until=0.6,
+        steps=8000,
+        batch_size=64,
+        warmup=30,
+        schedule="constant",
+        average=0.99,
+        easy="pretext",
+        easy_ways=0,
+        easy_from=0.1,
+        easy_until=0.35,
         easy_rest=0.3,
         coarse_from=0.3,
         coarse_until=0.8,
-        coarse_rest=0.1,
-        norm_penalty=0.1,
-        correlation_penalty=0.3,
+        coarse_rest=0.2,
+        pool_start=48,
+        pool_full=0.12,
+        kernels="orthogonal",
         share=0.5,
         pool_size=722,
+        eval_every=250,
+        save_every=50,
+        log_every=20,
         sampler=SamplerConfig(max_macs=5e6, max_outputs=1.6e5, max_layers=30),
     ),
     "smoke": replace(

@@ -34,7 +34,7 @@ def export_run(folder: Path, path: Path) -> GHN:
     try:
         latest = json.loads((folder / "latest.json").read_text())
         config = TrainConfig.from_dict(latest["config"])
-        ghn = read_safetensors(folder / latest["weights"])
+        ghn = read_safetensors(folder / (latest.get("average") or latest["weights"]))
     except (OSError, ValueError, KeyError, CheckpointError) as error:
         raise TrainingError(f"{folder} holds no training run that can be exported: {error}") from error
     pool = ArchitecturePool.load(

@@ -6,6 +6,7 @@ draws depends on (seed, step, process) alone, so a run that was interrupted goes
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -29,7 +30,7 @@ from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.ghn.model import GHN
 from timm_ghn.graph.graph import Graph
 from timm_ghn.paths import write_atomically
-from timm_ghn.training.architectures import build
+from timm_ghn.training.architectures import ArchitectureSpec, build
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import BatchSampler, ImageSet, Splits, normalize, sample_batch
 from timm_ghn.training.objective import Objective, Score, cluster_images, group_classes, ridge_loss
@@ -38,6 +39,7 @@ from timm_ghn.training.pool import ArchitecturePool, PoolMember
 logger = logging.getLogger(__name__)
 
 _LATEST = "latest.json"
+_CHECKPOINT_FILES = ("ghn-*.safetensors", "average-*.safetensors", "optimizer-*.pt")
 
 
 @dataclass
@@ -112,6 +114,7 @@ class Evaluation:
         group_accuracy: Share of images whose group of classes is right.
         few_shot: Accuracy of a linear classifier fitted to six images of each of twenty held-out classes.
         by_family: `few_shot` by family of architectures.
+        easy: Accuracy of the predicted classifier on the easy task; NaN if it was not measured.
     """
 
     loss: float
@@ -119,6 +122,7 @@ class Evaluation:
     group_accuracy: float
     few_shot: float
     by_family: dict[str, float]
+    easy: float = math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible form, for the metrics file."""
@@ -128,6 +132,7 @@ class Evaluation:
             "eval_group_accuracy": self.group_accuracy,
             "eval_few_shot": self.few_shot,
             "eval_by_family": self.by_family,
+            "eval_easy": self.easy,
         }
 
 
@@ -165,6 +170,7 @@ def evaluate(
     num_images: int = 240,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    easy: tuple[ImageSet, Objective] | None = None,
 ) -> Evaluation:
     """Accuracy of architectures with predicted parameters, without any training of them.
 
@@ -179,21 +185,28 @@ def evaluate(
         num_images: Images for each architecture and each of the two.
         seed: Decides which.
         device: Where to compute.
+        easy: Images of the easy task, and its objective.
     """
     generator = torch.Generator().manual_seed(seed)
     plain = BatchSampler(splits.validation).draw(num_images, 0, generator)
     batch, labels = _on_device(splits.validation, plain, device)
     few_images = splits.held_out or splits.validation
     few_batch, few_labels = _on_device(few_images, BatchSampler(few_images).draw(num_images, 20, generator), device)
+    if easy is not None:
+        easy_batch, easy_labels = _on_device(easy[0], BatchSampler(easy[0]).draw(num_images, 0, generator), device)
     was_training = ghn.training
     ghn.eval()
     scores: list[Score] = []
+    easy_scores: list[Score] = []
     families: dict[str, list[float]] = {}
     try:
         for member in members:
             predicted = ghn([member.graph])[0]
             model = build(member.spec, ghn.config.num_classes).to(device)
             scores.append(objective(predict_and_call(model, predicted, batch), labels))
+            if easy is not None:
+                logits = predict_and_call(model, predicted, easy_batch)
+                easy_scores.append(easy[1](logits, easy[1].active[easy_labels]))
             _, features = call_with_features(model, predicted, few_batch)
             accuracy = ridge_loss(features, few_labels)[1] if bool(torch.isfinite(features).all()) else 0.0
             families.setdefault(member.spec.family, []).append(accuracy)
@@ -207,6 +220,7 @@ def evaluate(
         sum(s.groups for s in scores) / count,
         sum(sum(values) for values in families.values()) / len(scores),
         {name: sum(values) / len(values) for name, values in sorted(families.items())},
+        sum(s.classes for s in easy_scores) / sum(s.count for s in easy_scores) if easy_scores else math.nan,
     )
 
 
@@ -310,6 +324,7 @@ class Trainer:
         eval_pool: Other architectures.
         out: Folder of checkpoints and metrics.
         device: Where to compute.
+        easy: Images of the easy task to begin with; clusters of the training images by default.
     """
 
     def __init__(
@@ -321,6 +336,7 @@ class Trainer:
         eval_pool: ArchitecturePool,
         out: Path,
         device: torch.device | str = "cpu",
+        easy: ImageSet | None = None,
     ) -> None:
         self.ghn = ghn
         self.config = config
@@ -341,11 +357,16 @@ class Trainer:
         self.plain_objective = Objective(classes, splits.train_classes, groups, 0.0, self.device)
         self.optimizer = torch.optim.AdamW(ghn.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.sampler = BatchSampler(splits.train)
-        clusters = min(config.clusters, len(splits.train_classes))
-        self.easy_sampler = BatchSampler(cluster_images(splits.train, clusters, config.seed))
+        limit = min(config.clusters, len(splits.train_classes))
+        easy = cluster_images(splits.train, limit, config.seed) if easy is None else easy
+        if len(easy.classes) > len(splits.train_classes):
+            raise TrainingError(f"the easy task has more classes ({len(easy.classes)}) than are trained on")
+        self.easy_sampler = BatchSampler(easy)
         # The classes of the easy task borrow the first rows of the classifier.
-        easy = splits.train_classes[:clusters]
-        self.easy_objective = Objective(classes, easy, torch.zeros_like(groups), device=self.device)
+        borrowed = splits.train_classes[: len(easy.classes)]
+        self.easy_objective = Objective(classes, borrowed, torch.zeros_like(groups), device=self.device)
+        self._networks: dict[ArchitectureSpec, nn.Module] = {}
+        self.average = copy.deepcopy(ghn).requires_grad_(False) if config.average else None
         self.step = 0
         self.skipped = 0
         self.elapsed = 0.0
@@ -375,9 +396,10 @@ class Trainer:
         return float(tensor)
 
     def learning_rate(self, progress: float) -> float:
-        """Warm-up over steps, then a cosine over the run."""
+        """Warm-up over steps, then the schedule of the configuration."""
         warm = min(1.0, (self.step + 1) / max(1, self.config.warmup))
-        return self.config.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
+        decay = 1.0 if self.config.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.config.lr * warm * decay
 
     # One step
 
@@ -422,17 +444,18 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """Gradient of one network's loss by its predicted parameters; empty if it is not finite."""
         config = self.config
-        easy = bool(config.ridge_weight) and float(torch.rand((), generator=generator)) < config.easy_share(progress)
+        easy = float(torch.rand((), generator=generator)) < config.easy_share(progress)
+        fitted = bool(config.ridge_weight) and (not easy or config.easy_ways > 0)
         sampler = self.easy_sampler if easy else self.sampler
         images, index = sample_batch(
             sampler,
             config.batch_size,
             generator,
             self.device,
-            ways=config.ways,
+            ways=config.easy_ways if easy else config.ways,
             padding=config.padding,
         )
-        model = build(member.spec, self.ghn.config.num_classes).to(self.device)
+        model = self._network(member.spec)
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in predicted.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
             logits, features = call_with_features(model, leaves, images)
@@ -442,7 +465,7 @@ class Trainer:
         else:
             score = self.objective(logits, labels, config.coarse_weight(progress))
         loss = config.head_weight * score.loss
-        if config.ridge_weight and bool(torch.isfinite(features).all()):
+        if fitted and bool(torch.isfinite(features).all()):
             ridge, accuracy = ridge_loss(features, labels)
             loss = loss + config.ridge_weight * ridge
         if not bool(torch.isfinite(loss)):
@@ -454,13 +477,21 @@ class Trainer:
             return {}
         meter = self.meters["easy" if easy else "classes"]
         meter.add(score)
-        if config.ridge_weight:
+        if fitted:
             meter.ridge_loss += float(ridge.detach())
             meter.ridge_accuracy += accuracy
         scale = (config.network_clip / (norm + 1e-12)).clamp(max=1.0)
         found = {name: grad * scale for name, grad in found.items()}
         self._add_penalties(leaves, found)
         return found
+
+    def _network(self, spec: ArchitectureSpec) -> nn.Module:
+        """The network of a specification, built once. What is not predicted depends on the specification alone."""
+        if spec not in self._networks:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self._networks[spec] = build(spec, self.ghn.config.num_classes).to(self.device)
+        return self._networks[spec]
 
     def _add_penalties(self, leaves: Mapping[str, Tensor], grads: dict[str, Tensor]) -> None:
         config = self.config
@@ -504,7 +535,17 @@ class Trainer:
         self._skipped_in_a_row = 0
         self.clock.gradient += float(norm)
         self.optimizer.step()
+        self._update_average()
         return True
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Move the running average; it follows faster in the first steps."""
+        if self.average is None:
+            return
+        decay = min(self.config.average, (1 + self.step) / (10 + self.step))
+        for mean, value in zip(self.average.parameters(), self.ghn.parameters(), strict=True):
+            mean.lerp_(value, 1 - decay)
 
     # The run
 
@@ -520,7 +561,7 @@ class Trainer:
         self._started = time.monotonic()
         self.out.mkdir(parents=True, exist_ok=True)
         with tqdm(total=config.steps, initial=self.step, disable=self.rank > 0, mininterval=5) as bar:
-            while (progress := self.progress()) < 1:
+            while (progress := self.progress()) < 1 and self.step != config.stop_after:
                 self.train_step(progress)
                 self.step += 1
                 bar.update()
@@ -560,13 +601,14 @@ class Trainer:
         result = Evaluation(math.nan, math.nan, math.nan, math.nan, {})
         if self.rank == 0:
             result = evaluate(
-                self.ghn,
+                self.average or self.ghn,
                 self.eval_pool,
                 self.splits,
                 self.plain_objective,
                 num_images=config.eval_images,
                 seed=config.seed,
                 device=self.device,
+                easy=(self.easy_sampler.data, self.easy_objective),
             )
             self._write_metrics({"step": self.step, **result.to_dict()})
             logger.info("step %d: held-out architectures: %s", self.step, result)
@@ -587,6 +629,9 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         weights, state = f"ghn-{self.step:07d}.safetensors", f"optimizer-{self.step:07d}.pt"
         write_safetensors(self.ghn, self.out / weights, {"step": str(self.step)})
+        average = f"average-{self.step:07d}.safetensors" if self.average is not None else None
+        if self.average is not None and average is not None:
+            write_safetensors(self.average, self.out / average, {"step": str(self.step)})
         temporary = self.out / f".{state}.tmp"
         torch.save({"optimizer": self.optimizer.state_dict()}, temporary)
         os.replace(temporary, self.out / state)
@@ -595,12 +640,13 @@ class Trainer:
             "skipped": self.skipped,
             "elapsed": self.elapsed + time.monotonic() - self._started,
             "weights": weights,
+            "average": average,
             "optimizer": state,
             "config": self.config.to_dict(),
         }
         write_atomically(self.out / _LATEST, json.dumps(latest, indent=2).encode())
-        for old in [*self.out.glob("ghn-*.safetensors"), *self.out.glob("optimizer-*.pt")]:
-            if old.name not in (weights, state):
+        for old in [path for pattern in _CHECKPOINT_FILES for path in self.out.glob(pattern)]:
+            if old.name not in (weights, average, state):
                 old.unlink(missing_ok=True)
 
     def resume(self) -> bool:
@@ -620,6 +666,9 @@ class Trainer:
             weights = load_file(self.out / latest["weights"], device=str(self.device))
             state = torch.load(self.out / latest["optimizer"], map_location=self.device, weights_only=True)
             self.ghn.load_state_dict(weights)
+            if self.average is not None:
+                name = latest.get("average") or latest["weights"]
+                self.average.load_state_dict(load_file(self.out / name, device=str(self.device)))
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.skipped, self.elapsed = int(latest["step"]), int(latest["skipped"]), latest["elapsed"]
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
