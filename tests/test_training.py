@@ -391,14 +391,18 @@ CONFIG = TrainConfig(
 
 
 def _trainer(
-    images: ImageSet, pools: tuple[ArchitecturePool, ArchitecturePool], out: Path, config: TrainConfig = CONFIG
+    images: ImageSet,
+    pools: tuple[ArchitecturePool, ArchitecturePool],
+    out: Path,
+    config: TrainConfig = CONFIG,
+    easy: ImageSet | None = None,
 ) -> Trainer:
     torch.manual_seed(0)
     ghn = GHN(GHNConfig(max_shape=(16, 16, 11, 11), num_classes=6, hid=8))
     splits = split(images, held_out=config.held_out_classes, validation=config.validation)
     graphs = [_for_six(member) for member in pools[0]], [_for_six(member) for member in pools[1]]
     pool, held_out = (ArchitecturePool(p.config, g) for p, g in zip(pools, graphs, strict=True))
-    return Trainer(ghn, config, splits, pool, held_out, out)
+    return Trainer(ghn, config, splits, pool, held_out, out, easy=easy)
 
 
 def _for_six(member: PoolMember) -> PoolMember:
@@ -434,6 +438,46 @@ def test_training_and_exact_resume(
     assert {"easy_loss", "easy_ridge_accuracy", "ghn_share", "architectures"} <= set(rows[0])
     assert any("eval_few_shot" in row for row in rows)
     assert read(tmp_path / "whole" / "ghn-0000004.safetensors").config.num_classes == 6
+
+
+def test_averaged_weights_are_evaluated_resumed_and_exported(
+    images: ImageSet, pools: tuple[ArchitecturePool, ArchitecturePool], tmp_path: Path
+) -> None:
+    config = replace(CONFIG, steps=8, stop_after=4, average=0.9, schedule="constant", warmup=1)
+    whole = _trainer(images, pools, tmp_path / "whole", config)
+    whole.run()
+    assert whole.step == 4
+    assert whole.learning_rate(0.9) == config.lr
+
+    half = _trainer(images, pools, tmp_path / "half", replace(config, stop_after=2))
+    half.run()
+    resumed = _trainer(images, pools, tmp_path / "half", config)
+    assert resumed.resume()
+    resumed.run()
+    assert whole.average is not None
+    assert resumed.average is not None
+    for name, mean in whole.average.state_dict().items():
+        assert torch.equal(mean, resumed.average.state_dict()[name]), name
+    assert any(not torch.equal(p, whole.average.state_dict()[n]) for n, p in whole.ghn.state_dict().items())
+    written = read(tmp_path / "whole" / "average-0000004.safetensors")
+    assert content_hash(written) == content_hash(whole.average)
+
+
+def test_easy_images_may_be_given_and_must_fit_the_classifier(
+    images: ImageSet, pools: tuple[ArchitecturePool, ArchitecturePool], tmp_path: Path
+) -> None:
+    config = replace(CONFIG, easy_from=1.0, easy_until=1.0, easy_ways=0)
+    easy = ImageSet(images.images, images.labels % 2, ("even", "odd"))
+    trainer = _trainer(images, pools, tmp_path, config, easy)
+    assert trainer.train_step(0.0)
+    assert trainer.meters["easy"].networks == 2
+    assert trainer.meters["classes"].networks == 0
+    assert trainer.meters["easy"].ridge_loss == 0
+    score = trainer._evaluate().easy
+    assert score is not None
+    assert 0 <= score <= 1
+    with pytest.raises(TrainingError, match=r"more classes \(6\) than are trained on"):
+        _trainer(images, pools, tmp_path, config, images)
 
 
 def test_resume_without_a_checkpoint_and_with_a_damaged_one(
@@ -534,6 +578,12 @@ def test_configuration_is_json_able_and_checked() -> None:
         TrainConfig(coarse_from=0.9)
     with pytest.raises(TrainingError, match="ways"):
         TrainConfig(ways=0)
+    with pytest.raises(TrainingError, match="easy is 'hard', not one of pretext, clusters"):
+        TrainConfig(easy="hard")
+    with pytest.raises(TrainingError, match="schedule is 'linear'"):
+        TrainConfig(schedule="linear")
+    with pytest.raises(TrainingError, match="average must be"):
+        TrainConfig(average=1.0)
 
 
 def test_curriculum_moves_from_groups_to_classes() -> None:

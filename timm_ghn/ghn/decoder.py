@@ -221,22 +221,21 @@ _BUCKETS = (4, 16, 32)
 
 
 def _evening_factors(grams: Sequence[Tensor]) -> list[Tensor]:
-    """For batches of Gram matrices X X^T: F such that the singular values of F X are nearly equal, and its norm is 1."""
+    """For batches of Gram matrices X X^T: F for which F X has norm 1 and nearly equal singular values."""
+    sides = [gram.shape[1] for gram in grams]
+    buckets = [next((size for size in _BUCKETS if side <= size), side) for side in sides]
     padded: dict[int, list[Tensor]] = {}
-    for gram in grams:
-        side = gram.shape[1]
-        bucket = next((size for size in _BUCKETS if side <= size), side)
+    for gram, side, bucket in zip(grams, sides, buckets, strict=True):
         padded.setdefault(bucket, []).append(F.pad(gram, (0, bucket - side, 0, bucket - side)))
     done = {
-        bucket: iter(_polynomials(torch.cat(parts)).split([len(part) for part in parts]))
+        bucket: iter(torch.split(_polynomials(torch.cat(parts)), [len(part) for part in parts]))
         for bucket, parts in padded.items()
     }
-    sides = [gram.shape[1] for gram in grams]
-    return [next(done[next((size for size in _BUCKETS if side <= size), side)])[:, :side, :side] for side in sides]
+    return [next(done[bucket])[:, :side, :side] for side, bucket in zip(sides, buckets, strict=True)]
 
 
 def _polynomials(gram: Tensor) -> Tensor:
-    """The factors for one batch of Gram matrices (N, m, m): the quintic, applied repeatedly, as a polynomial of each."""
+    """The factors for one batch of Gram matrices (N, m, m): polynomials of each of them."""
     a, b, c = _POLYNOMIAL
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     first = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-24)[:, None, None]
@@ -248,7 +247,7 @@ def _polynomials(gram: Tensor) -> Tensor:
         if step < _STEPS - 1:
             gram = factor @ gram @ factor
     norm = (total * (total @ start)).sum((1, 2), keepdim=True).clamp_min(1e-24)
-    return total * (first * norm).rsqrt()
+    return total * first.rsqrt() * norm.rsqrt()
 
 
 def kernel_scale(shape: tuple[int, ...], is_table: bool) -> float:

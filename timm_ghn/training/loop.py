@@ -114,7 +114,7 @@ class Evaluation:
         group_accuracy: Share of images whose group of classes is right.
         few_shot: Accuracy of a linear classifier fitted to six images of each of twenty held-out classes.
         by_family: `few_shot` by family of architectures.
-        easy: Accuracy of the predicted classifier on the easy task; NaN if it was not measured.
+        easy: Accuracy of the predicted classifier on the easy task; None if it was not measured.
     """
 
     loss: float
@@ -122,7 +122,7 @@ class Evaluation:
     group_accuracy: float
     few_shot: float
     by_family: dict[str, float]
-    easy: float = math.nan
+    easy: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible form, for the metrics file."""
@@ -220,7 +220,7 @@ def evaluate(
         sum(s.groups for s in scores) / count,
         sum(sum(values) for values in families.values()) / len(scores),
         {name: sum(values) / len(values) for name, values in sorted(families.items())},
-        sum(s.classes for s in easy_scores) / sum(s.count for s in easy_scores) if easy_scores else math.nan,
+        sum(s.classes for s in easy_scores) / sum(s.count for s in easy_scores) if easy_scores else None,
     )
 
 

@@ -96,7 +96,8 @@ def _open(photograph: Photograph) -> Image.Image:
     try:
         source = files(photograph.package).joinpath(photograph.name)
         with source.open("rb") as stream, Image.open(stream) as image:
-            return image.convert("RGB")
+            picture: Image.Image = image.convert("RGB")
+            return picture
     except (ModuleNotFoundError, OSError) as error:
         raise TrainingError(
             f"cannot read {photograph.name} of {photograph.package} ({error}): pip install scikit-image scikit-learn"

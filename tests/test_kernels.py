@@ -1,0 +1,138 @@
+"""What a GHN does to the kernels that it emits: `GHNConfig.kernels`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from timm_ghn.errors import CheckpointError
+from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
+from timm_ghn.ghn.checkpoint import write_safetensors
+from timm_ghn.ghn.decoder import ConvDecoder, condition
+from timm_ghn.training.architectures import SamplerConfig
+from timm_ghn.training.pool import PoolConfig, PoolMember, draw_member
+
+SHAPES = [(2, 24, 3, 3, 3), (3, 64, 64, 1, 1), (1, 48, 1, 7, 7), (2, 16, 64, 1, 1), (2, 1, 8, 1, 1)]
+
+
+@pytest.fixture(scope="module")
+def member() -> PoolMember:
+    sampler = SamplerConfig(families={"convnext": 1.0}, max_macs=3e6, max_outputs=1e5)
+    return draw_member(PoolConfig(sampler=sampler), 0)
+
+
+def _low_rank(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Blocks dominated by two directions."""
+    count, rows, columns = shape[0], shape[1], math.prod(shape[2:])
+    strong = torch.randn(count, rows, 2, generator=generator) @ torch.randn(count, 2, columns, generator=generator)
+    return (strong + 0.2 * torch.randn(count, rows, columns, generator=generator)).view(shape)
+
+
+def test_orthogonal_blocks_have_even_singular_values_and_unit_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = [_low_rank(shape, generator) for shape in SHAPES]
+    for before, after in zip(blocks, condition(blocks, "orthogonal"), strict=True):
+        assert after.shape == before.shape
+        torch.testing.assert_close(after.square().flatten(1).mean(1), torch.ones(len(after)), rtol=1e-4, atol=1e-4)
+        values = torch.linalg.svdvals(after.flatten(2))
+        values_before = torch.linalg.svdvals(before.flatten(2))
+        half = values.shape[1] // 2
+        assert bool((values[:, 0] / values[:, half] < 2).all())
+        if half > 1:
+            assert bool((values_before[:, 0] / values_before[:, half] > 3).all())
+
+
+def test_orthogonal_keeps_the_directions() -> None:
+    """The polar factor of a matrix is U V^T: what is left of it beside X is symmetric and positive."""
+    matrix = _low_rank((1, 8, 20), torch.Generator().manual_seed(1))
+    even = condition([matrix], "orthogonal")[0]
+    product = even[0] @ matrix[0].T
+    torch.testing.assert_close(product, product.T, rtol=1e-3, atol=1e-3)
+    assert float(torch.linalg.eigvalsh(product).min()) > 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4), st.floats(1e-3, 1e3))
+def test_conditioning_ignores_scale_and_company(shapes: list[tuple[int, ...]], scale: float) -> None:
+    generator = torch.Generator().manual_seed(len(shapes))
+    blocks = [_low_rank(shape, generator) for shape in shapes]
+    for kernels in ("normalized", "orthogonal"):
+        together = condition([scale * block for block in blocks], kernels)
+        for block, found in zip(blocks, together, strict=True):
+            torch.testing.assert_close(found, condition([block], kernels)[0], rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("kernels", ["normalized", "orthogonal"])
+def test_gradients_are_those_of_the_function(kernels: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = [_low_rank(shape, generator).double().requires_grad_() for shape in [(1, 3, 2, 2), (2, 4, 2, 1)]]
+    assert torch.autograd.gradcheck(lambda *x: tuple(condition(x, kernels)), blocks, atol=1e-4)
+
+
+def test_zeros_stay_finite() -> None:
+    for kernels in ("normalized", "orthogonal"):
+        assert bool(torch.isfinite(condition([torch.zeros(1, 4, 4)], kernels)[0]).all())
+
+
+def test_predicted_kernels_have_the_scale_of_he(member: PoolMember) -> None:
+    torch.manual_seed(0)
+    for kernels in ("normalized", "orthogonal"):
+        ghn = GHN(GHNConfig(max_shape=(16, 16, 11, 11), num_classes=200, hid=8, kernels=kernels)).eval()
+        found = 0
+        for prediction in ghn.predict(member.graph):
+            kernel = prediction.block
+            if prediction.target.role.value != "weight" or kernel.shape[0] != 16:
+                continue
+            fan_in = math.prod(prediction.kernel[1:])
+            gain = 1.0 if prediction.kernel[1] == 1 else 2.0
+            assert float(kernel.square().mean() * fan_in) == pytest.approx(gain, rel=1e-3)
+            found += 1
+        assert found > 3
+
+
+def test_training_and_inference_predict_the_same(member: PoolMember) -> None:
+    torch.manual_seed(0)
+    ghn = GHN(GHNConfig(max_shape=(16, 16, 11, 11), num_classes=200, hid=8, kernels="orthogonal"))
+    together = ghn([member.graph])[0]
+    for prediction in ghn.predict(member.graph):
+        torch.testing.assert_close(
+            prediction.materialize(), together[prediction.target.name].detach(), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_cut_layers_have_the_gradients_of_the_whole_block() -> None:
+    torch.manual_seed(0)
+    decoder = ConvDecoder(GHNConfig(max_shape=(8, 8, 5, 5), num_classes=4, hid=8))
+    x = torch.randn(2, 8)
+    blocks = [(8, 4, 3, 3), (4, 8, 1, 1), (8, 8, 5, 5)]
+    parts = decoder.cut(blocks)
+    sum(decoder(x, block, parts[block]).square().sum() for block in blocks).backward()  # type: ignore[union-attr]
+    found = [parameter.grad.clone() for parameter in decoder.parameters() if parameter.grad is not None]
+    decoder.zero_grad()
+    whole = decoder(x, (8, 8, 5, 5))
+    sum(whole[:, :k, :c, :h, :w].square().sum() for k, c, h, w in blocks).backward()  # type: ignore[union-attr]
+    expected = [parameter.grad for parameter in decoder.parameters() if parameter.grad is not None]
+    assert len(found) == len(expected) > 4
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_setting_survives_a_file_and_leaves_old_hashes_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings_ = {"max_shape": (8, 8, 3, 3), "num_classes": 4, "hid": 8}
+    raw, even = GHN(GHNConfig(**settings_)), GHN(GHNConfig(**settings_, kernels="orthogonal"))  # type: ignore[arg-type]
+    even.load_state_dict(raw.state_dict())
+    assert "kernels" not in raw.config.to_dict()
+    assert content_hash(raw) != content_hash(even)
+    write_safetensors(even, tmp_path / "even.safetensors", {})
+    assert read(tmp_path / "even.safetensors").config == even.config
+
+
+def test_an_unknown_setting_is_named() -> None:
+    with pytest.raises(CheckpointError, match="kernels is 'round', not one of raw, normalized, orthogonal"):
+        GHNConfig(kernels="round")
