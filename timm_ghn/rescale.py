@@ -6,11 +6,11 @@ square lies within a band around it is left as it is; one outside is brought bac
 trained well stays within the band, so that nothing is changed.
 
 **Part 2, residual branches.** Where a stream `x = x + f(x)` passes through n such sums without a layer in between, and
-f ends in a layer whose output nothing normalizes or gates, the predicted weight and bias of that layer are divided by n.
-A GHN gives similar blocks similar weights, so that what they add has the same direction and the stream grows like n
+f ends in a layer whose output nothing normalizes or gates, the predicted weight and bias of that layer are divided by
+n. A GHN gives similar blocks similar weights, so that what they add has the same direction and the stream grows like n
 (not like sqrt(n), as with independent weights): the sum of n branches is then about as large as one of them. Branches
-that end in a norm layer, or in a product with a learned scale (layer scale, skip gain), are left as they are, and so are
-weights that are orthogonalized: a Q is a Q.
+that end in a norm layer, or in a product with a learned scale (layer scale, skip gain), are left as they are, and so
+are weights that are orthogonalized: a Q is a Q.
 
 Both depend on graph and prediction alone: neither on what the model held before, nor on data, nor on the device.
 """
