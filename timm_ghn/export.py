@@ -217,7 +217,8 @@ def _write_config(model: nn.Module, path: Path, model_args: Mapping[str, Any] | 
     if not isinstance(config, dict) or not config.get("architecture"):
         raise ExportError(f"{type(model).__name__} is not a model of timm's registry, which is what can be written")
     try:
-        save_config_for_hf(model, str(path), model_args=dict(model_args) if model_args else None)
+        # Some versions of timm say str and call path.open.
+        save_config_for_hf(model, path, model_args=dict(model_args) if model_args else None)  # type: ignore[arg-type]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ExportError(
             f"timm cannot describe {config['architecture']} ({type(model).__name__}) so that it could be built again: "
