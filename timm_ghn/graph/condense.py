@@ -447,16 +447,21 @@ class _Builder:
 
     def _unused(self, predicted: set[str]) -> tuple[tuple[str, str], ...]:
         tied = {name: names[0] for names in self._trace.parameters.values() for name in names[1:]}
+        read = {value.index for operation in self._trace.operations for value in operation.inputs}
+        called = {name for index in read for name in self._trace.parameters.get(index, ())}
         rows = []
         for name in self._trace.parameter_shapes:
             if name in predicted:
                 continue
-            reason = self._reasons.get(name, "not on a path from the input to the output")
+            default = "not on a path from the input to the output" if name in called else _UNCALLED
+            reason = self._reasons.get(name, default)
             rows.append((name, f"tied to {tied[name]}" if name in tied else reason))
         return tuple(rows)
 
 
+_BEHIND_LOGITS = (Op.BIAS, Op.SUM, Op.CONCAT, Op.GLOB_AVG)
 _LEARNED_TOKEN = "a learned token or query"
+_UNCALLED = "not read by the forward pass in evaluation mode"
 _TABLE = "a table added to activations that is not one of positions, or one of several that make it up"
 _DERIVED = "scales a weight of which it is a small part"
 _SCALE = "multiplied elementwise (layer scale, gain or gate)"
@@ -520,7 +525,8 @@ def _grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
 def _mark_classifiers(nodes: Sequence[Node], edges: Sequence[tuple[int, int]], counts: set[int]) -> list[Node]:
     """Give classifier roles to the linear layers that make the logits.
 
-    These are weights with one row a class from which only biases, sums and concatenations lead on.
+    These are weights with one row a class behind which there are only biases, and sums, concatenations and means of
+    logits alone.
     """
     successors: list[list[int]] = [[] for _ in nodes]
     predecessors: list[list[int]] = [[] for _ in nodes]
@@ -530,7 +536,7 @@ def _mark_classifiers(nodes: Sequence[Node], edges: Sequence[tuple[int, int]], c
     heads = [False] * len(nodes)  # what is made of such weights alone, unlike the sum behind a residual branch
     for index, node in enumerate(nodes):
         is_weight = node.op is Op.CONV and node.shape is not None and math.prod(node.shape) == math.prod(node.shape[:2])
-        joins = node.op in (Op.BIAS, Op.SUM, Op.CONCAT) and len(predecessors[index]) > 0
+        joins = node.op in _BEHIND_LOGITS and len(predecessors[index]) > 0
         heads[index] = (
             node.shape[0] in counts
             if is_weight and node.shape

@@ -63,7 +63,7 @@ class Fact:
             weights came after. Of consecutive products the last is the attention, whatever the order of the factors.
         grid: (h, w) of the last feature map that led to it.
         hard_gate: Operations since a hard sigmoid or swish (ppuda's reading of cse), None if there was none.
-        affine: Whether it comes straight from a product with a parameter, so that a vector added is its bias.
+        affine: Whether it comes straight from a product with a parameter, or is a part of one, and has no bias yet.
         weighted: Whether it is a product of values with weights from a softmax, so that its sum is attention.
         statistic: The statistic of the activations that it is made from, else None.
         normalized: The norm that it comes straight from, if that was spelled out; None otherwise.
@@ -152,7 +152,9 @@ def _note(facts: Facts, number: int, operation: Operation) -> Fact:
     weight = _weight_of(operation)
     if weight is not None:
         grid = output.shape[-2:] if len(output.shape) == 4 and name != "linear" and not fact.squeezes else fact.grid
-        return replace(_after_layer(fact), channels=_out_channels(name, weight.shape, output), grid=grid)
+        affine = operation.argument(2, "bias") is None  # else a vector that is added later is not its bias
+        channels = _out_channels(name, weight.shape, output)
+        return replace(_after_layer(fact), channels=channels, grid=grid, affine=affine)
     if name in PRODUCTS or name in ADDED_PRODUCTS:
         return _note_product(facts, number, operation, fact)
     if name == "scaled_dot_product_attention":
