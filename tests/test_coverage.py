@@ -264,6 +264,7 @@ def test_what_dies_or_hangs_is_recorded_and_the_rest_goes_on(capfd: pytest.Captu
 
 @pytest.mark.parametrize(("need", "together"), [(GIB, True), (3 * GIB, False)])
 def test_large_tasks_do_not_run_together(need: int, together: bool) -> None:
+    """A task of this kind takes half a second, in which the other begins if it may."""
     tasks = [Task(Stage.INIT, "test_vit", when, need) for _ in range(2)]
     first, second = sorted(run(tasks, Limits(jobs=2, memory=4 * GIB)), key=lambda entry: entry.module)
     assert (float(second.module) < first.seconds) == together
@@ -334,7 +335,7 @@ def benchmark(*arguments: object, **environment: str) -> subprocess.Popen[str]:
 
 def test_a_killed_benchmark_goes_on(tmp_path: Path) -> None:
     out, table = tmp_path / "out.jsonl", tmp_path / "docs" / "table.md"
-    arguments = ("test_vit*", "test_resnet", "--out", out, "--jobs", 1)
+    arguments = ("test_vit*", "test_resnet", "--out", out, "--jobs", 1, "--graph-only")
     process = benchmark(*arguments)
     deadline = time.monotonic() + 120
     while not (out.exists() and len(read_results(out).entries) >= 2) and time.monotonic() < deadline:
@@ -342,16 +343,14 @@ def test_a_killed_benchmark_goes_on(tmp_path: Path) -> None:
     process.kill()
     process.communicate()
     before = read_results(out).entries
-    assert 2 <= len(before) < 10
+    assert 2 <= len(before) <= 5
     process = benchmark(*arguments, "--table", table)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     entries = read_results(out).entries
     assert entries[: len(before)] == before
     names = select_names(["test_vit*", "test_resnet"])
-    assert sorted((entry.name, entry.stage.value) for entry in entries) == sorted(
-        (name, stage) for name in names for stage in ("graph", "init")
-    )
+    assert sorted(entry.name for entry in entries) == sorted(names)
     page = table.read_text()
     assert f"**{len(names)} models** in 3 modules" in page
     assert "| resnet | 1 | 1 |" in page

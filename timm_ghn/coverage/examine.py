@@ -43,7 +43,7 @@ from timm_ghn.report import Report, Status
 
 MEMORY = 8 * 2**30
 """Bytes that may be used for the weights of models at the same time."""
-PROBE_OPERATIONS = 8 * 10**9
+PROBE_OPERATIONS = 5 * 10**9
 """Multiplications of a forward pass of one image from which on activations are compared on smaller images."""
 _SMALLEST_PROBE = 64
 _WORKSPACE = 1.4  # weights and what is needed beside them: buffers, post-processing, activations
