@@ -14,7 +14,7 @@ from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
 from timm_ghn.graph import Graph, Layout, Reading, Role, Target, capture, condense
 from timm_ghn.methods import Init, Source
 from timm_ghn.postprocess import PostProcess, WeightLayer, resolve_start_layer, selected_layers, weight_layers
-from timm_ghn.rescale import residual_factors
+from timm_ghn.rescale import find_structure
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,11 @@ def make_plan(
         graph = condense(trace, reading=Reading(init.reading))
         targets, reasons = _choose_targets(graph, hypernetwork.model)
         if init.rescale == "auto":
-            factors = residual_factors(trace, [name for name in targets if name not in processed])
+            structure = find_structure(trace)
+            if init.spec.orthogonal:
+                unscaled = (layer for layer in layers if structure.needs_orthogonal(layer.parameter))
+                processed.update({layer.parameter: layer for layer in unscaled if not layer.is_classifier})
+            factors = structure.factors(target for name, target in targets.items() if name not in processed)
     parameters = dict(model.named_parameters())
     return Plan(init, hypernetwork, graph, parameters, layers, start_layer, targets, reasons, processed, factors)
 

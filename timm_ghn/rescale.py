@@ -1,24 +1,30 @@
-"""The scale of predicted parameters: a rule of two parts that reads operators, graph structure and shapes, no names.
+"""The scale of predicted parameters: a rule of three parts that reads operators, graph structure and shapes, no names.
 
 **Part 1, single tensors.** GHNs aim at a nominal scale: kernels at `sqrt(2 / fan-in)` (`sqrt(1 / fan-in)` for
 depthwise and wide ones), norm weights, biases and tables of positions at about 1 or less. A tensor whose root mean
 square lies within a band around it is left as it is; one outside is brought back to the nominal scale. A GHN that was
 trained well stays within the band, so that nothing is changed.
 
-**Part 2, residual branches.** Where a stream `x = x + f(x)` passes through n such sums without a layer in between, and
-f ends in a layer whose output nothing normalizes or gates, the predicted weight and bias of that layer are divided by
-n. A GHN gives similar blocks similar weights, so that what they add has the same direction and the stream grows like n
-(not like sqrt(n), as with independent weights): the sum of n branches is then about as large as one of them. Branches
+**Part 2, residual branches.** Where a stream `x = x + f(x)` passes through n such sums without a layer in between,
+and f ends in a layer whose output nothing normalizes or gates, the predicted weight and bias of that layer are divided
+by n. A GHN gives similar blocks similar weights, so that what they add has the same direction and the stream grows like
+n (not like sqrt(n), as with independent weights): the sum of n branches is then about as large as one of them. Branches
 that end in a norm layer, or in a product with a learned scale (layer scale, skip gain), are left as they are, and so
 are weights that are orthogonalized: a Q is a Q.
 
-Both depend on graph and prediction alone: neither on what the model held before, nor on data, nor on the device.
+**Part 3, chains without norms.** If the longest path to a layer, since the last norm layer, has n > 8 layers (residual
+sums do not end it), nobody corrects what has added up. The layer's predicted bias is divided by n. A kernel that is
+standardized when it is used has no scale to correct, but its repeated tiles answer to repeated channels in phase, which
+multiplies activations with every layer; where such a kernel has n > 8, a method that orthogonalizes does so with all
+standardized kernels of the network, before L as well.
+
+All of it depends on graph and prediction alone: neither on what the model held before, nor on data, nor on the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,7 +39,7 @@ from timm_ghn.graph.facts import (
     PRODUCTS,
     TRANSPOSED_CONVOLUTIONS,
 )
-from timm_ghn.graph.graph import Layout, Role
+from timm_ghn.graph.graph import Layout, Role, Target
 
 KERNEL_BAND = 3.0
 """Largest factor between the root mean square of a predicted kernel and its nominal scale that is left as it is."""
@@ -41,10 +47,14 @@ KERNEL_BAND = 3.0
 NORM_BAND = 10.0
 """The same for weights of norm layers."""
 
+MAX_CHAIN = 8
+"""Layers in a row without a norm layer that are left as they are: more than a block of any kind has."""
+
 _NORMS = {"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"}
 _LAYERS = {"linear", *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *PRODUCTS, *ADDED_PRODUCTS}
 _SUMS = {"add"}
 _GATES = {*MULTIPLICATIONS, "div", "addcmul"}
+_STANDARDIZATIONS = {*_NORMS, "std", "var", "std_mean", "var_mean", "norm", "vector_norm", "normalize"}
 
 
 # --- single tensors -------------------------------------------------------------------------------------------------
@@ -84,7 +94,57 @@ def nominal_scale(prediction: Prediction) -> float:
     return nominal
 
 
-# --- residual branches ----------------------------------------------------------------------------------------------
+# --- structure ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What the rule reads from a forward pass, by name of parameter.
+
+    Attributes:
+        branches: Parameters of layers that end a residual branch without a norm or a learned scale: the number of sums
+            that their stream passes.
+        chains: Parameters of layers: the number of layers on the longest path to them, themselves included, without a
+            norm layer.
+        standardized: Parameters of which standardized copies are used.
+    """
+
+    branches: Mapping[str, int]
+    chains: Mapping[str, int]
+    standardized: frozenset[str]
+
+    def factors(self, predicted: Iterable[Target]) -> dict[str, float]:
+        """What predictions are multiplied with, by name; 1 for all others.
+
+        Args:
+            predicted: Parameters that are predicted and not orthogonalized.
+        """
+        found = {}
+        for target in predicted:
+            count = self.branches.get(target.name, 1)
+            if target.role is Role.BIAS and self.chains.get(target.name, 0) > MAX_CHAIN:
+                count = max(count, self.chains[target.name])
+            if count > 1:
+                found[target.name] = 1 / count
+        return found
+
+    def needs_orthogonal(self, name: str) -> bool:
+        """Whether a layer's weight is orthogonalized wherever it is."""
+        return name in self.standardized and any(self.chains.get(other, 0) > MAX_CHAIN for other in self.standardized)
+
+
+def describe_factor(factors: Mapping[str, float], name: str) -> str:
+    """How a prediction was scaled, for the report; empty if it was not."""
+    factor = factors.get(name, 1.0)
+    return "" if factor == 1 else f"divided by {round(1 / factor)}: so many add up without a norm layer"
+
+
+def find_structure(trace: Trace) -> Structure:
+    """Read residual streams and chains without norms from a recorded forward pass."""
+    streams = _Streams(trace)
+    for operation in trace.operations:
+        streams.add(operation)
+    return streams.structure()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,49 +156,27 @@ class _Path:
         stream: The values that are the same but for sums, views and elementwise functions, itself among them.
         chain: The residual stream that it belongs to, if it has passed a sum.
         scale: The parameters that set its scale last; None if a norm layer or a learned scale did.
+        length: Layers on the longest path to it since the last norm layer.
     """
 
     ancestors: int
     stream: int
     chain: int | None = None
     scale: frozenset[int] | None = frozenset()
-
-
-def residual_depths(trace: Trace) -> dict[str, int]:
-    """The layers that end a residual branch without a norm or a learned scale.
-
-    Args:
-        trace: The recorded forward pass.
-
-    Returns:
-        For the name of each such parameter, the number of sums that its stream passes.
-    """
-    streams = _Streams(trace)
-    for operation in trace.operations:
-        streams.add(operation)
-    return streams.depths()
-
-
-def residual_factors(trace: Trace, predicted: Iterable[str]) -> dict[str, float]:
-    """Part 2 of the rule: what predictions are multiplied with, by name; 1 for all others.
-
-    Args:
-        trace: The recorded forward pass.
-        predicted: Names of the parameters that are predicted and not orthogonalized.
-    """
-    depths = residual_depths(trace)
-    return {name: 1 / depths[name] for name in predicted if depths.get(name, 1) > 1}
+    length: int = 0
 
 
 @dataclass(slots=True)
 class _Streams:
-    """Finds residual streams in the order of the operations."""
+    """Follows the values of a forward pass in the order of the operations."""
 
     trace: Trace
     _paths: dict[int, _Path] = field(default_factory=dict)
     _origins: dict[int, frozenset[int]] = field(default_factory=dict)  # parameters of values without data
-    _lengths: list[int] = field(default_factory=list)  # number of sums by chain
+    _sums: list[int] = field(default_factory=list)  # by chain
     _ends: list[tuple[int, frozenset[int]]] = field(default_factory=list)  # chain, and parameters of a branch's end
+    _lengths: dict[int, int] = field(default_factory=dict)  # by parameter
+    _standardized: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for index in self.trace.inputs:
@@ -151,6 +189,8 @@ class _Streams:
         data = [self._paths[value.index] for value in operation.inputs if value.index in self._paths]
         learned = self._learned(operation.inputs)
         if not data:
+            if operation.name in _STANDARDIZATIONS:
+                self._standardized |= learned
             for output in operation.outputs:
                 self._origins[output.index] = learned
             return
@@ -159,14 +199,17 @@ class _Streams:
             own = 1 << output.index
             self._paths[output.index] = replace(path, ancestors=path.ancestors | own, stream=path.stream | own)
 
-    def depths(self) -> dict[str, int]:
-        """Number of sums by name of parameter."""
-        found: dict[str, int] = {}
+    def structure(self) -> Structure:
+        """What was found, by name."""
+        branches: dict[str, int] = {}
         for chain, parameters in self._ends:
-            for index in parameters:
-                for name in self.trace.parameters[index]:
-                    found[name] = max(found.get(name, 0), self._lengths[chain])
-        return found
+            for name in self._names(parameters):
+                branches[name] = max(branches.get(name, 0), self._sums[chain])
+        chains = {name: length for index, length in self._lengths.items() for name in self._names({index})}
+        return Structure(branches, chains, frozenset(self._names(self._standardized)))
+
+    def _names(self, parameters: Iterable[int]) -> Iterator[str]:
+        return (name for index in parameters for name in self.trace.parameters[index])
 
     def _learned(self, values: Sequence[Value]) -> frozenset[int]:
         return frozenset[int]().union(*(self._origins.get(value.index, ()) for value in values))
@@ -176,34 +219,40 @@ class _Streams:
         ancestors = 0
         for path in data:
             ancestors |= path.ancestors
+        length = max(path.length for path in data)
         name = operation.name
         if name in _NORMS:
             return _Path(ancestors, 0, scale=None)
         if name == "multi_head_attention_forward":
             last = [operation.argument(11, "out_proj_weight"), operation.argument(12, "out_proj_bias")]
-            return _Path(ancestors, 0, scale=self._learned([value for value in last if isinstance(value, Value)]))
+            return self._layer(ancestors, self._learned([v for v in last if isinstance(v, Value)]), length + 1)
         if name in _LAYERS and learned:
-            return _Path(ancestors, 0, scale=learned)
+            return self._layer(ancestors, learned, length)
         if len(data) == 2 and name in _SUMS:
-            return self._sum(data[0], data[1], ancestors)
+            return self._sum(data[0], data[1], ancestors, length)
         if len(data) == 1:
             scale = None if name in _GATES and learned else data[0].scale
-            return _Path(ancestors, data[0].stream, data[0].chain, scale)
-        return _Path(ancestors, 0, scale=_union(data))
+            return _Path(ancestors, data[0].stream, data[0].chain, scale, length)
+        return _Path(ancestors, 0, scale=_union(data), length=length)
 
-    def _sum(self, first: _Path, second: _Path, ancestors: int) -> _Path:
+    def _layer(self, ancestors: int, learned: frozenset[int], length: int) -> _Path:
+        for index in learned:
+            self._lengths[index] = max(self._lengths.get(index, 0), length + 1)
+        return _Path(ancestors, 0, scale=learned, length=length + 1)
+
+    def _sum(self, first: _Path, second: _Path, ancestors: int, length: int) -> _Path:
         if not first.stream & second.ancestors:
             first, second = second, first
         if not first.stream & second.ancestors:
-            return _Path(ancestors, 0, scale=_union([first, second]))
+            return _Path(ancestors, 0, scale=_union([first, second]), length=length)
         chain = first.chain
         if chain is None:
-            chain = len(self._lengths)
-            self._lengths.append(0)
-        self._lengths[chain] += 1
+            chain = len(self._sums)
+            self._sums.append(0)
+        self._sums[chain] += 1
         if second.scale:
             self._ends.append((chain, second.scale))
-        return _Path(ancestors, first.stream, chain, first.scale)
+        return _Path(ancestors, first.stream, chain, first.scale, length)
 
 
 def _union(paths: Sequence[_Path]) -> frozenset[int] | None:
@@ -214,9 +263,3 @@ def _union(paths: Sequence[_Path]) -> frozenset[int] | None:
             return None
         found |= path.scale
     return found
-
-
-def describe_factor(factors: Mapping[str, float], name: str) -> str:
-    """Why a prediction was scaled, for the report; empty if it was not."""
-    factor = factors.get(name, 1.0)
-    return "" if factor == 1 else f"divided by {round(1 / factor)}, the number of residual branches like this one"

@@ -1,0 +1,230 @@
+"""The scale of predictions: structure, factors, bounds, and what becomes of whole networks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+import torchvision
+from ghn_reference import seeded_ghn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import timm_ghn
+from timm_ghn.activations import activation_ratio, measure_activations
+from timm_ghn.errors import InitError
+from timm_ghn.ghn import GHN, Prediction, load_ghn
+from timm_ghn.graph import Layout, Role, Target, capture
+from timm_ghn.report import Status
+from timm_ghn.rescale import (
+    KERNEL_BAND,
+    MAX_CHAIN,
+    NORM_BAND,
+    Structure,
+    bounded,
+    bounding_factor,
+    find_structure,
+    nominal_scale,
+)
+
+
+@pytest.fixture(scope="module")
+def ghn() -> GHN:
+    """A GHN whose kernels are four to five times too large."""
+    return seeded_ghn()
+
+
+# --- single tensors
+
+
+def prediction(gain: float, role: Role = Role.WEIGHT, kernel: tuple[int, ...] = (8, 4, 3, 3)) -> Prediction:
+    block = torch.randn(kernel, generator=torch.Generator().manual_seed(0))
+    made = Prediction(Target("w", kernel, role), block, kernel)
+    return replace(made, block=block * (gain * nominal_scale(made) / block.square().mean().sqrt()))
+
+
+@given(st.floats(-30, 30), st.sampled_from([Role.WEIGHT, Role.CLASS_WEIGHT, Role.NORM_WEIGHT, Role.BIAS, Role.POS_ENC]))
+def test_scales_end_within_the_band_and_stay_where_they_are_within(exponent: float, role: Role) -> None:
+    made = prediction(math.exp(exponent), role)
+    result = bounded(made)
+    gain = float(result.block.square().mean().sqrt()) / nominal_scale(made)
+    band = NORM_BAND if role is Role.NORM_WEIGHT else KERNEL_BAND
+    assert gain <= band * 1.001
+    if role in (Role.WEIGHT, Role.CLASS_WEIGHT, Role.NORM_WEIGHT):
+        assert gain >= 0.999 / band
+    assert bounded(result) is result
+    if 1.01 / band < math.exp(exponent) < 0.99 * band:
+        assert result is made
+
+
+def test_nominal_scales() -> None:
+    assert nominal_scale(prediction(1.0)) == pytest.approx(math.sqrt(2 / 36))
+    assert nominal_scale(prediction(1.0, kernel=(8, 1, 3, 3))) == pytest.approx(math.sqrt(1 / 9))
+    assert nominal_scale(prediction(1.0, Role.CLASS_WEIGHT, (10, 32))) == pytest.approx(math.sqrt(2 / 32))
+    assert nominal_scale(prediction(1.0, Role.BIAS, (8,))) == 1.0
+    deep = Prediction(Target("w", (8, 4, 5, 3, 3), Role.WEIGHT, Layout.DEPTH), torch.ones(8, 4, 3, 3), (8, 4, 3, 3))
+    assert nominal_scale(deep) == pytest.approx(math.sqrt(2 / 36) / 5)
+    assert bounding_factor(replace(deep, block=torch.zeros(8, 4, 3, 3))) == 1.0
+
+
+# --- structure
+
+
+class Residual(nn.Module):
+    """x + f(x), in ways that differ in what ends f."""
+
+    def __init__(self, end: str) -> None:
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.end = nn.LayerNorm(8) if end == "norm" else nn.Identity()
+        self.gamma = nn.Parameter(torch.ones(8)) if end == "gate" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.end(self.fc2(self.fc1(self.norm(x)).relu()))
+        x = x if self.gamma is None else x * self.gamma
+        return shortcut.view(x.shape) + x.clone()
+
+
+def structure(model: nn.Module, *size: int) -> Structure:
+    return find_structure(capture(model, example_input=torch.randn(2, *size)))
+
+
+@pytest.mark.parametrize("end", ["layer", "norm", "gate"])
+def test_branches_without_norm_or_gate_are_counted(end: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), *(Residual(end) for _ in range(3)), nn.Linear(8, 8), Residual(end))
+    found = structure(model, 5, 4)
+    if end != "layer":
+        assert found.branches == {}
+        return
+    inner = {f"{i}.fc2.{kind}": 3 for i in (1, 2, 3) for kind in ("weight", "bias")}
+    assert found.branches == {**inner, "5.fc2.weight": 1, "5.fc2.bias": 1}
+    targets = [Target(name, (8,), Role.BIAS) for name in ("1.fc1.bias", "1.fc2.bias", "5.fc2.bias")]
+    assert found.factors(targets) == {"1.fc2.bias": 1 / 3}
+
+
+def test_a_shared_layer_counts_its_longest_stream() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(4):
+                x = self.conv(x) + x
+            return x
+
+    assert structure(Shared(), 3, 8, 8).branches == {"conv.weight": 4, "conv.bias": 4}
+
+
+@given(st.integers(1, 2 * MAX_CHAIN))
+def test_biases_of_long_chains_are_divided(length: int) -> None:
+    layers = [layer for _ in range(length) for layer in (nn.Linear(4, 4), nn.ReLU())]
+    found = structure(nn.Sequential(*layers, nn.LayerNorm(4), nn.Linear(4, 4)), 4)
+    name = f"{2 * length - 2}.bias"
+    assert found.chains[name] == length
+    assert found.chains[f"{2 * length + 1}.bias"] == 1
+    expected = {name: 1 / length} if length > MAX_CHAIN else {}
+    assert found.factors([Target(name, (4,), Role.BIAS)]) == expected
+    assert found.factors([Target(name, (4, 4), Role.WEIGHT)]) == {}
+
+
+@pytest.mark.parametrize("name", ["resnet50", "convnext_base"])
+def test_the_networks_of_the_paper_are_left_alone(name: str) -> None:
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)()
+    found = find_structure(capture(model))
+    targets = [Target(parameter, (1,), Role.BIAS) for parameter, _ in model.named_parameters()]
+    assert found.factors(targets) == {}
+    assert not any(found.needs_orthogonal(parameter) for parameter, _ in model.named_parameters())
+
+
+def test_a_ghn_of_sane_scale_is_not_rescaled_where_structure_does_not_ask_for_it() -> None:
+    exact, model = timm.create_model("resnet18"), timm.create_model("resnet18")
+    model.load_state_dict(exact.state_dict())
+    for each, rescale in ((exact, "off"), (model, "auto")):
+        timm_ghn.init_model(each, "ghn-orth", ghn="bundled", rescale=rescale)
+    assert all(torch.equal(a, b) for a, b in zip(exact.parameters(), model.parameters(), strict=True))
+
+
+# --- whole networks
+
+
+def test_standardized_kernels_of_a_network_without_norms_are_orthogonalized() -> None:
+    model = timm.create_model("test_nfnet")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    report = timm_ghn.init_model(model, "ghn-orth", ghn="bundled")
+    statuses = {row.name: row.status for row in report.parameters}
+    assert statuses["stem.conv1.weight"] is Status.PREDICTED_ORTHOGONALIZED
+    kept = timm_ghn.init_model(model, "ghn-orth", ghn="bundled", rescale="off")
+    assert {row.name: row.status for row in kept.parameters}["stem.conv1.weight"] is Status.PREDICTED
+    gains = [row.name for row in kept.parameters if row.status is Status.KEPT]
+    assert gains
+    assert all(torch.equal(model.get_parameter(name), before[name]) for name in gains)
+
+
+def test_the_report_and_the_provenance_tell() -> None:
+    report = timm_ghn.init_model(timm.create_model("test_vit"), "ghn", ghn="bundled")
+    reasons = {row.name: row.reason for row in report.parameters}
+    assert reasons["blocks.0.mlp.fc2.weight"] == "divided by 12: so many add up without a norm layer"
+    assert reasons["blocks.0.mlp.fc1.weight"] == ""
+    assert report.provenance["rescale"] == "auto"
+    with pytest.raises(InitError, match="rescale must be 'auto' or 'off', got 'on'"):
+        timm_ghn.Init(rescale="on")  # type: ignore[arg-type]
+
+
+SMALL = (
+    "test_resnet", "test_vit", "test_convnext", "test_nfnet", "test_mambaout", "test_byobnet", "test_efficientnet",
+    "resnetv2_18", "mobilenetv3_small_050", "starnet_s050", "edgenext_xx_small", "mobilevit_xxs",
+)  # fmt: skip
+
+
+def check(name: str, ghn: GHN, factor: float) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    reference = measure_activations(model, batch_statistics=True)
+    timm_ghn.init_model(model, "ghn-orth", ghn=ghn)
+    ratio = activation_ratio(measure_activations(model, batch_statistics=True), reference)
+    assert measure_activations(model).finite
+    assert ratio.within(factor), f"{name}: {ratio}"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_networks_start_sane(name: str) -> None:
+    # On noise, what timm's NFNet returns averages out to almost nothing.
+    check(name, load_ghn("bundled"), 300.0 if name == "test_nfnet" else 30.0)
+
+
+def test_residual_streams_of_transformers_stay_near_timms() -> None:
+    check("vit_tiny_patch16_224", load_ghn("bundled"), 10.0)
+
+
+def smallest_of_each_module() -> list[str]:
+    """The model with the fewest parameters of every timm module."""
+    sizes: dict[str, dict[str, int]] = {}
+    for module in timm.list_modules():
+        for name in timm.list_models(module=module):
+            with torch.device("meta"):
+                sizes.setdefault(module, {})[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+    return [min(names, key=names.__getitem__) for names in sizes.values()]
+
+
+@pytest.mark.slow
+def test_every_module_starts_finite() -> None:
+    for name in smallest_of_each_module():
+        model = timm.create_model(name)
+        timm_ghn.init_model(model, "ghn-orth", ghn="bundled")
+        for batch_statistics in (False, True):
+            assert measure_activations(model, batch_statistics=batch_statistics).finite, name
+
+
+@pytest.mark.parametrize("name", ["repghostnet_050", "efficientvit_b0", "test_vit"])
+def test_activations_are_finite_with_a_ghn_that_was_never_trained(name: str, ghn: GHN) -> None:
+    model = timm.create_model(name)
+    timm_ghn.init_model(model, "ghn-orth", ghn=ghn)
+    for batch_statistics in (False, True):
+        assert measure_activations(model, batch_statistics=batch_statistics).finite
