@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -96,20 +97,21 @@ class ClockedGHN(GHN):
                 prediction = next(predictions, None)
             if prediction is None:
                 return
-            yield _Clocked(prediction, self._clock)
+            values = {item.name: getattr(prediction, item.name) for item in fields(prediction)}
+            yield _Clocked(**values, clock=self._clock)
 
 
+@dataclass(frozen=True, slots=True)
 class _Clocked(Prediction):
-    """A prediction that counts the time of being written."""
+    """A prediction that counts the time of being written, also after `dataclasses.replace`.
 
-    __slots__ = ("_clock",)
-    _clock: Clock
+    Attributes:
+        clock: Where the time is counted.
+    """
 
-    def __init__(self, prediction: Prediction, clock: Clock) -> None:
-        Prediction.__init__(self, prediction.target, prediction.block, prediction.kernel)
-        object.__setattr__(self, "_clock", clock)  # the base is frozen
+    clock: Clock = field(default_factory=Clock, compare=False)
 
     def write_(self, parameter: Tensor) -> None:
         """As of any prediction."""
-        with self._clock.step("decode"):
+        with self.clock.step("decode"):
             Prediction.write_(self, parameter)
