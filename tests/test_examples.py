@@ -34,6 +34,15 @@ def test_own_model(seeded_checkpoint: Path) -> None:
     assert "classifier of 10 classes" in out
 
 
+def test_unrecognized_operation(seeded_checkpoint: Path) -> None:
+    before, after = run("unrecognized_operation.py", ghn=seeded_checkpoint).split("Recognized: ")
+    assert "3.weight (32, 32): multiplied elementwise" in before
+    assert "3.weight" not in after
+    assert "2.filter (32, 8, 5): multiplied elementwise" in before
+    assert "2.filter (32, 8, 5): multiplied elementwise" in after
+    assert "both spellings compute the same" in after
+
+
 def test_postprocess_pretrained(seeded_checkpoint: Path) -> None:
     out = run("postprocess_pretrained.py", ghn=seeded_checkpoint)
     assert "layer4.1.conv2.weight: max |Q^T Q - I|" in out

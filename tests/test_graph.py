@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import subprocess
+import sys
 from typing import Any
 
 import networkx as nx
@@ -196,6 +198,33 @@ def test_input_sizes_that_users_choose() -> None:
     for kwargs in ({"in_chans": 1}, {"img_size": 96}, {"num_classes": 0}, {"num_classes": 3, "global_pool": ""}):
         graph = to_graph(on_meta(timm.create_model, "vit_tiny_patch16_224", **kwargs))
         assert graph.nodes[1].shape == (192, kwargs.get("in_chans", 3), 16, 16)
+
+
+MEMORY_OF_A_GRAPH = """
+import resource, sys, timm, torch
+from timm_ghn.graph import to_graph
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+before = peak()
+with torch.device("meta"):
+    model = timm.create_model(sys.argv[1])
+graph = to_graph(model)
+print(sum(p.numel() for p in model.parameters()), len(graph), peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource module")
+@pytest.mark.parametrize("name", timm.list_models("vit_7b_patch16_dinov3*"))
+def test_billions_of_parameters_need_little_memory(name: str) -> None:
+    command = [sys.executable, "-c", MEMORY_OF_A_GRAPH, name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    parameters, nodes, extra = (int(word) for word in done.stdout.split())
+    assert parameters > 6e9
+    assert nodes > 400
+    assert extra < 1e9
 
 
 def test_features_only() -> None:
