@@ -195,8 +195,7 @@ def check(name: str, ghn: GHN, factor: float) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_small_networks_start_sane(name: str) -> None:
-    # On noise, what timm's NFNet returns averages out to almost nothing.
-    check(name, load_ghn("bundled"), 300.0 if name == "test_nfnet" else 30.0)
+    check(name, load_ghn("bundled"), 30.0)
 
 
 def test_residual_streams_of_transformers_stay_near_timms() -> None:
