@@ -3,8 +3,8 @@
     python benchmarks/activation_scale.py --models resnet18 vit_tiny_patch16_224 --ghn bundled --json scale.jsonl
 
 Without `--models`: the smallest model of every timm module, which takes minutes to find. Images are as small as the
-model allows (64, 96 or 128 pixels, else its own size). A line of JSON for each model and setting of `rescale`, and a summary
-for networks with batch statistics (as in training) and with running statistics (as in evaluation).
+model allows (64, 96 or 128 pixels, else its own size). A line of JSON for each model and setting of `rescale`, and a
+summary for networks with batch statistics (as in training) and with running statistics (as in evaluation).
 """
 
 from __future__ import annotations
