@@ -74,6 +74,20 @@ def test_safetensors_keep_weights_config_hash_and_metadata(ghn: GHN, tmp_path: P
     assert os.listdir(path.parent) == ["ghn.pt"]
 
 
+def test_every_caller_gets_a_ghn_of_its_own_and_changed_files_are_read_again(ghn: GHN, tmp_path: Path) -> None:
+    write_safetensors(ghn, tmp_path / "a")
+    first = read_safetensors(tmp_path / "a")
+    with torch.no_grad():
+        next(first.parameters()).add_(1)
+    first.info = None
+    second = read_safetensors(tmp_path / "a")
+    assert equal(second, ghn)
+    assert second.info is not None
+    assert not second.training
+    write_safetensors(first, tmp_path / "a")
+    assert equal(read_safetensors(tmp_path / "a"), first)
+
+
 def test_the_published_config_round_trips() -> None:
     config = GHNConfig.from_dict(PPUDA_CONFIG)
     assert config == GHNConfig()

@@ -13,7 +13,8 @@ import timm
 import torch
 
 import timm_ghn
-from timm_ghn.cli import ghns, init, main
+from timm_ghn import stream
+from timm_ghn.cli import ghns, main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -158,9 +159,18 @@ def test_init_without_ghn(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         assert main(["init", "test_resnet", "--method", method, "--out", str(tmp_path / f"{method}{number}")]) == 0
     assert torch.equal(torch.get_rng_state(), state)
     assert "orthogonalized" in (printed := capsys.readouterr().out)
-    assert "timm's own initialization" in printed
+    assert "not changed by rand" in printed
     a, b = (tmp_path / name / "model.safetensors" for name in ("rand1", "rand2"))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_init_in_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["init", "test_resnet", "--method", "orth", "--out", str(tmp_path), "--dtype", "bfloat16"]
+    assert main([*arguments, "--max-shard-size", "200KB"]) == 0
+    assert "huggingface_hub.load_torch_model(model" in capsys.readouterr().out
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert "max_shard_size='huge'" in error_of(capsys, *arguments, "--force", "--max-shard-size", "huge")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
 
 
 def test_init_replaces_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +223,7 @@ def test_damaged_ghn(tmp_path: Path, capsys: pytest.CaptureFixture[str], seeded_
 def test_destination_is_checked_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(init, "_create_initialized", lambda *_: pytest.fail("computed before the folder was checked"))
+    monkeypatch.setattr(stream, "builder_of", lambda *_: pytest.fail("built before the folder was checked"))
     (tmp_path / "file").write_text("")
     assert "not a folder" in error_of(capsys, "init", "test_resnet", "--out", str(tmp_path / "file"))
 

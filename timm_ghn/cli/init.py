@@ -56,10 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Create the model and write it."""
-    from timm_ghn.export import check_destination
     from timm_ghn.methods import Init
 
-    check_destination(args.out, overwrite=args.force)
     given = {"ghn": args.ghn, "noise": args.noise, "start_layer": args.start_layer}
     settings = {key: value for key, value in given.items() if value is not None}
     method = args.method or method_tag(args.name) or METHODS[0]
