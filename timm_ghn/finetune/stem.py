@@ -84,7 +84,7 @@ def _first_layers(
         return module.register_forward_pre_hook(hook)
 
     handles = [seen(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         parameter = next(model.parameters())
         model.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
@@ -94,7 +94,8 @@ def _first_layers(
             "--model-kwargs img_size=... or a larger --image-size"
         ) from error
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for handle in handles:
             handle.remove()
     return convs, pools

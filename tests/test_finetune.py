@@ -1,0 +1,712 @@
+"""Fine-tuning: data, batches, steps, checkpoints, results; on small networks and images."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import functional as TF
+
+from timm_ghn.errors import FineTuneError, InitError
+from timm_ghn.finetune import Execution, FineTuneConfig, Grid, Job, ResultStore, compare, load_benchmark, run_jobs, tune
+from timm_ghn.finetune import data as data_module
+from timm_ghn.finetune.batches import DeviceImages, epoch_picks
+from timm_ghn.finetune.config import PRESETS, learning_rate
+from timm_ghn.finetune.data import Benchmark, Task, first_of_each_class, make_task, statistics_of
+from timm_ghn.finetune.experiment import explained_memory
+from timm_ghn.finetune.measure import measure_throughput
+from timm_ghn.finetune.network import build_network
+from timm_ghn.finetune.results import Summary, markdown_table, summarize
+from timm_ghn.finetune.run import Run
+from timm_ghn.training.data import ImageSet
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "finetune.py"
+sys.path.insert(0, str(SCRIPT.parent))
+finetune = importlib.import_module("finetune")
+sys.path.pop(0)
+
+CONFIG = FineTuneConfig(
+    "test_resnet",
+    "rand",
+    image_size=16,
+    stem="original",
+    epochs=4,
+    batch_size=10,
+    labels_per_class=7,
+    padding=2,
+    lr=0.02,
+)
+CPU = Execution(evaluate_every=2)
+
+
+def images(count: int, seed: int, size: int = 16, classes: int = 3) -> ImageSet:
+    """Noisy images whose class is their brightest channel, in a shuffled order."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=generator)
+    pixels = torch.randint(0, 120, (count, 3, size, size), generator=generator)
+    pixels[torch.arange(count), labels % 3] += 90
+    return ImageSet(pixels.to(torch.uint8), labels, tuple(f"class {i}" for i in range(classes)))
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Benchmark:
+    return Benchmark("synthetic", images(90, 0), images(40, 1), "made for tests")
+
+
+def write_folder(root: Path, data: ImageSet) -> None:
+    for index, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+        folder = root / data.classes[int(label)]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:03d}.png")
+
+
+def new_run(config: FineTuneConfig, task: Task, seed: int = 0, execution: Execution = CPU) -> Run:
+    return Run(config, seed, task, build_network(config, 3, seed), execution)
+
+
+def train(run: Run, epochs: int) -> None:
+    for _ in range(epochs):
+        for _ in run.epoch():
+            pass
+
+
+def state(run: Run) -> dict[str, Tensor]:
+    found = {name: value.clone() for name, value in run.module.state_dict().items()}
+    for index, values in enumerate(run.optimizer.state.values()):
+        found.update({f"{index}.{k}": v.clone() for k, v in values.items() if isinstance(v, Tensor)})
+    return found
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+# --- which images ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=12, max_size=60), st.integers(1, 3))
+def test_the_first_of_each_class(labels: list[int], count: int) -> None:
+    labels = labels + [0, 1, 2, 3] * 3
+    data = ImageSet(torch.zeros(len(labels), 3, 2, 2, dtype=torch.uint8), torch.tensor(labels), ("a", "b", "c", "d"))
+    chosen = first_of_each_class(data, count).tolist()
+    assert chosen == sorted(chosen)
+    for label in range(4):
+        members = [index for index, value in enumerate(labels) if value == label]
+        assert [index for index in chosen if labels[index] == label] == members[:count]
+
+
+def test_more_labels_than_there_are(benchmark: Benchmark) -> None:
+    with pytest.raises(FineTuneError, match=r"500 labels a class .* 'class 0' has \d+ training images; .*--labels 0"):
+        make_task(benchmark, replace(CONFIG, labels_per_class=500))
+
+
+def test_tuning_does_not_look_at_the_test_images(benchmark: Benchmark) -> None:
+    task = make_task(benchmark, replace(CONFIG, split="validation"))
+    assert torch.equal(task.test.images, benchmark.train.images[-9:])  # a tenth; 5,000 of CIFAR-10's 50,000
+    used = {bytes(image.numpy().tobytes()) for image in task.train.images}
+    assert not used & {bytes(image.numpy().tobytes()) for image in task.test.images}
+    other = replace(benchmark, test=images(40, 2))
+    assert make_task(other, replace(CONFIG, split="validation")).digest == task.digest
+    assert make_task(other, CONFIG).digest != make_task(benchmark, CONFIG).digest
+
+
+def test_statistics(benchmark: Benchmark) -> None:
+    mean, std = statistics_of(benchmark.train)
+    pixels = benchmark.train.images.permute(1, 0, 2, 3).reshape(3, -1).double()
+    torch.testing.assert_close(torch.tensor(mean).double(), pixels.mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(std).double(), pixels.std(1, correction=0), rtol=1e-5, atol=0)
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_takes_every_image_once_and_depends_on_seed_and_epoch_alone() -> None:
+    picks = epoch_picks(CONFIG, 50, 3, 7)
+    torch.randn(5)
+    assert torch.equal(picks, epoch_picks(CONFIG, 50, 3, 7))
+    assert sorted(picks[0].tolist()) == list(range(50))
+    assert int(picks[1:3].min()) == 0
+    assert int(picks[1:3].max()) == 4
+    assert set(picks[3].tolist()) == {0, 1}
+    assert not torch.equal(picks, epoch_picks(CONFIG, 50, 3, 8))
+    assert not torch.equal(picks, epoch_picks(CONFIG, 50, 4, 7))
+    assert not epoch_picks(replace(CONFIG, flip=False), 50, 3, 7)[3].any()
+
+
+@pytest.mark.parametrize("side", [16, 24, 12])
+def test_batches_are_what_torchvision_makes(benchmark: Benchmark, side: int) -> None:
+    config = replace(CONFIG, image_size=side, normalization="data")
+    task = make_task(benchmark, config)
+    store = DeviceImages.of(task.train, task, config, torch.device("cpu"), padding=2)
+    picks = epoch_picks(config, len(store), 0, 0)[:, :6]
+    batch, labels = store.augmented(picks)
+    for row, (index, top, left, mirrored) in enumerate(picks.T.tolist()):
+        image = TF.pad(TF.to_pil_image(task.train.images[index]), [2])
+        image = TF.crop(image, top, left, 16, 16)
+        pixels = TF.pil_to_tensor(TF.hflip(image) if mirrored else image).float()
+        expected = TF.normalize(pixels, task.mean, task.std)
+        if side != 16:
+            expected = TF.resize(expected, [side, side], antialias=True)
+        torch.testing.assert_close(batch[row], expected, rtol=1e-5, atol=1e-5)
+        assert int(labels[row]) == int(task.train.labels[index])
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_normalization_of_enlarged_images_and_pretrained_weights_is_imagenets(benchmark: Benchmark) -> None:
+    for config in (replace(CONFIG, image_size=32), replace(CONFIG, init="pretrained")):
+        task = make_task(benchmark, config)
+        store = DeviceImages.of(task.train, task, config, torch.device("cpu"))
+        assert store.mean.flatten().tolist() == pytest.approx([255 * value for value in (0.485, 0.456, 0.406)])
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_steps_agree_with_a_plain_loop(benchmark: Benchmark, optimizer: str) -> None:
+    """The reference: textbook updates, gradients clipped by hand, contiguous float32, images one by one."""
+    config = replace(CONFIG, optimizer=optimizer, clip=0.5, weight_decay=0.05, smoothing=0.1, epochs=2)
+    task = make_task(benchmark, config)
+    run = new_run(config, task, execution=Execution(channels_last=True))
+    network = build_network(config, 3, 0).module.train()
+    parameters = list(network.parameters())
+    first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    number, losses = 0, []
+    for epoch in range(config.epochs):
+        rate = 0.02 * (1 + np.cos(np.pi * epoch / 2)) / 2
+        # 21 images: a last batch of a single one joins the one before.
+        for part in epoch_picks(config, 21, 0, epoch).split([10, 11], dim=1):
+            inputs = []
+            for index, top, left, mirrored in part.T.tolist():
+                pixels = F.pad(task.train.images[index].double(), (2, 2, 2, 2))[:, top : top + 16, left : left + 16]
+                pixels = pixels.flip(2) if mirrored else pixels
+                inputs.append(TF.normalize(pixels, task.mean, task.std).float())
+            loss = F.cross_entropy(network(torch.stack(inputs)), task.train.labels[part[0]], label_smoothing=0.1)
+            losses.append(float(loss.detach()))
+            grads = torch.autograd.grad(loss, parameters)
+            norm = torch.cat([grad.flatten() for grad in grads]).norm()
+            scale = min(1.0, 0.5 / (float(norm) + 1e-6))
+            number += 1
+            with torch.no_grad():
+                for p, grad, m, v in zip(parameters, grads, first, second, strict=True):
+                    g = grad * scale
+                    if optimizer == "sgd":
+                        m.mul_(0.9).add_(g + 0.05 * p)
+                        p -= rate * m
+                    else:
+                        p *= 1 - rate * 0.05
+                        m.mul_(0.9).add_(0.1 * g)
+                        v.mul_(0.999).add_(0.001 * g * g)
+                        p -= rate * (m / (1 - 0.9**number)) / ((v / (1 - 0.999**number)).sqrt() + 1e-8)
+    train(run, 2)
+    assert run.progress.curve[1].lr == pytest.approx(0.01)
+    expected = dict(network.named_parameters())
+    far = [
+        (value - expected[name]).abs() > 2e-5 + 2e-4 * expected[name].abs()
+        for name, value in run.module.named_parameters()
+    ]
+    # AdamW divides by the gradient's size, so entries whose gradient is nothing but rounding go anywhere.
+    assert float(torch.cat([part.flatten() for part in far]).double().mean()) <= (0.01 if optimizer == "adamw" else 0)
+    assert run.progress.curve[0].train_loss == pytest.approx((10 * losses[0] + 11 * losses[1]) / 21, rel=1e-5)
+    assert run.progress.curve[1].train_loss == pytest.approx((10 * losses[2] + 11 * losses[3]) / 21, rel=1e-4)
+
+
+def test_bfloat16_is_close_to_float32(benchmark: Benchmark) -> None:
+    task = make_task(benchmark, CONFIG)
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        run = new_run(replace(CONFIG, precision=precision), task)
+        train(run, 1)
+        losses.append(run.progress.curve[0].train_loss)
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_the_cosine_is_torchs() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    for epoch in range(20):
+        assert learning_rate(replace(CONFIG, lr=0.3, epochs=20), epoch) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
+def test_it_learns_and_the_accuracy_is_that_of_timms_own_forward(benchmark: Benchmark) -> None:
+    task = make_task(benchmark, replace(CONFIG, labels_per_class=None))
+    run = new_run(replace(CONFIG, labels_per_class=None, epochs=6, normalization="data"), task)
+    train(run, 6)
+    assert run.progress.curve[-1].accuracy is not None
+    assert run.progress.curve[-1].accuracy > 0.8
+    with torch.no_grad():
+        inputs = TF.normalize(task.test.images.float(), task.mean, task.std)
+        right = (run.module.eval()(inputs).argmax(1) == task.test.labels).float().mean()
+    assert run.progress.curve[-1].accuracy == pytest.approx(float(right))
+
+
+def test_a_run_that_diverges_ends_and_says_so(benchmark: Benchmark, tmp_path: Path) -> None:
+    config = replace(
+        CONFIG, model="test_vit", model_kwargs={"img_size": 16, "patch_size": 4}, lr=1e30, epochs=50, clip=1e30
+    )
+    (result,) = run_jobs([Job(config, 0)], benchmark, ResultStore(tmp_path), CPU)
+    assert result.diverged
+    assert len(result.curve) < 50
+    assert 0 <= result.accuracy <= 1
+    assert "(1 diverged)" in markdown_table(summarize([result]))
+
+
+# --- going on -------------------------------------------------------------------------------------------------------
+
+WITH_DROPS = replace(
+    CONFIG,
+    model="test_convnext",
+    model_kwargs={"drop_path_rate": 0.3, "drop_rate": 0.2},
+    image_size=32,
+    optimizer="adamw",
+    lr=2e-3,
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, WITH_DROPS], ids=["sgd", "adamw, dropout"])
+def test_a_resumed_run_ends_with_the_same_bits(benchmark: Benchmark, tmp_path: Path, config: FineTuneConfig) -> None:
+    task = make_task(benchmark, config)
+    straight = new_run(config, task)
+    train(straight, 4)
+    stopped = new_run(config, task)
+    train(stopped, 1)
+    stopped.save(tmp_path / "run.pt")
+    torch.manual_seed(99)
+    resumed = new_run(config, task)
+    resumed.load(tmp_path / "run.pt")
+    assert resumed.progress.epoch == 1
+    train(resumed, 3)
+    assert_same(state(straight), state(resumed))
+    assert straight.progress.curve == resumed.progress.curve
+    assert straight.is_done
+    assert resumed.is_done
+
+
+def test_runs_in_turns_end_with_the_same_bits_as_alone(benchmark: Benchmark, tmp_path: Path) -> None:
+    jobs = [Job(WITH_DROPS, 0), Job(WITH_DROPS, 1), Job(replace(CONFIG, epochs=2), 0)]
+    alone = run_jobs(jobs, benchmark, ResultStore(tmp_path / "alone"), CPU)
+    together = run_jobs(jobs, benchmark, ResultStore(tmp_path / "together"), CPU, together=3)
+    for first, second in zip(alone, together, strict=True):
+        assert first.curve == second.curve
+        assert first.accuracy == second.accuracy
+    assert alone[0].curve != alone[1].curve
+
+
+def test_a_finished_run_is_not_made_again(benchmark: Benchmark, tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    (first,) = run_jobs([Job(CONFIG, 0)], benchmark, store, CPU)
+    written = store.path(first.key).stat().st_mtime_ns
+    assert run_jobs([Job(CONFIG, 0)], benchmark, store, CPU) == (first,)
+    assert store.path(first.key).stat().st_mtime_ns == written
+    assert not store.checkpoint(first.key).exists()
+    run_jobs([Job(replace(CONFIG, lr=0.03), 0), Job(CONFIG, 1)], benchmark, store, CPU)
+    assert len(store.all()) == 3
+
+
+def test_a_damaged_result_is_made_again(benchmark: Benchmark, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = ResultStore(tmp_path)
+    (first,) = run_jobs([Job(CONFIG, 0)], benchmark, store, CPU)
+    store.path(first.key).write_text('{"key": 1')
+    (second,) = run_jobs([Job(CONFIG, 0)], benchmark, store, CPU)
+    assert second.curve == first.curve
+    assert "is no result and does not count" in caplog.text
+
+
+def test_a_run_of_another_process_is_left_to_it(benchmark: Benchmark, tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    (first,) = run_jobs([Job(CONFIG, 0)], benchmark, store, CPU)
+    store.path(first.key).unlink()
+    with FileLock(store.folder / "checkpoints" / f"{first.key}.lock"):
+        assert run_jobs([Job(CONFIG, 0)], benchmark, store, CPU) == ()
+        with pytest.raises(FineTuneError, match="1 of 2 trials are left to other processes"):
+            tune(CONFIG, Grid(lrs=(0.02, 0.1), seeds=(0,)), benchmark, _store_with_claim(store, benchmark), CPU)
+
+
+def _store_with_claim(store: ResultStore, benchmark: Benchmark) -> ResultStore:
+    """A store in which a trial of the grid is claimed."""
+    trial = Grid(lrs=(0.02,)).of(CONFIG)[0]
+    key = trial.key(0, make_task(benchmark, trial).digest)
+    lock = FileLock(store.folder / "checkpoints" / f"{key}.lock")
+    lock.acquire()
+    store.held = lock  # type: ignore[attr-defined]
+    return store
+
+
+def test_checkpoints_that_do_not_fit(benchmark: Benchmark, tmp_path: Path) -> None:
+    task = make_task(benchmark, CONFIG)
+    run = new_run(CONFIG, task)
+    path = tmp_path / "run.pt"
+    run.save(path)
+    with pytest.raises(FineTuneError, match="run with other settings"):
+        new_run(CONFIG, task, seed=1).load(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(FineTuneError, match=r"run.pt is damaged: .*delete it to start this run again"):
+        run.load(path)
+
+
+def test_a_killed_process_loses_no_finished_run(benchmark: Benchmark, tmp_path: Path) -> None:
+    write_folder(tmp_path / "images" / "train", benchmark.train)
+    write_folder(tmp_path / "images" / "test", benchmark.test)
+    out = tmp_path / "out"
+    arguments = [
+        *("--model", "test_resnet", "--inits", "rand", "--dataset", "folder", "--data", str(tmp_path / "images")),
+        *("--image-size", "16", "--stem", "original", "--labels", "7", "--epochs", "40", "--seeds", "3"),
+        *("--device", "cpu", "--out", str(out)),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], env=environment)
+    while not list((out / "runs").glob("*.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*.json")}
+    assert 1 <= len(before) < 3
+    assert finetune.main(arguments) == 0
+    assert [result.seed for result in ResultStore(out).all()] == [0, 1, 2]
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def test_tuning_chooses_by_validation_images(benchmark: Benchmark, tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    config = replace(CONFIG, labels_per_class=15, epochs=5)
+    tuned = tune(config, Grid(lrs=(1e-7, 0.03), seeds=(5,)), benchmark, store, CPU)
+    assert tuned == replace(config, lr=0.03)
+    assert {result.config.split for result in store.all()} == {"validation"}
+    assert tune(config, Grid(lrs=(0.7,)), benchmark, store, CPU).lr == 0.7
+    assert len(store.all()) == 2
+
+
+def test_results_survive_a_round_trip(benchmark: Benchmark, tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    (result,) = run_jobs([Job(replace(CONFIG, epochs=3), 4)], benchmark, store, CPU)
+    assert store.all() == (result,)
+    assert [point.accuracy is not None for point in result.curve] == [False, True, True]
+    assert result.data["copy"] == "made for tests"
+    assert result.network["parameters"] == sum(
+        p.numel() for p in timm.create_model("test_resnet", num_classes=3).parameters()
+    )
+    assert json.loads(store.path(result.key).read_text())["config"]["lr"] == 0.02
+
+
+def summary(init: str, values: dict[int, float]) -> Summary:
+    return Summary(replace(CONFIG, init=init), values, 0, 1.0)
+
+
+def test_comparison_is_paired_by_seed() -> None:
+    first = summary("ghn", {0: 0.5, 1: 0.6, 2: 0.7, 3: 0.8, 4: 0.9})
+    found = compare(first, summary("rand", {0: 0.4, 1: 0.55, 2: 0.6, 3: 0.7, 4: 0.8, 9: 0.0}))
+    assert (found.wins, found.pairs) == (5, 5)
+    assert found.difference == pytest.approx(0.09)
+    assert found.p_value == 2 / 32
+    assert compare(first, first).p_value == 1
+    with pytest.raises(FineTuneError, match="no seed in common"):
+        compare(first, summary("rand", {7: 0.1}))
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=7))
+def test_p_values_do_not_depend_on_who_is_first(values: list[float]) -> None:
+    one = summary("ghn", dict(enumerate(values)))
+    other = summary("rand", dict.fromkeys(range(len(values)), 0.0))
+    assert compare(one, other).p_value == compare(other, one).p_value
+    assert 2 / 2 ** len(values) <= compare(one, other).p_value <= 1
+
+
+def test_measuring(benchmark: Benchmark) -> None:
+    found = measure_throughput(CONFIG, make_task(benchmark, CONFIG), CPU, rounds=2, steps=2)
+    assert found.batch_size == 10
+    assert 0.1 < found.ratio < 10
+    assert found.seconds_per_run == pytest.approx(21 * 4 / found.loop)
+
+
+# --- data sets ------------------------------------------------------------------------------------------------------
+
+
+def write_idx(path: Path, array: np.ndarray, *, compress: bool) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    data = header + array.astype(np.uint8).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(data) if compress else data)
+
+
+def write_fashion(folder: Path, *, compress: bool) -> np.ndarray:
+    suffix = ".gz" if compress else ""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 28, 28))
+    for part in ("train", "t10k"):
+        write_idx(folder / f"{part}-images-idx3-ubyte{suffix}", pixels, compress=compress)
+        write_idx(folder / f"{part}-labels-idx1-ubyte{suffix}", np.arange(30) % 10, compress=compress)
+    return pixels
+
+
+def test_fashion_mnist_from_debian_and_from_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "DEBIAN_FASHION", tmp_path / "debian")
+    with pytest.raises(FineTuneError, match=r"fashion-mnist is not in .*apt-get install dataset-fashion-mnist.*--data"):
+        load_benchmark("fashion-mnist", tmp_path)
+    pixels = write_fashion(tmp_path / "debian", compress=True)
+    debian = load_benchmark("fashion-mnist", tmp_path)
+    assert debian.copy == "Debian package dataset-fashion-mnist"
+    assert debian.train.images.shape == (30, 3, 32, 32)
+    assert np.array_equal(debian.train.images[3, 1, 2:30, 2:30].numpy(), pixels[3])
+    assert int(debian.train.images[:, :, :2].max()) == 0
+    assert debian.train.classes[9] == "Ankle boot"
+    assert load_benchmark("fashion-mnist", tmp_path, size=14).test.images.shape == (30, 3, 14, 14)
+    write_fashion(tmp_path / "FashionMNIST" / "raw", compress=False)
+    assert load_benchmark("fashion-mnist", tmp_path).copy == "original files, torchvision"
+    (tmp_path / "debian" / "t10k-images-idx3-ubyte.gz").write_bytes(b"no")
+    with pytest.raises(FineTuneError, match=r"t10k-images.*is damaged"):
+        data_module._from_debian(32)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_missing_data_says_how_to_get_them(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FineTuneError, match=rf"{name} is not in .*: --download gets it"):
+        load_benchmark(name, tmp_path)
+
+
+def test_unknown_data_and_missing_folders(tmp_path: Path) -> None:
+    with pytest.raises(FineTuneError, match="unknown data set 'mnist'; known are cifar10"):
+        load_benchmark("mnist")
+    with pytest.raises(FineTuneError, match="there is no folder"):
+        load_benchmark("folder", tmp_path / "none")
+    with pytest.raises(FineTuneError, match=r"there are no shards .*x-train\*\.safetensors"):
+        load_benchmark("shards", tmp_path / "x")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(FineTuneError, match="neither 'test' nor 'val'"):
+        load_benchmark("folder", tmp_path)
+
+
+def test_a_folder_of_classes(tmp_path: Path, benchmark: Benchmark) -> None:
+    write_folder(tmp_path / "whole", benchmark.train)
+    whole = load_benchmark("folder", tmp_path / "whole", size=16)
+    assert len(whole.train) + len(whole.test) == 90
+    counts = torch.bincount(benchmark.train.labels)
+    assert torch.equal(torch.bincount(whole.test.labels), counts // 5)
+    (tmp_path / "whole" / "class 1" / "bad.jpg").write_bytes(b"\xff\xd8 no image")
+    with pytest.raises(FineTuneError, match=r"cannot decode .*bad\.jpg"):
+        load_benchmark("folder", tmp_path / "whole", size=16)
+
+
+def write_shard(path: Path, data: ImageSet) -> None:
+    import io
+
+    files = []
+    for image in data.images:
+        buffer = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95)
+        files.append(np.frombuffer(buffer.getvalue(), np.uint8))
+    offsets = torch.tensor([0, *np.cumsum([len(file) for file in files]).tolist()])
+    tensors = {"jpeg": torch.from_numpy(np.concatenate(files)), "offsets": offsets, "labels": data.labels}
+    save_file(tensors, path, {"classes": " ".join(name.replace(" ", "-") for name in data.classes)})
+
+
+def test_jpeg_shards_are_decoded_once(
+    tmp_path: Path, benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shard(tmp_path / "cifar10-train.safetensors", benchmark.train)
+    write_shard(tmp_path / "cifar10-test.safetensors", benchmark.test)
+    first = load_benchmark("cifar10", tmp_path, size=16)
+    assert "JPEG" in first.copy
+    assert torch.equal(first.train.labels, benchmark.train.labels)
+    kept = sorted((Path(os.environ["TIMM_GHN_CACHE"]) / "images").glob("*.safetensors"))
+    assert len(kept) == 2
+    second = load_benchmark("shards", tmp_path / "cifar10", size=16)
+    assert torch.equal(first.test.images, second.test.images)
+    assert second.train.classes == first.train.classes
+    kept[0].write_bytes(kept[0].read_bytes()[:200])
+    assert torch.equal(load_benchmark("cifar10", tmp_path, size=16).train.images, first.train.images)
+    assert "is damaged and will be made again" in caplog.text
+
+
+# --- settings and errors --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("lr", 0.0, "lr must be greater than 0"),
+        ("epochs", 0, "epochs must be at least 1"),
+        ("batch_size", 1, "batch_size must be at least 2"),
+        ("optimizer", "adam", "optimizer must be one of sgd, adamw"),
+        ("precision", "float16", "precision must be one of float32, bfloat16"),
+        ("weight_decay", float("nan"), "weight_decay must be at least 0"),
+    ],
+)
+def test_settings_out_of_range(setting: str, value: object, message: str) -> None:
+    with pytest.raises(FineTuneError, match=message):
+        replace(CONFIG, **{setting: value})
+
+
+def test_settings_round_trip_and_name_the_run() -> None:
+    assert FineTuneConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
+    with pytest.raises(FineTuneError, match="unknown or missing settings of a run: colour"):
+        FineTuneConfig.from_dict({**CONFIG.to_dict(), "colour": 1})
+    keys = {CONFIG.key(0, "d"), CONFIG.key(1, "d"), CONFIG.key(0, "e"), CONFIG.key(0, "d", "w")}
+    assert len(keys | {replace(CONFIG, lr=0.1).key(0, "d")}) == 5
+
+
+def test_presets_are_the_papers() -> None:
+    resnet, convnext = (PRESETS[name].config for name in ("paper-resnet50", "paper-convnext_base"))
+    assert (resnet.optimizer, resnet.batch_size, resnet.epochs, resnet.start_layer) == ("sgd", 96, 300, 37)
+    assert (convnext.optimizer, convnext.batch_size, convnext.lr, convnext.start_layer) == ("adamw", 48, 1e-3, 94)
+    assert resnet.labels_per_class == convnext.labels_per_class == 100
+    assert resnet.noise == convnext.noise == 3e-5
+
+
+def test_models_that_cannot_be_made(benchmark: Benchmark, tmp_path: Path) -> None:
+    with pytest.raises(FineTuneError, match="timm has no model 'resnet5000'"):
+        build_network(replace(CONFIG, model="resnet5000"), 3, 0)
+    with pytest.raises(FineTuneError, match=r"test_resnet cannot be created: .*colour"):
+        build_network(replace(CONFIG, model_kwargs={"colour": 1}), 3, 0)
+    with pytest.raises(FineTuneError, match=r"--init-file .*none.safetensors cannot be read"):
+        run_jobs(
+            [Job(replace(CONFIG, init_file=str(tmp_path / "none.safetensors")), 0)],
+            benchmark,
+            ResultStore(tmp_path),
+            CPU,
+        )
+
+
+def test_starting_from_a_file(tmp_path: Path) -> None:
+    source = timm.create_model("test_resnet", num_classes=20)
+    save_file(source.state_dict(), tmp_path / "a.safetensors")
+    config = replace(CONFIG, init_file=str(tmp_path / "a.safetensors"))
+    network = build_network(config, 3, 0).module
+    head = {"fc.weight", "fc.bias"}
+    for name, value in network.state_dict().items():
+        assert name in head or torch.equal(value, source.state_dict()[name])
+    with pytest.raises(FineTuneError, match=r"does not fit the model: .* is missing"):
+        build_network(replace(config, model="test_convnext"), 3, 0)
+
+
+@pytest.mark.parametrize("init", ["rand", "orth", "ghn", "ghn-orth"])
+def test_weights_depend_on_the_seed_alone(init: str, seeded_checkpoint: Path) -> None:
+    config = replace(CONFIG, init=init, ghn=str(seeded_checkpoint))
+    torch.manual_seed(1)
+    first = build_network(config, 3, 0)
+    torch.manual_seed(2)
+    assert_same(first.module.state_dict(), build_network(config, 3, 0).module.state_dict())
+    assert first.provenance["method"] == init
+    other = build_network(config, 3, 1).module.state_dict()
+    assert any(not torch.equal(value, other[name]) for name, value in first.module.state_dict().items())
+
+
+def test_out_of_memory_says_what_to_change() -> None:
+    with (
+        pytest.raises(
+            FineTuneError, match=r"test_resnet .*try fewer runs at a time than --together 4, a smaller --batch"
+        ),
+        explained_memory(CONFIG, 4),
+    ):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+def test_the_command_reports_errors_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune.main(["--model", "test_resnet", "--inits", "rand", "--data", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("finetune.py: error: cifar10 is not in ")
+    assert error.count("\n") == 1
+
+
+def test_unknown_initializations_fail_before_data_are_read() -> None:
+    arguments = ["--model", "resnet18", "--inits", "rand", "ghn-ort", "--data", "none"]
+    with pytest.raises(InitError, match="did you mean 'ghn-orth'"):
+        finetune.run(finetune.make_parser().parse_args(arguments))
+
+
+def test_presets_can_be_changed() -> None:
+    arguments = finetune.make_parser().parse_args(["--preset", "paper-resnet50", "--lr", "0.5", "--labels", "0"])
+    configs = finetune.make_configs(arguments)
+    assert [config.init for config in configs] == ["rand", "orth", "ghn", "ghn-orth"]
+    assert {(config.lr, config.labels_per_class, config.weight_decay) for config in configs} == {(0.5, None, 0.01)}
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------------
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_cuda
+@pytest.mark.parametrize("config", [CONFIG, WITH_DROPS], ids=["sgd", "adamw, dropout"])
+def test_captured_steps_agree_with_eager_ones(benchmark: Benchmark, config: FineTuneConfig) -> None:
+    task = make_task(benchmark, config)
+    eager = new_run(config, task, execution=Execution("cuda", capture=False))
+    captured = new_run(config, task, execution=Execution("cuda"))
+    train(eager, 3)
+    train(captured, 3)
+    second = state(captured)
+    for name, value in state(eager).items():
+        torch.testing.assert_close(
+            second[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert captured.progress.curve[-1].train_loss == pytest.approx(eager.progress.curve[-1].train_loss, rel=1e-3)
+
+
+@needs_cuda
+def test_cuda_agrees_with_the_cpu(benchmark: Benchmark) -> None:
+    task = make_task(benchmark, CONFIG)
+    runs = [new_run(CONFIG, task, execution=Execution(device, evaluate_every=1)) for device in ("cpu", "cuda")]
+    for run in runs:
+        train(run, 2)
+    first, second = (run.progress.curve for run in runs)
+    assert [p.train_loss for p in second] == pytest.approx([p.train_loss for p in first], rel=1e-2)
+
+
+@needs_cuda
+def test_runs_on_streams_agree_with_runs_alone(benchmark: Benchmark, tmp_path: Path) -> None:
+    jobs = [Job(CONFIG, seed) for seed in range(3)]
+    execution = Execution("cuda", evaluate_every=1)
+    alone = run_jobs(jobs, benchmark, ResultStore(tmp_path / "alone"), execution)
+    together = run_jobs(jobs, benchmark, ResultStore(tmp_path / "together"), execution, together=3)
+    for first, second in zip(alone, together, strict=True):
+        assert second.curve[-1].train_loss == pytest.approx(first.curve[-1].train_loss, rel=1e-3)
+
+
+@needs_cuda
+def test_a_run_resumed_on_cuda(benchmark: Benchmark, tmp_path: Path) -> None:
+    task = make_task(benchmark, WITH_DROPS)
+    execution = Execution("cuda")
+    straight, stopped, resumed = (new_run(WITH_DROPS, task, execution=execution) for _ in range(3))
+    train(straight, 4)
+    train(stopped, 2)
+    stopped.save(tmp_path / "run.pt")
+    resumed.load(tmp_path / "run.pt")
+    train(resumed, 2)
+    assert resumed.progress.curve[-1].train_loss == pytest.approx(straight.progress.curve[-1].train_loss, rel=1e-3)
+
+
+@needs_cuda
+def test_the_data_path_is_not_the_bottleneck_on_cuda(benchmark: Benchmark) -> None:
+    config = replace(
+        CONFIG, model="resnet50", image_size=32, batch_size=96, labels_per_class=None, precision="bfloat16"
+    )
+    data = replace(benchmark, train=images(1000, 0, 32), test=images(100, 1, 32))
+    found = measure_throughput(config, make_task(data, config), Execution("cuda"), rounds=5, steps=20)
+    assert found.ratio >= 0.95
