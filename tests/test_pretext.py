@@ -38,7 +38,7 @@ def test_images_of_a_class_differ(images: pretext.ImageSet) -> None:
 
 def test_missing_photographs_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretext, "PHOTOGRAPHS", (Photograph("no_such_package.data", "cat.png"),))
-    with pytest.raises(TrainingError, match="pip install scikit-image scikit-learn"):
+    with pytest.raises(TrainingError, match=r"pip install 'timm-ghn\[train\]'"):
         make_pretext()
     monkeypatch.setattr(pretext, "PHOTOGRAPHS", (Photograph("timm_ghn", "cat.png"),))
     with pytest.raises(TrainingError, match=r"cat\.png of timm_ghn"):

@@ -100,7 +100,7 @@ def _open(photograph: Photograph) -> Image.Image:
             return picture
     except (ModuleNotFoundError, OSError) as error:
         raise TrainingError(
-            f"cannot read {photograph.name} of {photograph.package} ({error}): pip install scikit-image scikit-learn"
+            f"cannot read {photograph.name} of {photograph.package} ({error}): pip install 'timm-ghn[train]'"
         ) from error
 
 
