@@ -192,6 +192,13 @@ class GatedGNN(nn.Module):
         Returns:
             Features (N, hid) after both passes.
         """
+        if torch.is_grad_enabled():
+            return self._propagate(x, graphs)
+        with torch.inference_mode():  # thousands of small operations, of which autograd's bookkeeping is a fifth
+            hidden = self._propagate(x, graphs)
+        return hidden.clone()  # an ordinary tensor
+
+    def _propagate(self, x: Tensor, graphs: Sequence[Graph]) -> Tensor:
         schedule = make_schedule(graphs, self.virtual_edges, x)
         layers = self._message_layers()
         hidden = torch.empty_like(x).index_copy(0, schedule.order, x)
@@ -203,13 +210,13 @@ class GatedGNN(nn.Module):
         """Update level after level; each level then adds its messages to the inboxes of the nodes that it reaches."""
         gru = self.gru
         inbox = torch.zeros_like(hidden)
+        with_grad = torch.is_grad_enabled()
         updated: list[Tensor] = []
         for push in pushes:
             rows = slice(push.start, push.stop)
-            # Cloned, because autograd keeps what the GRU reads while later levels still write to the inbox.
-            state = torch.gru_cell(
-                inbox[rows].clone(), hidden[rows], gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh
-            )
+            # Autograd keeps what the GRU reads while later levels still write to the inbox.
+            received = inbox[rows].clone() if with_grad else inbox[rows]
+            state = torch.gru_cell(received, hidden[rows], gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh)
             updated.append(state)
             if push.first < push.last:
                 inbox[push.first : push.last].addmm_(push.weights, layers.messages(state))
