@@ -19,6 +19,10 @@ class CheckpointError(TimmGhnError, ValueError):
     """A GHN checkpoint is truncated, damaged, unsafe, or of another format."""
 
 
+class TensorFileError(TimmGhnError, ValueError):
+    """A safetensors file is truncated or damaged, or its header promises what the file does not have."""
+
+
 class UnknownGhnError(TimmGhnError, ValueError):
     """A GHN was asked for by a name that is neither registered nor a file."""
 

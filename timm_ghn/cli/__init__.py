@@ -12,14 +12,23 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 from timm_ghn._version import __version__
-from timm_ghn.cli import coverage, ghns, graph, init, run, train
+from timm_ghn.cli import cache, coverage, doctor, ghns, graph, init, run, train
 from timm_ghn.cli.common import PROGRAM, CommandError, logging_to_stderr
 from timm_ghn.errors import TimmGhnError
 
 _logger = logging.getLogger(__name__)
 
 FAILED, INTERRUPTED = 2, 130
-_COMMANDS = {"init": init, "graph": graph, "coverage": coverage, "ghns": ghns, "train": train, "run": run}
+_COMMANDS = {
+    "init": init,
+    "graph": graph,
+    "coverage": coverage,
+    "ghns": ghns,
+    "cache": cache,
+    "doctor": doctor,
+    "train": train,
+    "run": run,
+}
 _OWN_LOGGING = ("run", "train")
 """Commands that set up logging themselves, or leave it to the script that they run."""
 

@@ -17,16 +17,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from timm_ghn.errors import CheckpointError
+from timm_ghn import tensorfile
+from timm_ghn.errors import CheckpointError, TensorFileError
 from timm_ghn.ghn.config import MAX_PARAMETERS, GHNConfig, GHNInfo
 from timm_ghn.ghn.model import GHN
 from timm_ghn.paths import write_atomically
+from timm_ghn.tensorfile import TensorFile
 
 CONFIG_KEY = "timm_ghn"
 """Metadata key of a safetensors file whose value is the GHN's configuration as JSON."""
@@ -123,13 +123,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> GHN:
 def _read_once(path: str, *_: int) -> GHN:
     """The GHN in a file of that inode, size and time. It is never handed out, so that nobody can change it."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
+        with TensorFile(path) as file:
+            metadata = dict(file.metadata)
             config = _config(_json(metadata.pop(CONFIG_KEY, None), str(path)), str(path))
-            keys = list(file.keys())
-            _check_shapes({key: tuple(file.get_slice(key).get_shape()) for key in keys}, config, str(path))
-            tensors = {key: file.get_tensor(key) for key in keys}
-    except SafetensorError as error:
+            _check_shapes({key: spec.shape for key, spec in file.specs.items()}, config, str(path))
+            tensors = {key: file.read(key) for key in file.specs}
+    except TensorFileError as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); {_ADVICE}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -157,7 +156,7 @@ def write_safetensors(ghn: GHN, path: str | os.PathLike[str], metadata: Mapping[
     facts = {"format": "pt", **(metadata or {})}
     facts[CONFIG_KEY] = json.dumps(ghn.config.to_dict())
     facts[HASH_KEY] = content_hash(ghn)
-    write_atomically(path, safetensors.torch.save(tensors, facts))
+    write_atomically(path, tensorfile.to_bytes(tensors, facts))
 
 
 def from_module(module: nn.Module, name: str = "live module") -> GHN:
