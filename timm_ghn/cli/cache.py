@@ -100,10 +100,8 @@ def _print_removed(pruned: Pruned, dry_run: bool) -> None:
         print(f"{verb} {info.key[:_SHOWN_KEY]}  {format_size(info.size):>8}  {info.made.get('model') or '?'}")
     for info in pruned.in_use:
         print(f"in use, or not removable: {info.key[:_SHOWN_KEY]}")
-    print(
-        f"{verb} {_count(pruned.removed, 'entry', 'entries')} and {_count(pruned.leftovers, 'other file', 'other files')}"
-        f", {format_size(pruned.freed)}; entries of {format_size(pruned.kept)} stay"
-    )
+    entries, files = _count(pruned.removed, "entry", "entries"), _count(pruned.leftovers, "other file", "other files")
+    print(f"{verb} {entries} and {files}, {format_size(pruned.freed)}; entries of {format_size(pruned.kept)} stay")
 
 
 def _row(info: EntryInfo) -> Sequence[object]:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from timm_ghn import tensorfile
 from timm_ghn.errors import CheckpointError, TensorFileError
+from timm_ghn.ghn import pickles
 from timm_ghn.ghn.config import MAX_PARAMETERS, GHNConfig, GHNInfo
 from timm_ghn.ghn.model import GHN
 from timm_ghn.paths import write_atomically
@@ -35,6 +37,8 @@ HASH_KEY = "ghn_hash"
 
 _MAX_FILE_BYTES = 8 * MAX_PARAMETERS  # weights, and as much again for an optimizer's state beside them
 _ADVICE = "get the file again, or name another GHN"
+_LEGACY_PICKLES = 5
+"""Number of pickles in a file of torch before 1.6: magic number, protocol, system, content, keys of the storages."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -50,6 +54,7 @@ def read(path: str | os.PathLike[str]) -> GHN:
     Raises:
         CheckpointError: If the file cannot be read, is damaged, or is not a GHN.
     """
+    _check_file_size(path)
     start = _first_bytes(path, 9)
     if start[:2] == b"PK" or start[:1] == b"\x80":  # a zip archive, or a bare pickle as torch wrote before 1.6
         return read_ppuda(path)
@@ -85,19 +90,15 @@ def parse_ppuda(file: BinaryIO | bytes, name: str) -> GHN:
         CheckpointError: As `read_ppuda`.
     """
     stream = io.BytesIO(file) if isinstance(file, bytes) else file
-    _check_archive(stream, name)
+    _check_pickles(stream, name)
     try:
         data = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make torch and pickle raise almost anything
-        text = str(error)
-        if "weights_only" in text or "Unsupported global" in text or "Unsupported operand" in text:
-            reason = "it holds pickled code or objects, which are never run; save only tensors and plain values"
-            raise CheckpointError(f"{name} was refused: {reason}") from error
         raise CheckpointError(f"{name} is truncated or damaged; {_ADVICE}") from error
     if not isinstance(data, dict) or "state_dict" not in data or "config" not in data:
         raise CheckpointError(f"{name} is not a GHN checkpoint: it has no 'state_dict' and 'config'; {_ADVICE}")
     epoch = data.get("epoch")
-    metadata = {"epoch": str(epoch)} if isinstance(epoch, int) else {}
+    metadata = {"epoch": str(epoch)} if isinstance(epoch, int) and 0 <= epoch < 2**63 else {}
     return _build(_config(data["config"], name), data["state_dict"], name, metadata)
 
 
@@ -204,10 +205,13 @@ def content_hash(ghn: GHN) -> str:
 
 def _build(config: GHNConfig, tensors: Any, name: str, metadata: Mapping[str, str]) -> GHN:
     """A GHN with copies of the tensors, which are checked first."""
-    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    is_table = isinstance(tensors, Mapping) and all(isinstance(key, str) for key in tensors)
+    if not is_table or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{name} is not a GHN checkpoint: its 'state_dict' is not a table of tensors")
-    _check_shapes({str(key): tuple(tensor.shape) for key, tensor in tensors.items()}, config, name)
+    _check_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, name)
     for key, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise CheckpointError(f"{name}: tensor {key} is not a plain tensor with values")
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(f"{name}: tensor {key} is {tensor.dtype}, not a floating-point type")
         if not bool(torch.isfinite(tensor).all()):
@@ -249,7 +253,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: GHNConfig, name
     expected = {key: tuple(tensor.shape) for key, tensor in _empty(config).state_dict().items()}
     wrong = [
         *(f"{key} is missing" for key in expected if key not in shapes),
-        *(f"{key} is unknown" for key in shapes if key not in expected),
+        *(f"{key[:80]} is unknown" for key in shapes if key not in expected),
         *(
             f"{key} has shape {shapes[key]} instead of {expected[key]}"
             for key in expected
@@ -281,28 +285,62 @@ def _json(text: str | None, name: str) -> Any:
         raise CheckpointError(f"{name}: the metadata {CONFIG_KEY!r} are not JSON; {_ADVICE}") from error
 
 
-def _check_archive(stream: BinaryIO, name: str) -> None:
-    """Refuse archives that would unpack to more than they hold; torch itself never compresses."""
+def _check_pickles(stream: BinaryIO, name: str) -> None:
+    """Refuse a checkpoint that holds code, unpacks to more than it holds, or lies about its tensors.
+
+    Raises:
+        CheckpointError: Likewise, or if it is damaged.
+    """
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
     is_zip = stream.read(2) == b"PK"
     stream.seek(0)
-    if not is_zip:
-        return
     try:
-        with zipfile.ZipFile(stream) as archive:
-            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-            size = sum(entry.file_size for entry in archive.infolist())
-    except Exception as error:  # zipfile raises many kinds on damaged directories
+        if is_zip:
+            with zipfile.ZipFile(stream) as archive:
+                _check_archive(archive, size, name)
+        else:
+            for _ in range(_LEGACY_PICKLES):
+                pickles.check(stream, lambda _, count: count <= size)
+    except CheckpointError:
+        raise
+    except pickles.UnsafePickleError as error:
+        reason = f"it holds pickled code or objects, which are never run ({error}); save only tensors and plain values"
+        raise CheckpointError(f"{name} was refused: {reason}") from error
+    except Exception as error:  # zipfile and pickletools raise many kinds on damaged files
         raise CheckpointError(f"{name} is truncated or damaged; {_ADVICE}") from error
     stream.seek(0)
-    if packed or size > _MAX_FILE_BYTES:
-        raise CheckpointError(f"{name} was refused: it would unpack to {size:,} bytes; torch does not compress GHNs")
+
+
+def _check_archive(archive: zipfile.ZipFile, size: int, name: str) -> None:
+    """Check the records of an archive; torch itself never compresses, and finds names whatever their case is."""
+    records = archive.infolist()
+    unpacked = sum(record.file_size for record in records)
+    if unpacked > size or any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise CheckpointError(
+            f"{name} was refused: it would unpack to {unpacked:,} bytes; torch does not compress GHNs"
+        )
+    sizes = {record.filename.lower(): record.file_size for record in records}
+    if len(sizes) != len(records):
+        raise CheckpointError(f"{name} was refused: two of its records have the same name")
+    for record in records:
+        if record.filename.lower().endswith(".pkl"):
+            folder = record.filename.lower().rpartition("/")[0]
+
+            def is_possible(key: str, count: int, folder: str = folder) -> bool:
+                return count <= sizes[f"{folder}/data/{key}".lower()]
+
+            pickles.check(io.BytesIO(archive.read(record)), is_possible)
 
 
 def _check_file_size(path: str | os.PathLike[str]) -> None:
     try:
-        size = Path(path).stat().st_size
+        status = Path(path).stat()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+        raise CheckpointError(f"{path} cannot be read: it is not a file")
     if size > _MAX_FILE_BYTES:
         raise CheckpointError(f"{path} was refused: {size:,} bytes are more than any GHN has")
 

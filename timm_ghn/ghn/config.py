@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
@@ -56,12 +57,12 @@ class GHNConfig:
         self._check_sizes()
         for name, choices in (("hypernet", HYPERNETS), ("decoder", DECODERS), ("kernels", KERNELS)):
             value = getattr(self, name)
-            if value not in choices:
-                raise CheckpointError(f"GHN config: {name} is {value!r}, not one of {', '.join(choices)}")
+            if not isinstance(value, str) or value not in choices:
+                raise CheckpointError(f"GHN config: {name} is {_show(value)}, not one of {', '.join(choices)}")
         for name in ("weight_norm", "ve", "layernorm"):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                raise CheckpointError(f"GHN config: {name} is {value!r}, not true or false")
+                raise CheckpointError(f"GHN config: {name} is {_show(value)}, not true or false")
         if self.num_decoder_parameters > MAX_PARAMETERS:
             raise CheckpointError(
                 f"GHN config: the decoder would have {self.num_decoder_parameters:,} parameters, "
@@ -71,7 +72,7 @@ class GHNConfig:
     def _check_sizes(self) -> None:
         shape = self.max_shape
         if not isinstance(shape, tuple) or len(shape) != 4:
-            raise CheckpointError(f"GHN config: max_shape is {shape!r}, not four sizes")
+            raise CheckpointError(f"GHN config: max_shape is {_show(shape)}, not four sizes")
         _check_size("max_shape[0]", shape[0], MAX_CHANNELS)
         _check_size("max_shape[1]", shape[1], MAX_CHANNELS)
         _check_size("max_shape[2]", shape[2], MAX_KERNEL)
@@ -109,7 +110,7 @@ class GHNConfig:
         if not isinstance(data, Mapping):
             raise CheckpointError(f"GHN config: expected a table of settings, not {type(data).__name__}")
         known = {entry.name for entry in fields(cls)}
-        unknown = sorted(str(key) for key in data if key not in known)
+        unknown = sorted(_show(key).strip("'") for key in data if key not in known)[:3]
         if unknown:
             raise CheckpointError(f"GHN config: unknown settings {', '.join(unknown)}")
         missing = sorted(known - set(data) - {"hypernet", "decoder", "hid", "kernels"})
@@ -145,6 +146,16 @@ class GHNInfo:
 
 def _check_size(name: str, value: object, maximum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise CheckpointError(f"GHN config: {name} is {value!r}, not a whole number")
+        raise CheckpointError(f"GHN config: {name} is {_show(value)}, not a whole number")
     if not 1 <= value <= maximum:
-        raise CheckpointError(f"GHN config: {name} is {value}, not between 1 and {maximum}")
+        raise CheckpointError(f"GHN config: {name} is {_show(value)}, not between 1 and {maximum}")
+
+
+def _show(value: object) -> str:
+    """A value of a file for a message, which it must not flood, whatever it is."""
+    if isinstance(value, str) and value.isidentifier() and len(value) <= 40:
+        return repr(value)
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(value).__name__}"
