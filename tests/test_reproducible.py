@@ -1,0 +1,200 @@
+"""The same inputs give the same bytes on machines of a kind, and the same values to rounding on others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from ghn_reference import SMALL, seeded_ghn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import timm_ghn
+from timm_ghn import tensorfile
+from timm_ghn.errors import TensorFileError
+from timm_ghn.export import save
+from timm_ghn.ghn import write_safetensors
+
+MODEL = "test_vit"
+PROGRAM = """
+import hashlib, json, os, sys, warnings
+import torch, timm, timm_ghn
+from timm_ghn.cache import WeightCache
+from timm_ghn.export import save
+model = timm.create_model(sys.argv[1], init=timm_ghn.Init("ghn-orth", ghn="bundled"))
+folder = sys.argv[2]
+save(model, folder)
+files = [info.path for info in WeightCache.default().entries()]
+files += [os.path.join(folder, name) for name in ("model.safetensors", "config.json")]
+capability = torch.backends.cpu.get_cpu_capability() if hasattr(torch.backends.cpu, "get_cpu_capability") else ""
+print(json.dumps([capability, [hashlib.sha256(open(path, "rb").read()).hexdigest() for path in files]]))
+"""
+
+
+def produce(folder: Path, **environment: str) -> tuple[str, list[str]]:
+    """Hashes of a cache entry and of an exported model that another process makes, and its CPU capability."""
+    variables = {**os.environ, "TIMM_GHN_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, MODEL, str(folder / "model")],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    capability, hashes = json.loads(done.stdout.splitlines()[-1])
+    assert len(hashes) == 3
+    return capability, hashes
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("first")
+    return folder, produce(folder, PYTHONHASHSEED="1", HF_HUB_OFFLINE="1")[1]
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONHASHSEED": "2", "OMP_NUM_THREADS": "2"}, {"PYTHONHASHSEED": "3", "OMP_NUM_THREADS": "3"}]
+)
+def test_bytes_do_not_depend_on_process_threads_or_hash_seed(
+    first: tuple[Path, list[str]], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    assert produce(tmp_path, **environment)[1] == first[1]
+
+
+def relative_difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    """Largest difference, relative to the largest value of the tensor."""
+    assert one.keys() == two.keys()
+    pairs = [(one[name].double(), two[name].double()) for name in one if one[name].is_floating_point()]
+    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) for a, b in pairs)
+
+
+CPUS = {
+    "no vector instructions in torch": {"ATEN_CPU_CAPABILITY": "default"},
+    "SSE4.2 in MKL": {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "MKL_CBWR": "COMPATIBLE"},
+    "an old CPU": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "MKL_CBWR": "COMPATIBLE",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+    },
+}
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_values_agree_to_rounding_on_other_cpus(first: tuple[Path, list[str]], tmp_path: Path, name: str) -> None:
+    capability, _ = produce(tmp_path, **CPUS[name])
+    if "ATEN_CPU_CAPABILITY" in CPUS[name] and capability:
+        assert capability in ("DEFAULT", "NO AVX")
+    difference = relative_difference(weights(first[0]), weights(tmp_path))
+    print(f"{name}: largest relative difference {difference:.2g}")
+    assert difference <= TOLERANCE
+
+
+TOLERANCE = 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_values_agree_on_cuda() -> None:
+    init = timm_ghn.Init("ghn-orth", ghn="bundled", cache=False)
+    cpu = timm.create_model(MODEL, init=init).state_dict()
+    cuda = timm.create_model(MODEL, init=init, device="cuda").state_dict()
+    assert relative_difference(cpu, {name: tensor.cpu() for name, tensor in cuda.items()}) <= TOLERANCE
+
+
+# Files
+
+
+def test_the_exported_file_is_the_same_again(tmp_path: Path) -> None:
+    model = timm.create_model(MODEL, init=timm_ghn.Init("ghn-orth", ghn="bundled"))
+    folders = [save(model, tmp_path / str(number)) for number in range(4)]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
+
+
+def test_a_written_ghn_is_the_same_again(tmp_path: Path) -> None:
+    for number in range(4):
+        write_safetensors(seeded_ghn(SMALL), tmp_path / str(number), {"card": "text", "b": "1", "a": "2"})
+    assert len({hashlib.sha256(path.read_bytes()).digest() for path in tmp_path.iterdir()}) == 1
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool]
+TENSORS = st.dictionaries(
+    st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(
+        lambda key: key != "__metadata__"
+    ),
+    st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=4), st.integers(0, 2**31)),
+    max_size=6,
+)
+
+
+def made(dtype: torch.dtype, shape: list[int], seed: int) -> torch.Tensor:
+    values = torch.randint(0, 256, [*shape, 8], generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return (
+        (values[..., 0] > 127)
+        if dtype is torch.bool
+        else values[..., : dtype.itemsize].contiguous().view(dtype)[..., 0]
+    )
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    TENSORS,
+    st.dictionaries(
+        st.text(st.characters(exclude_categories=("Cs",)), max_size=8),
+        st.text(st.characters(exclude_categories=("Cs",)), max_size=20),
+        max_size=3,
+    ),
+)
+def test_files_agree_with_the_safetensors_package(
+    tmp_path_factory: pytest.TempPathFactory,
+    description: dict[str, tuple[torch.dtype, list[int], int]],
+    metadata: dict[str, str],
+) -> None:
+    tensors = {name: made(*what) for name, what in description.items()}
+    content = tensorfile.to_bytes(tensors, metadata)
+    theirs = safetensors.torch.load(content)
+    assert theirs.keys() == tensors.keys()
+    path = tmp_path_factory.mktemp("file") / "a.safetensors"
+    path.write_bytes(safetensors.torch.save(tensors, metadata or None))
+    with tensorfile.TensorFile(path) as file:
+        assert file.metadata == metadata
+        for name, tensor in tensors.items():
+            for other in (theirs[name], file.read(name)):
+                assert other.dtype == tensor.dtype
+                assert other.shape == tensor.shape
+                assert bytes(tensorfile.bytes_of(other.contiguous())) == bytes(tensorfile.bytes_of(tensor.contiguous()))
+
+
+def test_float32_files_are_those_of_the_package(tmp_path: Path) -> None:
+    tensors = {"b": torch.ones(3), "a.weight": torch.zeros(2, 5), "c": torch.tensor(1.0)}
+    assert tensorfile.to_bytes(tensors, {"format": "pt"}) == safetensors.torch.save(tensors, {"format": "pt"})
+
+
+def test_types_without_a_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TensorFileError, match=r"x is torch.complex128, for which safetensors has no name"):
+        tensorfile.write(tmp_path / "x", {"x": torch.zeros(1, dtype=torch.complex128)}, {})
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "missing"])
+def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    error, match = (FileNotFoundError, "x") if kind == "missing" else (TensorFileError, "not a regular file")
+    with pytest.raises(error, match=match):
+        tensorfile.TensorFile(path)
