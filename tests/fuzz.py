@@ -36,12 +36,13 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import timm_ghn
-from timm_ghn import tensorfile
 from timm_ghn.cache import WeightCache
 from timm_ghn.cache.entry import DIGEST_KEY, HEADER_KEY
 from timm_ghn.errors import CheckpointError, TensorFileError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
 from timm_ghn.ghn.checkpoint import CONFIG_KEY, HASH_KEY
+from timm_ghn.tensorfile import write_file
+from timm_ghn.tensorreader import TensorReader
 
 HANG_SECONDS = 20
 MEMORY = 2 * 2**30
@@ -259,7 +260,8 @@ class Fuzzer:
         torch.save(ppuda_checkpoint(self.ghn), archive)
         torch.save(ppuda_checkpoint(self.ghn), bare, _use_new_zipfile_serialization=False)
         metadata = {CONFIG_KEY: json.dumps(self.ghn.config.to_dict()), HASH_KEY: self.hash}
-        tensors = tensorfile.to_bytes(self.ghn.state_dict(), metadata)
+        write_file(self.path, self.ghn.state_dict(), metadata)
+        tensors = self.path.read_bytes()
         pt, old, config = archive.getvalue(), bare.getvalue(), self.ghn.config.to_dict()
         entry, recipe = self.entry.path.read_bytes(), self.recipe.read_bytes()
         return [
@@ -326,7 +328,7 @@ class Fuzzer:
     def read_tensors(self, content: bytes) -> str:
         self.path.write_bytes(content)
         try:
-            with tensorfile.TensorFile(self.path) as file:
+            with TensorReader(self.path) as file:
                 total = sum(file.read(name).nbytes for name in file.specs)
         except TensorFileError as error:
             check_message(error)

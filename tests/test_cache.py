@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 import multiprocessing
 import os
@@ -14,7 +16,9 @@ import torch
 
 import timm_ghn
 from timm_ghn import initialize
-from timm_ghn.cache import WeightCache, cache_key
+from timm_ghn.cache import Damage, EntryInfo, WeightCache, cache_key
+from timm_ghn.cli import main
+from timm_ghn.cli.cache import _age, _size
 
 
 @pytest.fixture
@@ -150,43 +154,6 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     assert blocked.read_text() == "in the way"
 
 
-def test_a_full_disk_leaves_nothing_behind(
-    settings: timm_ghn.Init, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full")
-
-    def save_to_full_disk(tensors: object, path: Path, metadata: object) -> None:
-        Path(path).write_bytes(b"half of it")
-        Path("/dev/full").write_bytes(b"x")
-
-    monkeypatch.setattr("timm_ghn.cache.save_file", save_to_full_disk)
-    with caplog.at_level(logging.WARNING):
-        create(settings)
-    assert "No space left" in caplog.text
-    assert [p for p in (WeightCache.default().root / "weights").iterdir() if p.suffix != ".lock"] == []
-
-
-def _work(settings: timm_ghn.Init, barrier: object, results: object) -> None:
-    barrier.wait()  # type: ignore[attr-defined]
-    model = timm.create_model("test_vit", init=settings)
-    total = sum(float(tensor.double().sum()) for tensor in model.state_dict().values())
-    results.put((total, WeightCache.default().path("").parent.as_posix()))  # type: ignore[attr-defined]
-
-
-def test_many_processes_get_equal_weights_and_compute_once(settings: timm_ghn.Init) -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(4), context.Queue()
-    workers = [context.Process(target=_work, args=(settings, barrier, results)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    totals = {results.get(timeout=240)[0] for _ in workers}
-    for worker in workers:
-        worker.join(timeout=60)
-    assert len(totals) == 1
-    assert len(entries()) == 1
-
-
 def test_the_lock_makes_others_wait(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path)
     with cache.locked("key"):
@@ -207,3 +174,173 @@ def _take_lock(root: Path) -> None:
 def test_keys_do_not_depend_on_order() -> None:
     assert cache_key({"a": 1, "b": [2, 3]}) == cache_key({"b": [2, 3], "a": 1})
     assert cache_key({"a": 1}) != cache_key({"a": 2})
+
+
+# Upkeep
+
+
+@pytest.fixture
+def three(settings: timm_ghn.Init) -> list[str]:
+    """Keys of three entries, the last used first; used one, two and three days ago."""
+    keys = []
+    for seed in range(3):
+        create(timm_ghn.Init.of(settings, seed=seed))
+        (new,) = [info for info in WeightCache.default().entries() if info.key not in keys]
+        keys.append(new.key)
+        when = time.time() - (seed + 1) * 86400
+        os.utime(new.path, (when, when))
+    return keys
+
+
+def age(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_entries_say_what_made_them(three: list[str], settings: timm_ghn.Init) -> None:
+    infos = WeightCache.default().entries()
+    assert [info.key for info in infos] == three
+    assert [info.made["seed"] for info in infos] == [0, 1, 2]
+    made = infos[0].made
+    assert (made["model"], made["method"], made["version"]) == ("test_vit", "ghn-orth", timm_ghn.__version__)
+    assert (made["start_layer"], made["num_layers"]) == (18, 26)
+    assert all(info.size == info.path.stat().st_size and not info.problem for info in infos)
+
+
+def test_reading_an_entry_is_a_use(three: list[str], settings: timm_ghn.Init) -> None:
+    create(timm_ghn.Init.of(settings, seed=2))
+    assert [info.key for info in WeightCache.default().entries()] == [three[2], three[0], three[1]]
+
+
+def test_the_least_recently_used_go_first(three: list[str]) -> None:
+    cache = WeightCache.default()
+    size = cache.entries()[0].size
+    pruned = cache.prune(max_bytes=2 * size, dry_run=True)
+    assert [info.key for info in pruned.removed] == [three[2]]
+    assert len(cache.entries()) == 3
+    pruned = cache.prune(max_bytes=2 * size)
+    assert [info.key for info in pruned.removed] == [three[2]]
+    assert pruned.kept == 2 * size
+    assert pruned.freed > size  # with its recipe
+    assert [info.key for info in cache.entries()] == three[:2]
+    assert len(list(cache.recipes.iterdir())) == 2
+    pruned = cache.prune(max_age=1.5 * 86400)
+    assert [info.key for info in pruned.removed] == [three[1]]
+    assert cache.prune(max_bytes=0).kept == 0
+    assert sorted(cache.weights.iterdir()) == sorted(cache.recipes.iterdir()) == []
+
+
+def test_what_is_locked_stays(three: list[str]) -> None:
+    cache = WeightCache.default()
+    with cache.locked(three[1]):
+        pruned = cache.prune(max_bytes=0)
+        assert [info.key for info in pruned.in_use] == [three[1]]
+        assert [info.key for info in cache.entries()] == [three[1]]
+        assert cache.remove([three[1]]).in_use
+        assert cache.lock_path(three[1]).exists()
+    assert len(cache.remove([three[1]]).removed) == 1
+
+
+def test_leftovers_of_killed_processes_go(three: list[str]) -> None:
+    cache = WeightCache.default()
+    old, new = (cache.weights / f".{three[0]}.safetensors.{number}.0a1b2c3d.tmp" for number in (12, 13))
+    future = cache.recipes / ".x.json.1.0a1b2c3d.tmp"
+    other = cache.weights / "notes.tmp"
+    lock = cache.lock_path("0" * 64)
+    for path in (old, new, future, other, lock):
+        path.write_bytes(b"half of it")
+    age(old, 7200)
+    age(other, 7200)
+    age(future, -1e6)
+    pruned = cache.prune()
+    assert set(pruned.leftovers) == {old, future, lock}
+    assert pruned.freed == 30
+    assert pruned.removed == ()
+    assert new.exists()
+    assert other.exists()
+    assert cache.lock_path(three[0]).exists()
+
+
+def test_a_use_in_the_future_counts_as_now(three: list[str]) -> None:
+    cache = WeightCache.default()
+    age(cache.path(three[2]), -400 * 86400)
+    assert cache.entries()[0].key == three[2]
+    assert cache.entries()[0].last_use <= time.time()
+    cache.prune(max_age=1.5 * 86400)
+    assert [info.key for info in cache.entries()] == [three[2], three[0]]
+    assert cache.path(three[2]).stat().st_mtime <= time.time()
+
+
+def test_verify_names_what_is_damaged(three: list[str]) -> None:
+    cache = WeightCache.default()
+    assert len([result for result in cache.verify() if isinstance(result, EntryInfo)]) == 3
+    data = bytearray(cache.path(three[1]).read_bytes())
+    data[-1] ^= 1
+    cache.path(three[1]).write_bytes(data)
+    recipe = next(cache.recipes.iterdir())
+    recipe.write_text('{"key": "00"}')
+    damaged = [result for result in cache.verify() if isinstance(result, Damage)]
+    assert [result.path for result in damaged] == [cache.path(three[1]), recipe]
+    assert "does not match its hash" in damaged[0].problem
+    assert recipe in cache.prune().leftovers
+
+
+def test_a_recipe_of_another_call_is_not_followed(three: list[str], settings: timm_ghn.Init) -> None:
+    one, two, _ = sorted(WeightCache.default().recipes.iterdir())
+    first = create(timm_ghn.Init.of(settings, cache=False))
+    one.write_bytes(two.read_bytes())
+    two.unlink()
+    assert equal(first, create(settings))
+
+
+def run(*arguments: str) -> int:
+    return main(["cache", *arguments])
+
+
+def test_the_command_lists_verifies_and_removes(three: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("ls") == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].startswith(three[0][:12])
+    assert "1 d ago   test_vit  ghn-orth" in out
+    assert "3 entries, 2.2 MB" in out
+    assert run("ls", "--json") == 0
+    assert [info["key"] for info in json.loads(capsys.readouterr().out)] == three
+    assert run("verify") == 0
+    assert run("prune", "--older-than", "36h", "--dry-run") == 0
+    assert "would remove 2 entries" in capsys.readouterr().out
+    assert run("rm", three[0][:8]) == 0
+    assert f"removed {three[0][:12]}" in capsys.readouterr().out
+    os.truncate(WeightCache.default().path(three[1]), 5000)
+    assert run("verify") == 1
+    assert f"damaged: {WeightCache.default().path(three[1])}: " in capsys.readouterr().out
+    assert run("ls") == 0
+    assert three[1][:12] in capsys.readouterr().out
+    assert run("rm", "--all") == 0
+    assert WeightCache.default().entries() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rm"], "rm takes keys, or --all"),
+        (["rm", "--all", "abcd"], "rm takes keys, or --all"),
+        (["rm", "abcd"], "no entry has the key abcd"),
+    ],
+)
+def test_wrong_uses_of_the_command(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("20GB", 20 * 10**9), ("500 kb", 500_000), ("1.5GiB", 3 * 2**29), ("7", 7), ("3M", 3_000_000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert _size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "20XB", "-5MB", "1e9"])
+def test_wrong_sizes_and_ages(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+        _size(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="is no age"):
+        _age(text)

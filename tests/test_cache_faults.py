@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 import timm_ghn
 import timm_ghn.errors
 from timm_ghn.cache import Entry, WeightCache
-from timm_ghn.tensorfile import TensorFile
+from timm_ghn.tensorreader import TensorReader
 
 WORKER = Path(__file__).with_name("cache_worker.py")
 MODEL = "test_vit"
@@ -44,7 +45,7 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, torch.Tensor]:
-    return timm.create_model(MODEL, init=timm_ghn.Init("ghn-orth", cache=False)).state_dict()
+    return timm.create_model(MODEL, init=timm_ghn.Init("ghn-orth", ghn="bundled", cache=False)).state_dict()
 
 
 def run_worker(*arguments: str, timeout: int) -> dict[str, object]:
@@ -211,9 +212,9 @@ def test_a_file_that_vanishes_or_shrinks_while_it_is_read(expected: dict[str, to
     create()
     cache = WeightCache.default()
     (info,) = cache.entries()
-    with TensorFile(info.path) as file:
+    with TensorReader(info.path) as file:
         os.truncate(info.path, info.size // 2)  # a mapped file would end the process here
-        last = max(file.specs, key=lambda name: file.specs[name].start)
+        last = max(file.specs, key=lambda name: file.offsets[name])
         with pytest.raises(timm_ghn.errors.TensorFileError, match=f"the file ends inside of tensor {last}"):
             file.read(last)
     assert equal(create()[0], expected)
@@ -229,11 +230,17 @@ def entry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     before = os.environ.get("TIMM_GHN_CACHE")
     os.environ["TIMM_GHN_CACHE"] = str(root)
     try:
-        timm.create_model(MODEL, init="ghn-orth")
+        timm.create_model(MODEL, init=timm_ghn.Init("ghn-orth", ghn="bundled"))
     finally:
         os.environ.pop("TIMM_GHN_CACHE") if before is None else os.environ.update(TIMM_GHN_CACHE=before)
     (info,) = WeightCache(root).entries()
     return info.path, info.path.read_bytes()
+
+
+@functools.cache
+def scratch() -> dict[str, torch.Tensor]:
+    """Memory to read weights into."""
+    return {name: parameter.data for name, parameter in timm.create_model(MODEL).named_parameters()}
 
 
 def is_served(entry: tuple[Path, bytes], content: bytes) -> bool:
@@ -244,8 +251,7 @@ def is_served(entry: tuple[Path, bytes], content: bytes) -> bool:
         found = WeightCache(path.parent.parent).open(path.stem)
         if found is None:
             return False
-        model = timm.create_model(MODEL)
-        return found.copy_to({name: p.data for name, p in model.named_parameters() if name in found.names})
+        return found.copy_to({name: tensor for name, tensor in scratch().items() if name in found.names})
     finally:
         path.write_bytes(sound)
 
@@ -255,8 +261,10 @@ def test_the_sound_entry_is_served(entry: tuple[Path, bytes]) -> None:
 
 
 def sections(entry: tuple[Path, bytes]) -> dict[str, range]:
-    with TensorFile(entry[0]) as file:
-        spans = {name: range(spec.start, spec.start + spec.num_bytes) for name, spec in file.specs.items()}
+    with TensorReader(entry[0]) as file:
+        spans = {
+            name: range(file.offsets[name], file.offsets[name] + spec.num_bytes) for name, spec in file.specs.items()
+        }
     start = min(span.start for span in spans.values())
     return {"length": range(8), "header": range(8, start), **spans}
 

@@ -18,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import timm_ghn
-from timm_ghn import tensorfile
 from timm_ghn.errors import TensorFileError
 from timm_ghn.export import save
 from timm_ghn.ghn import write_safetensors
+from timm_ghn.report import Status
+from timm_ghn.tensorfile import write_file
+from timm_ghn.tensorreader import TensorReader, bytes_of
 
 MODEL = "test_vit"
 PROGRAM = """
@@ -74,16 +76,28 @@ def test_bytes_do_not_depend_on_process_threads_or_hash_seed(
     assert produce(tmp_path, **environment)[1] == first[1]
 
 
-def relative_difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-    """Largest difference, relative to the largest value of the tensor."""
+PREDICTED, ORTHOGONALIZED = 1e-5, 5e-3
+"""Tolerances, relative to the largest value of a tensor. Orthogonalized weights are those of nearly dependent columns
+(condition numbers of 1e3 to 1e6), which magnifies the rounding of what is orthogonalized."""
+
+
+def check_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    """Compare weights, those that are post-processed by a wider measure."""
+    report = timm_ghn.report_of(timm.create_model(MODEL, init=timm_ghn.Init("ghn-orth", ghn="bundled")))
+    assert report is not None
+    status = {row.name: row.status for row in report.parameters}
     assert one.keys() == two.keys()
-    pairs = [(one[name].double(), two[name].double()) for name in one if one[name].is_floating_point()]
-    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) for a, b in pairs)
+    worst = {PREDICTED: 0.0, ORTHOGONALIZED: 0.0}
+    for name in one:
+        a, b = one[name].double(), two[name].double()
+        limit = ORTHOGONALIZED if status.get(name) is Status.PREDICTED_ORTHOGONALIZED else PREDICTED
+        worst[limit] = max(worst[limit], float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)))
+    print(f"largest differences: predicted {worst[PREDICTED]:.1e}, orthogonalized {worst[ORTHOGONALIZED]:.1e}")
+    assert all(difference <= limit for limit, difference in worst.items())
 
 
 CPUS = {
-    "no vector instructions in torch": {"ATEN_CPU_CAPABILITY": "default"},
-    "SSE4.2 in MKL": {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "MKL_CBWR": "COMPATIBLE"},
+    "another MKL": {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "MKL_CBWR": "COMPATIBLE"},
     "an old CPU": {
         "ATEN_CPU_CAPABILITY": "default",
         "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
@@ -98,12 +112,7 @@ def test_values_agree_to_rounding_on_other_cpus(first: tuple[Path, list[str]], t
     capability, _ = produce(tmp_path, **CPUS[name])
     if "ATEN_CPU_CAPABILITY" in CPUS[name] and capability:
         assert capability in ("DEFAULT", "NO AVX")
-    difference = relative_difference(weights(first[0]), weights(tmp_path))
-    print(f"{name}: largest relative difference {difference:.2g}")
-    assert difference <= TOLERANCE
-
-
-TOLERANCE = 1e-4
+    check_equal(weights(first[0]), weights(tmp_path))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -111,7 +120,7 @@ def test_values_agree_on_cuda() -> None:
     init = timm_ghn.Init("ghn-orth", ghn="bundled", cache=False)
     cpu = timm.create_model(MODEL, init=init).state_dict()
     cuda = timm.create_model(MODEL, init=init, device="cuda").state_dict()
-    assert relative_difference(cpu, {name: tensor.cpu() for name, tensor in cuda.items()}) <= TOLERANCE
+    check_equal(cpu, {name: tensor.cpu() for name, tensor in cuda.items()})
 
 
 # Files
@@ -163,28 +172,29 @@ def test_files_agree_with_the_safetensors_package(
     metadata: dict[str, str],
 ) -> None:
     tensors = {name: made(*what) for name, what in description.items()}
-    content = tensorfile.to_bytes(tensors, metadata)
-    theirs = safetensors.torch.load(content)
-    assert theirs.keys() == tensors.keys()
     path = tmp_path_factory.mktemp("file") / "a.safetensors"
+    write_file(path, tensors, metadata)
+    theirs = safetensors.torch.load_file(path)
+    assert theirs.keys() == tensors.keys()
     path.write_bytes(safetensors.torch.save(tensors, metadata or None))
-    with tensorfile.TensorFile(path) as file:
+    with TensorReader(path) as file:
         assert file.metadata == metadata
         for name, tensor in tensors.items():
             for other in (theirs[name], file.read(name)):
                 assert other.dtype == tensor.dtype
                 assert other.shape == tensor.shape
-                assert bytes(tensorfile.bytes_of(other.contiguous())) == bytes(tensorfile.bytes_of(tensor.contiguous()))
+                assert bytes(bytes_of(other.contiguous())) == bytes(bytes_of(tensor.contiguous()))
 
 
 def test_float32_files_are_those_of_the_package(tmp_path: Path) -> None:
     tensors = {"b": torch.ones(3), "a.weight": torch.zeros(2, 5), "c": torch.tensor(1.0)}
-    assert tensorfile.to_bytes(tensors, {"format": "pt"}) == safetensors.torch.save(tensors, {"format": "pt"})
+    write_file(tmp_path / "x", tensors, {"format": "pt"})
+    assert (tmp_path / "x").read_bytes() == safetensors.torch.save(tensors, {"format": "pt"})
 
 
 def test_types_without_a_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TensorFileError, match=r"x is torch.complex128, for which safetensors has no name"):
-        tensorfile.write(tmp_path / "x", {"x": torch.zeros(1, dtype=torch.complex128)}, {})
+    with pytest.raises(ValueError, match=r"x is torch.complex128, which a safetensors file does not hold"):
+        write_file(tmp_path / "x", {"x": torch.zeros(1, dtype=torch.complex128)}, {})
     assert not (tmp_path / "x").exists()
 
 
@@ -197,4 +207,4 @@ def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
         path.mkdir()
     error, match = (FileNotFoundError, "x") if kind == "missing" else (TensorFileError, "not a regular file")
     with pytest.raises(error, match=match):
-        tensorfile.TensorFile(path)
+        TensorReader(path)

@@ -93,14 +93,14 @@ def initialize_(
     outcome = _recall(cache, key, parameters, deferred) if cache and key else None
     if outcome is None:
         plan = make_plan(model, init, hypernetwork, input_size=input_size, example_input=example_input)
-        outcome = _fill(plan, cache, deferred, key)
+        outcome = _fill(plan, cache, deferred, key, model_name(model))
     facts = outcome.facts if hypernetwork is None else outcome.facts.with_ghn(hypernetwork.name)
     fill_others(model, facts, postprocess_settings(init), deferred, lambda *_: None)
     record_(model, facts.provenance)
     return facts.report(model, from_cache=outcome.from_cache, seconds=time.perf_counter() - start)
 
 
-def _fill(plan: Plan, cache: WeightCache | None, deferred: DeferredRandom, recipe: str | None) -> _Outcome:
+def _fill(plan: Plan, cache: WeightCache | None, deferred: DeferredRandom, recipe: str | None, model: str) -> _Outcome:
     """Write all generated weights, from the cache or computed."""
     facts = Facts.of(plan)
     if cache is None or not plan.generated:
@@ -112,7 +112,7 @@ def _fill(plan: Plan, cache: WeightCache | None, deferred: DeferredRandom, recip
         if found is None:
             blocks = _compute(plan, deferred)
             tensors = {name: plan.parameters[name].data for name in plan.generated if name not in blocks}
-            cache.write(key, tensors, blocks, facts.to_dict())
+            cache.write(key, tensors, blocks, facts.to_dict(), model=model)
         if recipe is not None:
             cache.remember(recipe, key)
     return _Outcome(facts, from_cache=False) if found is None else _Outcome(found, from_cache=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 CACHE_VARIABLE = "TIMM_GHN_CACHE"
@@ -35,11 +36,24 @@ def is_offline() -> bool:
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file so that a reader sees all of it or nothing, also when the writer dies.
 
-    The data go to a file of another name in the same folder, which then replaces `path` in one step.
-
     Args:
         path: File to write; its folder is created.
         data: The whole content.
+
+    Raises:
+        OSError: If the folder or the file cannot be written. An existing file is then left as it was.
+    """
+    save_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def save_atomically(path: str | os.PathLike[str], save: Callable[[Path], object], *, durable: bool = True) -> None:
+    """Have a file written under another name in the same folder, which then replaces `path` in one step.
+
+    Args:
+        path: File to write; its folder is created.
+        save: Writes the whole content to a path at which there is nothing.
+        durable: Whether to wait until the content is on the disk. Without it, a file may be there without its content
+            after a power failure, though not after a crash of the program.
 
     Raises:
         OSError: If the folder or the file cannot be written. An existing file is then left as it was.
@@ -48,10 +62,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        save(temporary)
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

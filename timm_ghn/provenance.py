@@ -135,7 +135,7 @@ class Facts:
     def report(self, model: nn.Module, *, from_cache: bool, seconds: float) -> Report:
         """The report of an initialization of a model."""
         return Report(
-            model=_model_name(model),
+            model=model_name(model),
             provenance=self.provenance.to_dict(),
             parameters=self.parameters,
             num_layers=self.provenance.num_layers,
@@ -149,8 +149,11 @@ def provenance(model: nn.Module) -> dict[str, Any] | None:
     """What a model was initialized with, from its `pretrained_cfg`; None if it was not initialized by timm-ghn."""
     for note in (getattr(model, "pretrained_cfg", None) or {}).get("notes") or ():
         if isinstance(note, str) and note.startswith(_PREFIX):
-            found: dict[str, Any] = json.loads(note[len(_PREFIX) :])
-            return found
+            try:
+                found = json.loads(note[len(_PREFIX) :])
+            except (ValueError, RecursionError):  # the configuration may be anybody's
+                continue
+            return found if isinstance(found, dict) else None
     return None
 
 
@@ -177,6 +180,7 @@ def _outcome(plan: Plan, name: str) -> tuple[Status, str]:
     return status, plan.reasons.get(name, "" if processed else f"not changed by {plan.init.method}")
 
 
-def _model_name(model: nn.Module) -> str:
+def model_name(model: nn.Module) -> str:
+    """What a model is called in reports: its architecture in timm, else its class."""
     config = getattr(model, "pretrained_cfg", None) or {}
     return str(config.get("architecture") or type(model).__name__)

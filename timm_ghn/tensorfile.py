@@ -18,13 +18,13 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-_TYPES = {
+TYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
     torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.complex64: "C64", torch.float64: "F64",
     torch.int64: "I64",
 }  # fmt: skip
 """Names of types, in the reverse order in which tensors lie in a file, which keeps them aligned."""
-_RANKS = {dtype: rank for rank, dtype in enumerate(_TYPES)}
+_RANKS = {dtype: rank for rank, dtype in enumerate(TYPES)}
 _ALIGNMENT = 8
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -83,7 +83,7 @@ class TensorFile:
         begins: dict[str, int] = {}
         for name in names:
             begins[name], end = end, end + specs[name].num_bytes
-            kind = _TYPES[specs[name].dtype]
+            kind = TYPES[specs[name].dtype]
             header[name] = {"dtype": kind, "shape": list(specs[name].shape), "data_offsets": [begins[name], end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
@@ -110,6 +110,20 @@ class TensorFile:
         with open(self.path, "r+b") as file:
             file.seek(self.offsets[name])
             file.write(data.numpy().data)
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a new file of tensors that are all there; the same content gives the same bytes.
+
+    The package's own writer puts metadata of several keys into another order at every call.
+
+    Raises:
+        FileExistsError, OSError, ValueError: As `TensorFile.create`.
+    """
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    file = TensorFile.create(path, specs, dict(sorted(metadata.items())))
+    for name in sorted(specs, key=lambda name: file.offsets[name]):
+        file.write(name, tensors[name])
 
 
 @dataclass(frozen=True)

@@ -1,80 +1,40 @@
-"""Safetensors files, byte for byte reproducible when written, and read without trust and without memory mapping.
+"""Safetensors files, read without trust and without memory mapping.
 
-The format is that of the safetensors package (https://github.com/huggingface/safetensors#format), whose readers and
-writers these files are tested against. Three things are done differently here, for files that many machines share:
+The format is that of the safetensors package (https://github.com/huggingface/safetensors#format). Two things are done
+differently from its readers, for files that many machines share:
 
-- The metadata are written in sorted order. The package's order changes from call to call, so that two files of the
-  same content differ.
 - Nothing is mapped into memory. A mapped file that is truncated, or removed by another client of a network file
   system, ends the process with SIGBUS; a read that fails raises.
-- A tensor is read straight into memory that exists already.
+- A tensor is read straight into memory that exists already, by several threads if need be.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import os
 import stat
 import struct
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from timm_ghn.errors import TensorFileError
+from timm_ghn.tensorfile import TYPES, TensorSpec
 
 MAX_HEADER_BYTES = 16 * 2**20
 """Longer headers are refused. That of a model of 10,000 tensors has about 3 MB with all that a cache notes."""
 _MAX_RANK = 32
 _METADATA = "__metadata__"
-_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
-)
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor of a file.
-
-    Attributes:
-        dtype: Type of its elements.
-        shape: Shape.
-        start: Offset of its first byte in the file.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all elements."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class TensorFile:
+class TensorReader:
     """An open safetensors file, whose header has been checked: every tensor lies inside of it, and none overlap.
 
     Args:
@@ -93,12 +53,12 @@ class TensorFile:
         self._lock = threading.Lock()
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
         try:
-            self.metadata, self.specs = _read_header(self._file)
+            self.metadata, self.specs, self.offsets = _read_header(self._file)
         except BaseException:
             self._file.close()
             raise
 
-    def __enter__(self) -> TensorFile:
+    def __enter__(self) -> TensorReader:
         return self
 
     def __exit__(
@@ -131,7 +91,7 @@ class TensorFile:
         spec = self.specs[name]
         if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape) or not tensor.is_contiguous():
             raise TensorFileError(f"tensor {name} is {spec.dtype} of shape {spec.shape} in the file")
-        buffer, offset = bytes_of(tensor), spec.start
+        buffer, offset = bytes_of(tensor), self.offsets[name]
         while len(buffer):
             count = self._read_at(buffer, offset)
             if count == 0:
@@ -144,35 +104,6 @@ class TensorFile:
         with self._lock:
             self._file.seek(offset)
             return self._file.readinto(buffer) or 0
-
-
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a new file; the same content gives the same bytes.
-
-    Args:
-        path: File that does not exist yet. Where a reader might see it, write under another name and rename it.
-        tensors: Tensors of any device and strides. Those that share memory are written once each.
-        metadata: Text by key.
-
-    Raises:
-        TensorFileError: If a tensor has a type that the format has no name for, or the header would be too long.
-        OSError: If the file cannot be written; what is there of it stays.
-    """
-    header, names = _make_header(tensors, metadata)
-    with open(path, "xb") as file:
-        _write_to(file, header, names, tensors)
-
-
-def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The content of the file that `write` would write.
-
-    Raises:
-        TensorFileError: As `write`.
-    """
-    header, names = _make_header(tensors, metadata)
-    stream = io.BytesIO()
-    _write_to(stream, header, names, tensors)
-    return stream.getvalue()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -194,28 +125,8 @@ def _write_to(file: BinaryIO, header: bytes, names: Sequence[str], tensors: Mapp
         file.write(bytes_of(tensors[name].detach().cpu().contiguous()))
 
 
-def _make_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
-    """The header with its length, and the names in the order of their data: large elements first, for alignment."""
-    unknown = next((name for name, tensor in tensors.items() if tensor.dtype not in _NAMES), None)
-    if unknown is not None:
-        raise TensorFileError(f"{unknown} is {tensors[unknown].dtype}, for which safetensors has no name")
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    table: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name in names:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise TensorFileError(f"a header of {len(text):,} bytes is too long")
-    return struct.pack("<Q", len(text)) + text, names
-
-
-def _read_header(file: BinaryIO | Any) -> tuple[dict[str, str], dict[str, TensorSpec]]:
-    """Metadata and tensors of a file.
+def _read_header(file: BinaryIO | Any) -> tuple[dict[str, str], dict[str, TensorSpec], dict[str, int]]:
+    """Metadata, tensors, and where in the file they begin.
 
     Raises:
         TensorFileError: If the header is damaged or promises other data than there are.
@@ -234,19 +145,20 @@ def _read_header(file: BinaryIO | Any) -> tuple[dict[str, str], dict[str, Tensor
     metadata = table.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise TensorFileError("its metadata are not texts")
-    specs = {name: _spec(name, entry, 8 + length) for name, entry in table.items()}
+    specs = {name: _spec(name, entry) for name, entry in table.items()}
+    offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in table.items()}
     end = 8 + length
-    for name, spec in sorted(specs.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
-        if spec.start != end:
+    for name in sorted(specs, key=lambda name: (offsets[name], specs[name].num_bytes)):
+        if offsets[name] != end:
             raise TensorFileError(f"tensor {_short(name)} does not begin where the one before it ends")
-        end += spec.num_bytes
+        end += specs[name].num_bytes
     if end != size:
         raise TensorFileError(f"it has {size:,} bytes, and its header promises {_short(end)}")
-    return metadata, specs
+    return metadata, specs, offsets
 
 
-def _spec(name: str, entry: Any, base: int) -> TensorSpec:
-    """A checked entry of the header; offsets in the file count from `base`."""
+def _spec(name: str, entry: Any) -> TensorSpec:
+    """A checked entry of the header."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise TensorFileError(f"the header's entry of {_short(name)} is none of a tensor")
     dtype, shape, offsets = (entry[key] for key in ("dtype", "shape", "data_offsets"))
@@ -256,7 +168,7 @@ def _spec(name: str, entry: Any, base: int) -> TensorSpec:
         raise TensorFileError(f"tensor {_short(name)} has no possible shape")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise TensorFileError(f"tensor {_short(name)} has no possible offsets")
-    spec = TensorSpec(_DTYPES[dtype], tuple(shape), base + offsets[0])
+    spec = TensorSpec(_DTYPES[dtype], tuple(shape))
     if spec.num_bytes != offsets[1] - offsets[0]:
         raise TensorFileError(f"tensor {_short(name)} does not have the bytes of its shape")
     return spec

@@ -17,11 +17,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from timm_ghn import tensorfile
 from timm_ghn.errors import CacheError, TimmGhnError
 from timm_ghn.ghn.model import Prediction
 from timm_ghn.graph import Layout, Role, Target
-from timm_ghn.tensorfile import TensorFile
+from timm_ghn.tensorfile import write_file
+from timm_ghn.tensorreader import TensorReader, bytes_of
 
 _logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Entry:
             CacheError: If it is damaged, of another format, or the entry of another key.
             OSError, TensorFileError: If the file cannot be read, or its header is damaged.
         """
-        with TensorFile(path) as file:
+        with TensorReader(path) as file:
             header = read_header(file.metadata)
             if header.get("format") != FORMAT or header.get("key") != key:
                 raise CacheError("it was made by another version or for something else")
@@ -98,7 +98,7 @@ class Entry:
         try:
             names = sorted(self.digests, key=lambda name: -parameters[name].numel())
             parts = [names[i::workers] for i in range(workers)]
-            with TensorFile(self.path) as file, ThreadPoolExecutor(max_workers=workers) as pool:
+            with TensorReader(self.path) as file, ThreadPoolExecutor(max_workers=workers) as pool:
                 for _ in pool.map(lambda part: self._copy(file, part, parameters), parts):
                     pass
         except UNREADABLE as error:
@@ -113,15 +113,15 @@ class Entry:
         Raises:
             CacheError, TensorFileError, OSError: If one does not have its hash, or cannot be read.
         """
-        with TensorFile(self.path) as file:
+        with TensorReader(self.path) as file:
             for name in file.specs:
                 self._verified(file, name)
 
-    def _copy(self, file: TensorFile, names: Sequence[str], parameters: Mapping[str, Tensor]) -> None:
+    def _copy(self, file: TensorReader, names: Sequence[str], parameters: Mapping[str, Tensor]) -> None:
         for name in names:
             self._place(name, self._verified(file, name), parameters[name])
 
-    def _verified(self, file: TensorFile, name: str) -> Tensor:
+    def _verified(self, file: TensorReader, name: str) -> Tensor:
         """A tensor of the file that has its hash.
 
         Raises:
@@ -175,7 +175,7 @@ def write_entry(
     }
     text = json.dumps(header, sort_keys=True)
     metadata = {"format": "pt", HEADER_KEY: text, DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
-    tensorfile.write(path, stored, metadata)
+    write_file(path, stored, metadata)
 
 
 def read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def digest_of(tensor: Tensor) -> str:
     of any kind. SHA-256 takes three times as long as reading does.
     """
     digest = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}\0".encode())
-    digest.update(tensorfile.bytes_of(tensor))
+    digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from timm_ghn.cache import upkeep
 from timm_ghn.cache.entry import FORMAT, UNREADABLE, Entry, warn_damaged, write_entry
-from timm_ghn.errors import CacheError, TimmGhnError
+from timm_ghn.errors import CacheError
 from timm_ghn.ghn.model import Prediction
-from timm_ghn.paths import cache_directory
+from timm_ghn.paths import cache_directory, save_atomically
 
 _logger = logging.getLogger(__name__)
 
@@ -193,26 +192,14 @@ def _recipe_digest(recipe: str, key: str) -> str:
 
 
 def _write(path: Path, save: Callable[[Path], object]) -> bool:
-    """Have a file written under another name, and give it its own; a failure is a warning and leaves nothing.
+    """Write a file, all of it or nothing; a failure is a warning.
 
     Nothing is flushed to the disk here: after a power failure a file may be there without its content, which its
     hash gives away.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(temporary)
-        os.replace(temporary, path)
-        return True
-    except (OSError, TimmGhnError) as error:
+        save_atomically(path, save, durable=False)
+    except (OSError, ValueError) as error:
         _logger.warning("The weights cannot be kept in the cache, %s: %s", path, error)
         return False
-    finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        _logger.debug("cannot remove %s: %s", path, error)
+    return True

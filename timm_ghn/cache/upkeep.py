@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from timm_ghn.cache.entry import UNREADABLE, Entry, read_header
 from timm_ghn.errors import CacheError
-from timm_ghn.tensorfile import TensorFile
+from timm_ghn.tensorreader import TensorReader
 
 if TYPE_CHECKING:
     from timm_ghn.cache.store import WeightCache
@@ -212,7 +212,7 @@ def _info(path: Path, now: float) -> EntryInfo | None:
     made: dict[str, Any] = {}
     problem = ""
     try:
-        with TensorFile(path) as file:
+        with TensorReader(path) as file:
             made = _made(read_header(file.metadata))
     except UNREADABLE as error:
         problem = _reason(error)

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from timm_ghn import tensorfile
 from timm_ghn.errors import CheckpointError, TensorFileError
 from timm_ghn.ghn import pickles
 from timm_ghn.ghn.config import MAX_PARAMETERS, GHNConfig, GHNInfo
 from timm_ghn.ghn.model import GHN
-from timm_ghn.paths import write_atomically
-from timm_ghn.tensorfile import TensorFile
+from timm_ghn.paths import save_atomically
+from timm_ghn.tensorfile import write_file
+from timm_ghn.tensorreader import TensorReader
 
 CONFIG_KEY = "timm_ghn"
 """Metadata key of a safetensors file whose value is the GHN's configuration as JSON."""
@@ -124,7 +124,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> GHN:
 def _read_once(path: str, *_: int) -> GHN:
     """The GHN in a file of that inode, size and time. It is never handed out, so that nobody can change it."""
     try:
-        with TensorFile(path) as file:
+        with TensorReader(path) as file:
             metadata = dict(file.metadata)
             config = _config(_json(metadata.pop(CONFIG_KEY, None), str(path)), str(path))
             _check_shapes({key: spec.shape for key, spec in file.specs.items()}, config, str(path))
@@ -157,7 +157,7 @@ def write_safetensors(ghn: GHN, path: str | os.PathLike[str], metadata: Mapping[
     facts = {"format": "pt", **(metadata or {})}
     facts[CONFIG_KEY] = json.dumps(ghn.config.to_dict())
     facts[HASH_KEY] = content_hash(ghn)
-    write_atomically(path, tensorfile.to_bytes(tensors, facts))
+    save_atomically(path, lambda temporary: write_file(temporary, tensors, facts))
 
 
 def from_module(module: nn.Module, name: str = "live module") -> GHN:

@@ -41,7 +41,7 @@ _PUTS = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _GETS = {"BINGET", "LONG_BINGET"}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _IGNORED = {"PROTO", "FRAME", "STOP"}
-_MAX_PROTOCOL = 5
+_PROTOCOLS = range(2, 6)
 
 StorageCheck = Callable[[str, int], bool]
 """Whether the storage of that key can have so many bytes."""
@@ -93,7 +93,7 @@ class _Machine:
     def step(self, name: str, argument: Any) -> None:
         stack = self._stack
         if name in _IGNORED:
-            if name == "PROTO" and argument > _MAX_PROTOCOL:
+            if name == "PROTO" and argument not in _PROTOCOLS:
                 raise UnsafePickleError(f"protocol {argument}")
             return
         if name in _VALUES:
