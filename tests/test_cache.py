@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -152,23 +151,6 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     assert equal(weights, create(timm_ghn.Init.of(settings, cache=False)))
     assert "cannot be kept in the cache" in caplog.text
     assert blocked.read_text() == "in the way"
-
-
-def test_the_lock_makes_others_wait(tmp_path: Path) -> None:
-    cache = WeightCache(tmp_path)
-    with cache.locked("key"):
-        context = multiprocessing.get_context("spawn")
-        waiting = context.Process(target=_take_lock, args=(tmp_path,))
-        waiting.start()
-        time.sleep(4)
-        assert not (tmp_path / "taken").exists()
-    waiting.join(timeout=120)
-    assert (tmp_path / "taken").exists()
-
-
-def _take_lock(root: Path) -> None:
-    with WeightCache(root).locked("key"):
-        (root / "taken").touch()
 
 
 def test_keys_do_not_depend_on_order() -> None:

@@ -22,7 +22,7 @@ from timm_ghn.ghn import Prediction
 from timm_ghn.graph import Layout
 from timm_ghn.methods import Init, Source
 from timm_ghn.plan import Hypernetwork, Plan, check_memory, find_hypernetwork, make_plan, postprocess_settings
-from timm_ghn.provenance import Facts, record_
+from timm_ghn.provenance import Facts, model_name, record_
 from timm_ghn.report import Report
 
 _logger = logging.getLogger(__name__)
