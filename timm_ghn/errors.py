@@ -49,3 +49,7 @@ class FineTuneError(TimmGhnError, RuntimeError):
 
 class MissingDependencyError(TimmGhnError, ImportError):
     """An optional package is needed for what was asked."""
+
+
+class PushError(TimmGhnError, OSError):
+    """Something could not be pushed to the Hub, or should not be."""

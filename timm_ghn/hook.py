@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -102,6 +103,11 @@ def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         name, config, tag = _split_request(model_name, pretrained_cfg)
         if init is None and tag is None:
             return original(model_name, pretrained, pretrained_cfg, *args, **kwargs)
+        if is_hub_source(init):
+            _check_alone(
+                str(init), model_name, pretrained, tag, kwargs.get("checkpoint_path") or (args[1:2] and args[1])
+            )
+            return _from_hub(functools.partial(original, name, False, config, *args, **kwargs), str(init), name)
         settings = _settings(init, tag)
         if pretrained and tag is None:
             raise InitError(
@@ -116,6 +122,28 @@ def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
     create_model.__timm_ghn__ = True  # type: ignore[attr-defined]
     return create_model
+
+
+def is_hub_source(init: object) -> bool:
+    """Whether `init=` asks for ready-made weights of the Hub."""
+    return isinstance(init, str) and init.startswith("hf-hub:")
+
+
+def _check_alone(init: str, name: str, pretrained: bool, tag: str | None, checkpoint: object) -> None:
+    """Raises InitError if something else asks for weights, too."""
+    other = f"the tag {tag!r}" if tag else "pretrained=True" if pretrained else "checkpoint_path" if checkpoint else ""
+    if other:
+        raise InitError(f"init={init!r} and {other} ask for different weights of {name!r}; leave one out")
+
+
+def _from_hub(build: Callable[[], nn.Module], source: str, name: str) -> nn.Module:
+    """Build a model with ready-made weights of the Hub."""
+    from timm_ghn.hub.pull import create_from_hub
+
+    model, report = create_from_hub(build, source, name)
+    _reports[model] = report
+    _logger.info("%s", report)
+    return model
 
 
 def _split_request(model_name: str, pretrained_cfg: Any) -> tuple[str, Any, str | None]:
@@ -179,7 +207,13 @@ def _initialized(
     deferred = DeferredRandom(settings.seed)
     with seeded(settings.seed), deferred:
         model = build()
-    report = initialize_(model, settings, input_size=input_size_of(model, kwargs), deferred=deferred, recipe=recipe)
+    report = None
+    if recipe is not None and os.environ.get("TIMM_GHN_HUB_ORG"):
+        from timm_ghn.hub.pull import from_organization
+
+        report, settings = from_organization(model, settings, recipe["create_model"], deferred)
+    if report is None:
+        report = initialize_(model, settings, input_size=input_size_of(model, kwargs), deferred=deferred, recipe=recipe)
     _reports[model] = report
     _logger.info("%s", report)
     return model

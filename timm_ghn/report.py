@@ -53,6 +53,7 @@ class Report:
         start_layer: L, 1-based; None if no layer was post-processed.
         from_cache: Whether the weights came from the cache.
         seconds: Time that it took, without the construction of the model.
+        source: Repository of the Hub that ready-made weights were taken from; None if they were not.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Report:
     start_layer: int | None
     from_cache: bool
     seconds: float
+    source: str | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -87,6 +89,7 @@ class Report:
             "start_layer": self.start_layer,
             "from_cache": self.from_cache,
             "seconds": self.seconds,
+            "source": self.source,
             "parameters": [
                 {"name": p.name, "shape": list(p.shape), "status": p.status.value, "reason": p.reason}
                 for p in self.parameters
@@ -94,7 +97,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        source = "cache" if self.from_cache else "computed"
+        source = self.source or ("cache" if self.from_cache else "computed")
         return (
             f"{self.model}: {self.provenance['method']}, {self.num_parameters:,} parameters, "
             f"{self.predicted_share:.1%} predicted, L = {self.start_layer} of {self.num_layers} layers "

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 from timm_ghn._version import __version__
-from timm_ghn.cli import cache, coverage, doctor, ghns, graph, init, run, train
+from timm_ghn.cli import cache, coverage, doctor, ghns, graph, init, push, run, train
 from timm_ghn.cli.common import PROGRAM, CommandError, logging_to_stderr
 from timm_ghn.errors import TimmGhnError
 
@@ -24,6 +24,7 @@ _COMMANDS = {
     "graph": graph,
     "coverage": coverage,
     "ghns": ghns,
+    "push": push,
     "cache": cache,
     "doctor": doctor,
     "train": train,

@@ -191,7 +191,9 @@ def load_ghn(source: str | os.PathLike[str] | nn.Module, *, download: bool = Tru
     if not isinstance(source, str):
         return checkpoint.read(source)
     if source.startswith(HUB_PREFIX):
-        return _load_from_hub(source, download and not is_offline())
+        from timm_ghn.hub.ghns import pull_ghn
+
+        return pull_ghn(source, download=download)
     if source in NAMED_GHNS:
         return _load_named(NAMED_GHNS[source], download and not is_offline())
     path = Path(source).expanduser()
@@ -380,26 +382,3 @@ class _HTTPSHandler(urllib.request.HTTPSHandler):
 def _opener() -> urllib.request.OpenerDirector:
     """Opens http, https and file URLs; takes proxies from the environment."""
     return urllib.request.build_opener(_HTTPHandler, _HTTPSHandler)
-
-
-def _load_from_hub(source: str, online: bool) -> GHN:
-    """Load `ghn.safetensors` of a Hugging Face Hub repository."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    repository, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
-    try:
-        path = huggingface_hub.hf_hub_download(
-            repository, HUB_FILE, revision=revision or None, local_files_only=not online
-        )
-    except errors.LocalEntryNotFoundError as error:
-        raise DownloadError(f"{source} is not on disk, and the Hub cannot be reached: {error}") from error
-    except errors.EntryNotFoundError as error:
-        raise DownloadError(
-            f"{source} has no {HUB_FILE}. Pickled checkpoints (.pt) are not read from the Hub: "
-            "download the file yourself, and load it by its path"
-        ) from error
-    except (OSError, ValueError) as error:  # HfHubHTTPError, connection and repository name errors
-        raise DownloadError(f"{source} could not be fetched from the Hub: {error}") from error
-    ghn = checkpoint.read_safetensors(path)
-    return _named(ghn, source)

@@ -1,0 +1,120 @@
+"""`timm-ghn push`: initialize models and push them to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from timm_ghn.cli.common import METHODS, CommandError, close_matches, parse_start_layer, table
+
+if TYPE_CHECKING:
+    from timm_ghn.hub.push import Pushed
+
+HELP = "initialize models and push them to the Hugging Face Hub"
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments and the handler."""
+    parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="names of timm models, or patterns: 'convnext*'")
+    parser.add_argument(
+        "--org", required=True, metavar="ORG", help="organization or user; repositories are ORG/NAME.METHOD"
+    )
+    parser.add_argument("--method", choices=METHODS[:-1], default=METHODS[0], help=f"(default: {METHODS[0]})")
+    parser.add_argument("--ghn", help="name, path or hf-hub:organization/name of a GHN")
+    parser.add_argument("--noise", type=float, help="beta, the scale of the noise before orthogonalization")
+    parser.add_argument(
+        "--start-layer",
+        type=parse_start_layer,
+        metavar="L",
+        help="first layer to orthogonalize: its number from 1, a fraction of the depth, or the name of a module",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of noise and of random weights (default: 0)")
+    parser.add_argument(
+        "--max-shard-size",
+        type=_size,
+        metavar="SIZE",
+        help="split larger weights (default: 20GB, as the Hub recommends)",
+    )
+    add_push_arguments(parser)
+    parser.add_argument("--license", default="apache-2.0", help="licence of the weights (default: apache-2.0)")
+    parser.set_defaults(handler=run)
+
+
+def add_push_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how something is pushed."""
+    parser.add_argument("--private", action="store_true", default=None, help="make new repositories private")
+    parser.add_argument("--create-pr", action="store_true", help="open pull requests instead of pushing")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; created if need be")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there, whoever made it")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be pushed, and do nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Push the models and print a table of what became of them."""
+    from timm_ghn.ghn import load_ghn
+    from timm_ghn.hub.push import Outcome, push_all
+    from timm_ghn.methods import Init
+
+    names = _names(args.patterns)
+    given: dict[str, Any] = {"noise": args.noise, "start_layer": args.start_layer}
+    if args.ghn is not None:
+        given["ghn"] = load_ghn(args.ghn)
+    init = Init(args.method, seed=args.seed, **{key: value for key, value in given.items() if value is not None})
+    options = push_options(args, **({} if args.max_shard_size is None else {"shard_bytes": args.max_shard_size}))
+    results = list(push_all(names, args.org, init=init, options=options))
+    print_results(results)
+    return 1 if any(result.outcome is Outcome.FAILED for result in results) else 0
+
+
+def push_options(args: argparse.Namespace, **further: Any) -> Any:
+    """The options that `add_push_arguments` declares."""
+    from timm_ghn.hub.push import PushOptions
+
+    if args.license is not None:
+        further["license"] = args.license
+    return PushOptions(
+        private=args.private,
+        create_pr=args.create_pr,
+        revision=args.revision,
+        overwrite=args.overwrite,
+        dry_run=args.dry_run,
+        **further,
+    )
+
+
+def print_results(results: list[Pushed]) -> None:
+    """Print a line for each result, and how many there are of each kind."""
+    rows = [(found.name, found.outcome.value, found.repository, found.url or found.detail) for found in results]
+    print("\n".join(table(("model", "outcome", "repository", "what"), rows)))
+    outcomes = [found.outcome.value for found in results]
+    print("\n" + ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes)))
+
+
+def _names(patterns: list[str]) -> list[str]:
+    """Names of models, each once.
+
+    Raises:
+        CommandError: If a pattern matches none.
+    """
+    import timm
+
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        matches = [pattern] if timm.is_model(pattern) else timm.list_models(pattern)
+        if not matches:
+            raise CommandError(f"timm has no model {pattern!r}{close_matches(pattern, timm.list_models())}")
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _size(text: str) -> int:
+    """A number of bytes, such as 20GB."""
+    unit = text[-2:].upper()
+    try:
+        size = int(float(text[:-2]) * _UNITS[unit]) if unit in _UNITS else int(text)
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 20GB")
+    return size

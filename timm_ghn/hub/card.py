@@ -1,0 +1,245 @@
+"""Model cards: what a reader of a repository is told, all of it taken from what was computed."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from timm_ghn.ghn import GHN
+from timm_ghn.ghn.registry import NAMED_GHNS
+from timm_ghn.hub.client import PREFIX
+from timm_ghn.hub.manifest import Manifest
+from timm_ghn.methods import METHODS, Init
+from timm_ghn.report import Status
+
+PAPER = "https://arxiv.org/abs/2207.10049"
+_TITLES = {
+    "ghn-orth": "GHN-orth: predicted by a graph hypernetwork, noise and orthogonalization from layer L on",
+    "ghn": "predicted by a graph hypernetwork, without post-processing",
+    "orth": "orthogonal factors of Gaussian matrices from layer L on",
+}
+_FLAGS = {"method", "ghn", "noise", "start_layer", "seed", "cache"}
+"""Settings that `timm-ghn init` has."""
+_GHN_ORTH = """@article{knyazev2022pretraining,
+  title={Pretraining a Neural Network before Knowing Its Architecture},
+  author={Knyazev, Boris},
+  journal={arXiv preprint arXiv:2207.10049},
+  year={2022}
+}
+"""
+_GHN_2 = """@inproceedings{knyazev2021parameter,
+  title={Parameter Prediction for Unseen Deep Architectures},
+  author={Knyazev, Boris and Drozdzal, Michal and Taylor, Graham W and Romero-Soriano, Adriana},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2021}
+}
+"""
+_CITATIONS = f"```bibtex\n{_GHN_ORTH}{_GHN_2}```"
+
+
+def model_card(manifest: Manifest, repository: str, picture: str | None) -> str:
+    """The README.md of a repository of initialized weights.
+
+    Args:
+        manifest: What is in the repository.
+        repository: "organization/name".
+        picture: Name of the file with a drawing of the graph, if there is one.
+    """
+    metadata = ModelCardData(
+        library_name="timm",
+        license=manifest.license,
+        tags=["timm", "timm-ghn", "initialization", "not-trained", "graph-hypernetwork", manifest.method],
+    )
+    name = repository.partition("/")[2]
+    sections = [
+        f"---\n{metadata.to_yaml()}\n---\n\n# {name}",
+        _summary(manifest),
+        _usage(manifest, repository),
+        _table(("", ""), _facts(manifest)),
+        "## What the parameters got\n\n" + _parameters(manifest),
+        *([f"## The graph that was read\n\n![Graph of {manifest.architecture}]({picture})"] if picture else []),
+        _reproduction(manifest),
+        f"## Licence and citation\n\n{manifest.license}. If you use these weights, cite:\n\n{_CITATIONS}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _summary(manifest: Manifest) -> str:
+    return (
+        f"A starting point for training or fine-tuning `{manifest.architecture}` of "
+        f"[timm](https://github.com/huggingface/pytorch-image-models), **not trained on any image**: "
+        f"{_TITLES[manifest.method]} ([Knyazev 2022]({PAPER})). Its predictions mean nothing before training."
+    )
+
+
+def _usage(manifest: Manifest, repository: str) -> str:
+    if len(manifest.files) == 1:
+        load = (
+            "import timm\n\n"
+            f'model = timm.create_model("{PREFIX}{repository}", pretrained=True)\n'
+            f'model = timm.create_model("{PREFIX}{repository}", pretrained=True, num_classes=10)  # another classifier'
+        )
+        return f"## Use\n\nPlain timm is enough:\n\n```python\n{load}\n```"
+    arguments = "".join(f", {key}={value!r}" for key, value in manifest.arguments.items())
+    load = (
+        "import timm\nfrom huggingface_hub import load_torch_model, snapshot_download\n\n"
+        f'model = timm.create_model("{manifest.architecture}"{arguments})\n'
+        f'load_torch_model(model, snapshot_download("{repository}"))'
+    )
+    return (
+        f"## Use\n\nThe weights ({manifest.num_bytes / 1e9:.1f} GB) are split into {len(manifest.files)} files, which "
+        f"timm's own loader does not read:\n\n```python\n{load}\n```"
+    )
+
+
+def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+    found = manifest.provenance
+    rows = [("method", f"`{manifest.method}`, {METHODS[manifest.method].description}"), ("paper", PAPER)]
+    if found["ghn"] is not None:
+        rows += [("GHN", f"`{found['ghn']}`"), ("hash of the GHN", f"`{found['ghn_hash']}`")]
+    if found["start_layer"] is not None:
+        rows += [("L", f"{found['start_layer']} of {found['num_layers']} layers"), ("beta", f"{found['noise']:g}")]
+    rows.append(("seed", str(found["seed"])))
+    other = {"correlation": "paper", "reading": "default"}
+    rows += [(key, f"`{found[key]}`") for key, usual in other.items() if found.get(key, usual) != usual]
+    if manifest.arguments:
+        rows.append(
+            ("arguments of the model", ", ".join(f"`{key}={value!r}`" for key, value in manifest.arguments.items()))
+        )
+    rows += [
+        ("parameters", f"{_total(manifest):,}"),
+        ("predicted by the GHN", f"{_share(manifest, Status.PREDICTED, Status.PREDICTED_ORTHOGONALIZED):.2%} of them"),
+        ("versions", ", ".join(f"{name} {value}" for name, value in manifest.versions.items() if value)),
+        *((f"SHA-256 of `{name}`", f"`{record.sha256}`") for name, record in sorted(manifest.files.items())),
+    ]
+    return rows
+
+
+def _total(manifest: Manifest) -> int:
+    return sum(row.numel for row in manifest.parameters)
+
+
+def _share(manifest: Manifest, *statuses: Status) -> float:
+    return sum(row.numel for row in manifest.parameters if row.status in statuses) / max(_total(manifest), 1)
+
+
+def _parameters(manifest: Manifest) -> str:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row in manifest.parameters:
+        groups.setdefault((row.status.value, row.reason), []).append(row.numel)
+    total = max(_total(manifest), 1)
+    rows = [
+        (status, str(len(sizes)), f"{sum(sizes):,}", f"{sum(sizes) / total:.2%}", reason)
+        for (status, reason), sizes in groups.items()
+    ]
+    return _table(("what", "tensors", "parameters", "share", "why"), rows)
+
+
+def _reproduction(manifest: Manifest) -> str:
+    pins = " ".join(f"{name}=={manifest.versions[name].partition('+')[0]}" for name in ("timm-ghn", "timm", "torch"))
+    lines = [f"pip install {pins}", reproduction_command(manifest)]
+    lines += [
+        f"sha256sum {manifest.architecture}/{name}  # {record.sha256}"
+        for name, record in sorted(manifest.files.items())
+    ]
+    note = (
+        "These commands make the files again: bit for bit with the same versions on a processor of the same kind "
+        f"({manifest.versions['system']}, {manifest.versions['cpu'] or 'unknown'}), equal up to rounding elsewhere."
+    )
+    ghn = str(manifest.provenance["ghn"] or "")
+    if ghn and ghn not in NAMED_GHNS and not ghn.startswith(PREFIX):
+        note += f" The GHN was read from a file that is not part of this repository; its hash stands above (`{ghn}`)."
+    return f"## Make it yourself\n\n{note}\n\n```sh\n" + "\n".join(lines) + "\n```"
+
+
+def reproduction_command(manifest: Manifest) -> str:
+    """The command that makes the files of weights, into a folder named like the model."""
+    found = manifest.provenance
+    defaults = {entry.name: entry.default for entry in fields(Init)}
+    further = {key: value for key, value in settings_of(found).items() if key not in _FLAGS}
+    if any(value != defaults[key] for key, value in further.items()):
+        return _python_command(manifest)
+    words = ["timm-ghn", "init", manifest.architecture, "--out", manifest.architecture, "--method", manifest.method]
+    if found["ghn"] is not None:
+        words += ["--ghn", str(found["ghn"])]
+    if METHODS[manifest.method].orthogonal:
+        words += ["--noise", repr(found["noise"]), "--start-layer", str(found["start_layer"])]
+    words += ["--seed", str(found["seed"])]
+    dtype = weights_dtype(manifest)
+    words += [] if dtype == "float32" else ["--dtype", dtype]
+    words += ["--no-cache"]
+    if manifest.arguments:
+        words += ["--model-kwargs", *(f"{key}={value!r}" for key, value in manifest.arguments.items())]
+    return shlex.join(words)
+
+
+def weights_dtype(manifest: Manifest) -> str:
+    """Type of the model's parameters."""
+    return next(
+        (manifest.tensors[row.name][0] for row in manifest.parameters if row.name in manifest.tensors), "float32"
+    )
+
+
+def settings_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an initialization, as arguments of `Init`."""
+    return {entry.name: provenance[entry.name] for entry in fields(Init) if entry.name in provenance}
+
+
+def _python_command(manifest: Manifest) -> str:
+    """For settings that the command line does not have."""
+    init = {**settings_of(manifest.provenance), "cache": False}
+    dtype = weights_dtype(manifest)
+    arguments = [repr(manifest.architecture), f"init={init!r}"]
+    arguments += [] if dtype == "float32" else [f"dtype=torch.{dtype}"]
+    arguments += [f"{key}={value!r}" for key, value in manifest.arguments.items()]
+    code = (
+        "import timm, torch, timm_ghn; from timm_ghn.export import save; "
+        f"save(timm.create_model({', '.join(arguments)}), {manifest.architecture!r})"
+    )
+    return shlex.join(["python", "-c", code])
+
+
+def ghn_card(ghn: GHN, repository: str, *, license: str, description: str, notes: str) -> str:
+    """The README.md of a repository with a GHN.
+
+    Args:
+        ghn: The GHN, with `info`.
+        repository: "organization/name".
+        license: SPDX name of its licence.
+        description: What it is, in a line.
+        notes: Further text in Markdown, such as how it was trained.
+    """
+    metadata = ModelCardData(
+        library_name="timm-ghn", license=license, tags=["timm-ghn", "graph-hypernetwork", "weight-prediction"]
+    )
+    facts: list[tuple[str, str]] = [(key, f"`{value}`") for key, value in ghn.config.to_dict().items()]
+    facts.append(("parameters", f"{sum(p.numel() for p in ghn.parameters()):,}"))
+    if ghn.info is not None:
+        facts.append(("hash", f"`{ghn.info.hash}`"))
+        facts += [(key, f"`{value}`") for key, value in sorted(_told(ghn.info.metadata).items())]
+    sections = [
+        f"---\n{metadata.to_yaml()}\n---\n\n# {repository.partition('/')[2]}",
+        f"A graph hypernetwork: it reads the graph of a network and predicts its weights. {description}",
+        "## Use\n\n```python\nimport timm, timm_ghn\n\n"
+        f'init = timm_ghn.Init("ghn-orth", ghn="{PREFIX}{repository}")\n'
+        'model = timm.create_model("convnext_base", init=init)\n```\n\n'
+        f"On the command line: `timm-ghn init convnext_base --out DIR --ghn {PREFIX}{repository}`, for all commands: "
+        f"`export TIMM_GHN={PREFIX}{repository}`.",
+        _table(("setting", "value"), facts),
+        *([notes] if notes else []),
+        f"## Licence and citation\n\n{license}. If you use this GHN, cite:\n\n{_CITATIONS}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _told(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key != "format" and len(value) <= 200}
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,114 @@
+"""GHNs on the Hub: safetensors with their configuration and a card."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from timm_ghn.errors import DownloadError, PushError
+from timm_ghn.ghn import checkpoint
+from timm_ghn.ghn.config import MAX_PARAMETERS
+from timm_ghn.ghn.model import GHN
+from timm_ghn.ghn.registry import BUNDLED, HUB_FILE, NAMED_GHNS, load_ghn
+from timm_ghn.hub.card import ghn_card
+from timm_ghn.hub.client import HubSource, Snapshot, bounded_silence, fetch, look_up_or_cached
+from timm_ghn.hub.push import CARD, Outcome, Pushed, PushOptions, find_repository, upload
+from timm_ghn.paths import write_atomically
+
+CONFIG_FILE = "config.json"
+MAX_GHN_BYTES = 5 * MAX_PARAMETERS
+"""Float32, and a header."""
+_PUBLISHED_LICENSE = "mit"
+"""Of ppuda (github.com/facebookresearch/ppuda), whose checkpoints are converted."""
+
+
+def pull_ghn(source: str, *, download: bool = True) -> GHN:
+    """Load `ghn.safetensors` of a repository.
+
+    Args:
+        source: "hf-hub:organization/name[@revision]".
+        download: Whether the network may be used.
+
+    Raises:
+        DownloadError: If there is none, or it cannot be fetched.
+        CheckpointError: If it is damaged or is not a GHN.
+    """
+    parsed = HubSource.parse(source)
+    snapshot = look_up_or_cached(parsed) if download else Snapshot(parsed, None, {})
+    if snapshot.is_online and HUB_FILE not in snapshot.files:
+        raise DownloadError(
+            f"{source} has no {HUB_FILE}. Pickled checkpoints (.pt) are not read from the Hub: "
+            "download the file yourself, and load it by its path"
+        )
+    ghn = checkpoint.read_safetensors(fetch(snapshot, HUB_FILE, limit=MAX_GHN_BYTES))
+    if ghn.info is not None:
+        ghn.info = replace(ghn.info, name=source)
+    return ghn
+
+
+def push_ghn(
+    source: str | GHN,
+    repository: str,
+    *,
+    options: PushOptions | None = None,
+    license: str | None = None,
+    description: str | None = None,
+    notes: str = "",
+) -> Pushed:
+    """Push a GHN to the Hub, where `ghn="hf-hub:organization/name"` finds it.
+
+    Args:
+        source: Name or path of a GHN, or a loaded one.
+        repository: "organization/name"; it is created if need be.
+        options: How it is pushed.
+        license: SPDX name of its licence; known for the GHNs that have names.
+        description: What it is, in a line.
+        notes: Further text for the card, in Markdown.
+
+    Raises:
+        PushError: If the Hub cannot be reached or refuses, or the licence of a GHN without a name is not given.
+        TimmGhnError: If the GHN cannot be loaded.
+    """
+    options = options or PushOptions()
+    ghn = load_ghn(source)
+    name = ghn.info.name if ghn.info else "in memory"
+    entry = NAMED_GHNS.get(source) if isinstance(source, str) else None
+    license = license or (None if entry is None else "apache-2.0" if entry.name == BUNDLED else _PUBLISHED_LICENSE)
+    if license is None:
+        raise PushError(f"{name}: say which licence it has, for example license='apache-2.0' (--license)")
+    if entry is not None:
+        description = description or f"{entry.description}; trained on {entry.trained_on}."
+        notes = notes or _known_notes(entry.name)
+    destination = replace(HubSource.parse(repository), revision=options.revision)
+    with bounded_silence():
+        remote = find_repository(destination, options, mark=HUB_FILE)
+        if options.dry_run:
+            return _planned(name, repository, ghn, remote)
+        with tempfile.TemporaryDirectory(prefix="timm-ghn-") as folder:
+            root = Path(folder)
+            checkpoint.write_safetensors(ghn, root / HUB_FILE, dict(ghn.info.metadata) if ghn.info else None)
+            facts = {"model_type": "timm-ghn", "hash": checkpoint.content_hash(ghn), "ghn": ghn.config.to_dict()}
+            write_atomically(root / CONFIG_FILE, f"{json.dumps(facts, indent=2)}\n".encode())
+            card = ghn_card(ghn, repository, license=license, description=description or "", notes=notes)
+            write_atomically(root / CARD, card.encode())
+            return upload(name, root, destination, remote, options, f"GHN {name}")
+
+
+def _planned(name: str, repository: str, ghn: GHN, remote: Snapshot | None) -> Pushed:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in ghn.state_dict().values())
+    known = "replaces what is there" if remote is not None and HUB_FILE in remote.files else "new"
+    return Pushed(name, repository, Outcome.PLANNED, f"{size / 1e6:,.1f} MB, {known}")
+
+
+def _known_notes(name: str) -> str:
+    """What this package itself tells of a GHN."""
+    if name != BUNDLED:
+        return (
+            "Converted from the checkpoint of the authors' repository, "
+            "[facebookresearch/ppuda](https://github.com/facebookresearch/ppuda); the weights are theirs, unchanged."
+        )
+    card = importlib.resources.files("timm_ghn.ghn") / "bundled" / "card.md"
+    return card.read_text(encoding="utf-8").partition("\n")[2].strip()

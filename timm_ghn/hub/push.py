@@ -1,0 +1,351 @@
+"""Pushing initialized weights to the Hub: safetensors that plain timm loads, with a card that can be checked."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from torch import nn
+from tqdm import tqdm
+
+from timm_ghn.errors import CheckpointError, DownloadError, PushError
+from timm_ghn.export import CONFIG_FILE
+from timm_ghn.hub import match
+from timm_ghn.hub.card import settings_of
+from timm_ghn.hub.client import HubSource, Snapshot, api, bounded_silence, fetch, hub_errors, look_up
+from timm_ghn.hub.folder import CARD, INDEX, PICTURES, Request, make_folder
+from timm_ghn.hub.manifest import FILE, MAX_BYTES, WEIGHTS, Manifest, versions
+from timm_ghn.initialize import provenance
+from timm_ghn.methods import Init, Source
+
+_logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 20 * 10**9
+"""The Hub recommends files below 20 GB. Plain timm reads one file only, which all of its models but one fit into."""
+LICENSE = "apache-2.0"
+
+
+class Outcome(str, Enum):
+    """What became of a model that was to be pushed."""
+
+    PUSHED = "pushed"
+    PROPOSED = "proposed"
+    SKIPPED = "skipped"
+    PLANNED = "to be pushed"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """How something is pushed.
+
+    Attributes:
+        private: Whether a new repository is private; None for the organization's default.
+        create_pr: Whether to propose the change in a pull request instead of making it.
+        revision: Branch; created if need be. None for the default branch.
+        token: Token; None for huggingface_hub's own choice.
+        overwrite: Whether a model that timm-ghn did not make may be replaced, and weights are computed again even if
+            the repository says that it has them.
+        dry_run: Whether to find out what would be done, without computing, creating or sending anything.
+        license: SPDX name of the licence of what is pushed.
+        shard_bytes: Size above which weights are split into several files.
+    """
+
+    private: bool | None = None
+    create_pr: bool = False
+    revision: str | None = None
+    token: str | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+    license: str = LICENSE
+    shard_bytes: int = SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What became of a model.
+
+    Attributes:
+        name: Name of the model, or of the GHN.
+        repository: "organization/name".
+        outcome: What was done.
+        detail: Files and bytes that were sent, or why not.
+        url: Commit or pull request, if there is one.
+    """
+
+    name: str
+    repository: str
+    outcome: Outcome
+    detail: str = ""
+    url: str | None = None
+
+
+def push(
+    model: nn.Module | str,
+    repository: str,
+    *,
+    init: str | Mapping[str, Any] | Init | None = None,
+    options: PushOptions | None = None,
+    **arguments: Any,
+) -> Pushed:
+    """Push initialized weights to the Hub, where `timm.create_model("hf-hub:...", pretrained=True)` finds them.
+
+    The weights are computed anew, so that what the card says of them is true. Of a model in memory only the
+    provenance is taken, and it is refused if its weights are not those that the provenance leads to.
+
+    Args:
+        model: Name of a timm model, or a model from `timm.create_model(..., init=...)`.
+        repository: "organization/name"; it is created if need be.
+        init: Method or settings, "ghn-orth" by default; for a model in memory those of its provenance, and needed
+            only if its GHN was in memory, too.
+        options: How it is pushed; single options may be given by name: `private=True`, `create_pr=True`, ...
+        **arguments: Options, and arguments of `timm.create_model`, such as `num_classes`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        PushError: If the Hub cannot be reached or refuses, or the model is not as it was initialized.
+        TimmGhnError: If the model cannot be initialized or written.
+    """
+    given = {entry.name: arguments.pop(entry.name) for entry in fields(PushOptions) if entry.name in arguments}
+    options = replace(options or PushOptions(), **given)
+    source = _destination(repository, options)
+    request = _request_of(model, init, arguments) if isinstance(model, nn.Module) else _request(model, init, arguments)
+    with bounded_silence():
+        remote = find_repository(source, options)
+        unchanged = _unchanged(request, remote, options)
+        if unchanged:
+            return Pushed(request.name, repository, Outcome.SKIPPED, unchanged)
+        if options.dry_run:
+            size = sum(p.numel() * p.element_size() for p in request.skeleton().state_dict().values())
+            return Pushed(request.name, repository, Outcome.PLANNED, f"about {size / 1e6:,.1f} MB")
+        with tempfile.TemporaryDirectory(prefix="timm-ghn-") as folder:
+            _make(request, model, Path(folder), repository, options)
+            return upload(request.name, Path(folder), source, remote, options, f"{request.init.method} weights")
+
+
+def push_all(
+    names: Iterable[str],
+    organization: str,
+    *,
+    init: str | Mapping[str, Any] | Init = "ghn-orth",
+    options: PushOptions | None = None,
+) -> Iterator[Pushed]:
+    """Push many models, each to "organization/name.method", and go on when one fails.
+
+    Args:
+        names: Names of timm models.
+        organization: Organization or user.
+        init: Method or settings.
+        options: How they are pushed.
+
+    Yields:
+        What became of each.
+
+    Raises:
+        PushError: Before the first, if the token does not give access at all.
+    """
+    settings = Init.of(init)
+    options = options or PushOptions()
+    if not options.dry_run:
+        with hub_errors("nothing was pushed", PushError), bounded_silence():
+            api(options.token).whoami()
+    names = list(names)
+    for name in tqdm(names, "pushing", unit="model", delay=2, leave=False, disable=None):
+        repository = f"{organization}/{name}.{settings.method.replace('-', '_')}"
+        try:
+            yield push(name, repository, init=settings, options=options)
+        except Exception as error:  # constructors of models raise anything, and the other models can be pushed
+            _logger.debug("where %s failed", name, exc_info=True)
+            detail = " ".join(str(error).split()) or type(error).__name__
+            yield Pushed(name, repository, Outcome.FAILED, detail.removeprefix(f"{repository}: "))
+
+
+# --- what is pushed -------------------------------------------------------------------------------------------------
+
+
+def _destination(repository: str, options: PushOptions) -> HubSource:
+    if options.create_pr and options.revision not in (None, "main"):
+        raise PushError(f"{repository}: a pull request is made against the default branch; leave `revision` out")
+    try:
+        return replace(HubSource.parse(repository), revision=options.revision)
+    except DownloadError as error:
+        raise PushError(str(error)) from error
+
+
+def _request(name: str, init: str | Mapping[str, Any] | Init | None, arguments: Mapping[str, Any]) -> Request:
+    settings = Init.of("ghn-orth" if init is None else init, cache=False)
+    if settings.spec.source is Source.TIMM:
+        raise PushError(f"{name}: {settings.method!r} is timm's own initialization; there is nothing to push")
+    return Request(name, settings, dict(arguments))
+
+
+def _request_of(model: nn.Module, init: str | Mapping[str, Any] | Init | None, arguments: Mapping[str, Any]) -> Request:
+    """The call that makes a model in memory again.
+
+    Raises:
+        PushError: If it was not initialized by this package.
+    """
+    found = provenance(model)
+    if found is None:
+        raise PushError(
+            f"this {type(model).__name__} has no provenance: create it with init=, "
+            "or push it with timm's own push_to_hf_hub"
+        )
+    if arguments:
+        raise PushError(f"arguments of the model ({', '.join(arguments)}) go with a name, not with a model")
+    settings = Init.of({**settings_of(found), **({} if init is None else _given(init)), "cache": False})
+    dtype = next(parameter.dtype for parameter in model.parameters())
+    kept = {key: value for key, value in dict(getattr(model, "_model_args", {})).items() if value is not None}
+    types = {} if dtype == torch.float32 else {"dtype": dtype}
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    return Request(str(config["architecture"]), settings, {**kept, **types})
+
+
+def _given(init: str | Mapping[str, Any] | Init) -> dict[str, Any]:
+    settings = Init.of(init)
+    return {entry.name: getattr(settings, entry.name) for entry in fields(Init)}
+
+
+def _make(request: Request, model: nn.Module | str, folder: Path, repository: str, options: PushOptions) -> Manifest:
+    """Compute the weights and write all files.
+
+    Raises:
+        PushError: If a model in memory has other weights.
+    """
+    made, report = request.create()
+    if isinstance(model, nn.Module):
+        _check_same(model, made)
+    return make_folder(
+        request,
+        made,
+        report,
+        folder,
+        repository=repository,
+        license=options.license,
+        shard_bytes=options.shard_bytes,
+    )
+
+
+def _check_same(model: nn.Module, made: nn.Module) -> None:
+    """Raises PushError unless two models have the same state, bit for bit."""
+    expected = made.state_dict()
+    for name, tensor in model.state_dict().items():
+        other = expected.pop(name, None)
+        if other is None or tensor.shape != other.shape or not torch.equal(tensor.cpu(), other):
+            raise PushError(
+                f"{name} is not what the provenance of this model leads to: it was changed since, for example by "
+                "training. Push it with timm's own push_to_hf_hub, or push the initialization by its name"
+            )
+    if expected:
+        raise PushError(f"{next(iter(expected))} is missing in this model, which its provenance says nothing of")
+
+
+# --- what is there --------------------------------------------------------------------------------------------------
+
+
+def find_repository(source: HubSource, options: PushOptions, *, mark: str = FILE) -> Snapshot | None:
+    """The repository as it is; None if there is none, or no such branch yet.
+
+    Args:
+        source: Where to push to.
+        options: How.
+        mark: A file that shows that what is there was pushed by this package.
+
+    Raises:
+        PushError: If that cannot be found out, or something there would be lost or made public.
+    """
+    try:
+        found = look_up(source, token=options.token)
+    except DownloadError as error:
+        cause = error.__cause__
+        missing = isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError))
+        if missing and not isinstance(cause, GatedRepoError):
+            return None
+        raise PushError(str(error)) from error
+    if options.private and found.is_private is False:
+        raise PushError(f"{source.repository} exists already and is public; make it private first, or leave that out")
+    has_model = CONFIG_FILE in found.files or any(name.endswith((".safetensors", ".bin")) for name in found.files)
+    if has_model and mark not in found.files and not options.overwrite:
+        raise PushError(
+            f"{source.repository} holds a model that timm-ghn did not make; choose another name, or overwrite it"
+        )
+    return found
+
+
+def _unchanged(request: Request, remote: Snapshot | None, options: PushOptions) -> str:
+    """Why nothing has to be computed, if the repository has the weights already; else an empty text."""
+    if remote is None or options.overwrite or FILE not in remote.files:
+        return ""
+    try:
+        manifest = Manifest.from_json(fetch(remote, FILE, limit=MAX_BYTES).read_bytes(), f"{FILE} of {remote}")
+    except (DownloadError, CheckpointError) as error:
+        _logger.info("%s; it is going to be replaced", error)
+        return ""
+    complete = {CARD, CONFIG_FILE, *manifest.files} <= remote.files.keys() and all(
+        (remote.files[name].sha256, remote.files[name].size) == (record.sha256, record.size)
+        for name, record in manifest.files.items()
+    )
+    if not complete or manifest.license != options.license or dict(manifest.versions) != versions():
+        return ""
+    expected = match.Asked.of(request.skeleton(), request.name, request.init, request.plain_arguments)
+    difference = expected.difference(manifest)
+    if difference:
+        _logger.info("%s: %s", remote, difference)
+        return ""
+    return "the repository has these weights already"
+
+
+# --- sending --------------------------------------------------------------------------------------------------------
+
+
+def upload(
+    name: str, folder: Path, source: HubSource, remote: Snapshot | None, options: PushOptions, what: str
+) -> Pushed:
+    """Send the files of a folder that are new, in one commit.
+
+    Raises:
+        PushError: If the Hub cannot be reached or refuses.
+    """
+    repository = source.repository
+    known = remote.files if remote else {}
+    files = {path.name: path for path in sorted(folder.iterdir())}
+    new = {key: path for key, path in files.items() if key not in known or not known[key].matches(path)}
+    obsolete = [key for key in known if key not in files and _is_ours(key)] if FILE in known else []
+    if not new and not obsolete:
+        return Pushed(name, repository, Outcome.SKIPPED, "the repository has these files already")
+    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+        *(CommitOperationDelete(key) for key in obsolete),
+        *(CommitOperationAdd(key, path) for key, path in new.items()),
+    ]
+    client = api(options.token)
+    with hub_errors(repository, PushError):
+        client.create_repo(repository, private=options.private, exist_ok=True)
+        if source.revision is not None and remote is None:
+            client.create_branch(repository, branch=source.revision, exist_ok=True)
+        commit = client.create_commit(
+            repository,
+            operations,
+            commit_message=f"{what} of {name}",
+            revision=source.revision,
+            create_pr=options.create_pr,
+            parent_commit=remote.commit if remote else None,
+        )
+    size = sum(path.stat().st_size for path in new.values())
+    detail = f"{len(new)} of {len(files)} files, {size / 1e6:,.1f} MB"
+    outcome = Outcome.PROPOSED if options.create_pr else Outcome.PUSHED
+    return Pushed(name, repository, outcome, detail, commit.pr_url or str(commit.commit_url))
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file is one that an earlier push may have left and that would now be wrong."""
+    return bool(WEIGHTS.fullmatch(name)) or name in (INDEX, *PICTURES)
