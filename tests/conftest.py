@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ghn_reference import ppuda_checkpoint, seeded_ghn
+from hub_fixtures import _loopback, _loopback_client, client, hub, remote, repository  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -127,13 +127,17 @@ class Response:
 
 @dataclass
 class Fault:
-    """Something that goes wrong with the next `times` matching requests, after `skip` of them."""
+    """Something that goes wrong with the next `times` matching requests, after `skip` of them.
+
+    With `instead` nothing is done for them; otherwise the answer to what was done gets lost.
+    """
 
     method: str
     pattern: str
     change: Callable[[Response], Response]
     times: int = 1_000_000
     skip: int = 0
+    instead: bool = False
 
     def applies(self, request: Request) -> bool:
         if not re.fullmatch(self.method, request.method) or not re.search(self.pattern, request.path):
@@ -184,7 +188,7 @@ class Hub:
             response.headers.update(headers or {})
             return response
 
-        self.faults.append(Fault(method, pattern, change, times, skip))
+        self.faults.append(Fault(method, pattern, change, times, skip, instead=True))
 
     def change(self, method: str, pattern: str, change: Callable[[Response], Response], times: int = 1_000_000) -> None:
         self.faults.append(Fault(method, pattern, change, times))
@@ -201,10 +205,13 @@ class Hub:
     def answer(self, request: Request, *, storage: bool) -> Response:
         with self.lock:
             self.requests.append(request)
-            response = self._storage(request) if storage else self._hub(request)
-            for fault in self.faults:
-                if fault.applies(request):
-                    response = fault.change(response)
+            faults = [fault for fault in self.faults if fault.applies(request)]
+            if any(fault.instead for fault in faults):
+                response = Response()
+            else:
+                response = self._storage(request) if storage else self._hub(request)
+            for fault in faults:
+                response = fault.change(response)
         return response
 
     def _storage(self, request: Request) -> Response:

@@ -8,6 +8,11 @@ Importing this package gives `timm.create_model` the keyword `init=`:
 Method: Knyazev 2022, "Pretraining a Neural Network before Knowing Its Architecture", arXiv 2207.10049.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from timm_ghn._version import __version__
 from timm_ghn.ghn import list_ghns, load_ghn
 from timm_ghn.graph import Graph, to_graph
@@ -18,6 +23,10 @@ from timm_ghn.postprocess import orthogonalize_
 from timm_ghn.provenance import provenance
 from timm_ghn.report import Report
 from timm_ghn.stream import init_to_folder
+
+if TYPE_CHECKING:
+    from timm_ghn.hub.ghns import push_ghn
+    from timm_ghn.hub.push import push
 
 __all__ = [
     "METHODS",
@@ -32,9 +41,21 @@ __all__ = [
     "load_ghn",
     "orthogonalize_",
     "provenance",
+    "push",
+    "push_ghn",
     "report_of",
     "to_graph",
     "uninstall",
 ]
+
+_LAZY = {"push": "timm_ghn.hub.push", "push_ghn": "timm_ghn.hub.ghns"}
+"""Functions whose modules import the whole client of the Hub."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
 
 install()

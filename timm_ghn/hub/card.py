@@ -71,7 +71,7 @@ def model_card(manifest: Manifest, repository: str, picture: str | None) -> str:
 def _summary(manifest: Manifest) -> str:
     return (
         f"A starting point for training or fine-tuning `{manifest.architecture}` of "
-        f"[timm](https://github.com/huggingface/pytorch-image-models), **not trained on any image**: "
+        f"[timm](https://github.com/huggingface/pytorch-image-models), **not trained**: "
         f"{_TITLES[manifest.method]} ([Knyazev 2022]({PAPER})). Its predictions mean nothing before training."
     )
 

@@ -38,8 +38,9 @@ from timm_ghn.paths import is_offline
 _logger = logging.getLogger(__name__)
 
 PREFIX = "hf-hub:"
-API_SECONDS = 60.0
-"""Longest silence of the Hub while something is pushed, where huggingface_hub itself would wait for ever."""
+API_TIMEOUTS = 6
+"""Longest silence of the Hub while something is pushed, where huggingface_hub itself would wait for ever; in units of
+`HF_HUB_DOWNLOAD_TIMEOUT`, which is 10 seconds: a commit takes the Hub longer than the start of a download."""
 
 _HAS_TQDM_CLASS = "tqdm_class" in inspect.signature(huggingface_hub.hf_hub_download).parameters
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -307,14 +308,14 @@ def hub_errors(what: str, kind: type[TimmGhnError] = DownloadError) -> Iterator[
 
 
 @contextmanager
-def bounded_silence(seconds: float = API_SECONDS) -> Iterator[None]:
+def bounded_silence() -> Iterator[None]:
     """Give up when the Hub says nothing for so long, where neither huggingface_hub nor the user has set a limit."""
     session: Any = get_session()
     before = getattr(session, "timeout", None)
-    if before is None or getattr(before, "read", seconds) is not None:
+    if before is None or before.read is not None:
         yield
         return
-    session.timeout = seconds
+    session.timeout = float(API_TIMEOUTS * constants.HF_HUB_DOWNLOAD_TIMEOUT)
     try:
         yield
     finally:

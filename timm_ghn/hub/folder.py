@@ -23,6 +23,7 @@ from timm_ghn.errors import PushError
 from timm_ghn.export import WEIGHTS_FILE, save
 from timm_ghn.graph import to_graph
 from timm_ghn.graph.render import save as save_picture
+from timm_ghn.header import sort_metadata
 from timm_ghn.hook import install, is_installed, report_of, uninstall
 from timm_ghn.hub.card import model_card
 from timm_ghn.hub.client import file_sha256
@@ -175,6 +176,7 @@ def split(folder: Path, shard_bytes: int) -> None:
         plan = split_torch_state_dict_into_shards(skeleton, max_shard_size=shard_bytes)
         for shard, members in plan.filename_to_tensors.items():
             save_file({name: file.get_tensor(name) for name in members}, folder / shard, metadata)
+            sort_metadata(folder / shard)
     index = {"metadata": {"total_size": plan.metadata["total_size"]}, "weight_map": plan.tensor_to_filename}
     write_atomically(folder / INDEX, json.dumps(index, indent=2, sort_keys=True).encode())
     os.unlink(whole)

@@ -13,9 +13,11 @@ from timm_ghn.ghn import checkpoint
 from timm_ghn.ghn.config import MAX_PARAMETERS
 from timm_ghn.ghn.model import GHN
 from timm_ghn.ghn.registry import BUNDLED, HUB_FILE, NAMED_GHNS, load_ghn
+from timm_ghn.header import sort_metadata
 from timm_ghn.hub.card import ghn_card
 from timm_ghn.hub.client import HubSource, Snapshot, bounded_silence, fetch, look_up_or_cached
-from timm_ghn.hub.push import CARD, Outcome, Pushed, PushOptions, find_repository, upload
+from timm_ghn.hub.folder import CARD
+from timm_ghn.hub.push import Outcome, Pushed, PushOptions, find_repository, upload
 from timm_ghn.paths import write_atomically
 
 CONFIG_FILE = "config.json"
@@ -90,6 +92,7 @@ def push_ghn(
         with tempfile.TemporaryDirectory(prefix="timm-ghn-") as folder:
             root = Path(folder)
             checkpoint.write_safetensors(ghn, root / HUB_FILE, dict(ghn.info.metadata) if ghn.info else None)
+            sort_metadata(root / HUB_FILE)
             facts = {"model_type": "timm-ghn", "hash": checkpoint.content_hash(ghn), "ghn": ghn.config.to_dict()}
             write_atomically(root / CONFIG_FILE, f"{json.dumps(facts, indent=2)}\n".encode())
             card = ghn_card(ghn, repository, license=license, description=description or "", notes=notes)

@@ -186,7 +186,9 @@ def _request(name: str, init: str | Mapping[str, Any] | Init | None, arguments: 
     settings = Init.of("ghn-orth" if init is None else init, cache=False)
     if settings.spec.source is Source.TIMM:
         raise PushError(f"{name}: {settings.method!r} is timm's own initialization; there is nothing to push")
-    return Request(name, settings, dict(arguments))
+    request = Request(name, settings, dict(arguments))
+    _ = request.plain_arguments  # before anything is computed
+    return request
 
 
 def _request_of(model: nn.Module, init: str | Mapping[str, Any] | Init | None, arguments: Mapping[str, Any]) -> Request:
