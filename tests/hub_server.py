@@ -334,6 +334,25 @@ class Hub:
             }
         )
 
+    def tree(self, request: Request, repo: str, revision: str) -> Response:
+        if refusal := self._refusal(request, repo):
+            return refusal
+        commit = self.repositories[repo].resolve(unquote(revision))
+        if commit is None:
+            return Response.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return Response.json(
+            [
+                {
+                    "type": "file",
+                    "path": path,
+                    "size": len(blob.data),
+                    "oid": blob.git_oid,
+                    **({"lfs": _lfs(blob, "oid")} if blob.is_lfs else {}),
+                }
+                for path, blob in sorted(self.repositories[repo].commits[commit].items())
+            ]
+        )
+
     def refs(self, request: Request, repo: str) -> Response:
         if refusal := self._refusal(request, repo):
             return refusal
@@ -496,6 +515,7 @@ _ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
     ("GET", rf"/api/models/{_REPO}", Hub.info),
     ("GET", rf"/api/models/{_REPO}/revision/(?P<revision>[^/]+)", Hub.info),
     ("GET", rf"/api/models/{_REPO}/refs", Hub.refs),
+    ("GET", rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)", Hub.tree),
     ("POST", rf"/api/models/{_REPO}/branch/(?P<name>[^/]+)", Hub.branch),
     ("POST", rf"/api/models/{_REPO}/tag/(?P<revision>[^/]+)", Hub.tag),
     ("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>[^/]+)", Hub.preupload),

@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from hub_client import Client, Failed
 from hub_server import READER, Hub, Repository
 from huggingface_hub import ModelCard
-from safetensors import safe_open
-from safetensors.torch import load, save_file
-
-from timm_ghn.header import sort_metadata
+from safetensors.torch import load
 
 NAME = "lab/test_resnet.orth"
 WEIGHTS = "model.safetensors"
@@ -382,19 +378,6 @@ def test_a_ghn_without_a_licence_is_not_pushed(client: Client, seeded_checkpoint
     done = client.command("ghns", "push", str(seeded_checkpoint), "lab/ghn")
     assert done.result == 2
     assert re.fullmatch(r"timm-ghn: error: .*seeded.pt: say which licence it has.*\n", done.err)
-
-
-def test_the_header_of_files_is_in_one_order(tmp_path: Path) -> None:
-    seen = set()
-    for _ in range(8):
-        path = tmp_path / "x.safetensors"
-        save_file({"b": torch.ones(3), "a": torch.zeros(2, 2)}, path, {key: f"{key} é\n" for key in "fedcba"})
-        sort_metadata(path)
-        seen.add(path.read_bytes())
-        with safe_open(path, framework="pt") as file:
-            assert file.metadata() == {key: f"{key} é\n" for key in "abcdef"}
-            assert torch.equal(file.get_tensor("b"), torch.ones(3))
-    assert len(seen) == 1
 
 
 def test_a_response_of_the_loopback_hub_is_real(hub: Hub, client: Client) -> None:

@@ -211,7 +211,7 @@ def _initialized(
     if recipe is not None and os.environ.get("TIMM_GHN_HUB_ORG"):
         from timm_ghn.hub.pull import from_organization
 
-        report, settings = from_organization(model, settings, recipe["create_model"], deferred)
+        report = from_organization(model, settings, recipe["create_model"], deferred)
     if report is None:
         report = initialize_(model, settings, input_size=input_size_of(model, kwargs), deferred=deferred, recipe=recipe)
     _reports[model] = report

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from timm_ghn.hub.push import Pushed
 
 HELP = "initialize models and push them to the Hugging Face Hub"
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of noise and of random weights (default: 0)")
     parser.add_argument(
         "--max-shard-size",
-        type=_size,
         metavar="SIZE",
-        help="split larger weights (default: 20GB, as the Hub recommends)",
+        help="spread larger weights over several files, which plain timm does not load (default: 50GB)",
     )
     add_push_arguments(parser)
     parser.add_argument("--license", default="apache-2.0", help="licence of the weights (default: apache-2.0)")
@@ -61,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.ghn is not None:
         given["ghn"] = load_ghn(args.ghn)
     init = Init(args.method, seed=args.seed, **{key: value for key, value in given.items() if value is not None})
-    options = push_options(args, **({} if args.max_shard_size is None else {"shard_bytes": args.max_shard_size}))
+    options = push_options(args, **({} if args.max_shard_size is None else {"max_shard_size": args.max_shard_size}))
     results = list(push_all(names, args.org, init=init, options=options))
     print_results(results)
     return 1 if any(result.outcome is Outcome.FAILED for result in results) else 0
@@ -106,15 +104,3 @@ def _names(patterns: list[str]) -> list[str]:
             raise CommandError(f"timm has no model {pattern!r}{close_matches(pattern, timm.list_models())}")
         found.update(dict.fromkeys(matches))
     return list(found)
-
-
-def _size(text: str) -> int:
-    """A number of bytes, such as 20GB."""
-    unit = text[-2:].upper()
-    try:
-        size = int(float(text[:-2]) * _UNITS[unit]) if unit in _UNITS else int(text)
-    except ValueError:
-        size = 0
-    if size <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 20GB")
-    return size

@@ -171,7 +171,7 @@ def reproduction_command(manifest: Manifest) -> str:
     words += ["--seed", str(found["seed"])]
     dtype = weights_dtype(manifest)
     words += [] if dtype == "float32" else ["--dtype", dtype]
-    words += ["--no-cache"]
+    words += [] if len(manifest.files) == 1 else ["--max-shard-size", manifest.max_shard_size]
     if manifest.arguments:
         words += ["--model-kwargs", *(f"{key}={value!r}" for key, value in manifest.arguments.items())]
     return shlex.join(words)
@@ -191,15 +191,12 @@ def settings_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 def _python_command(manifest: Manifest) -> str:
     """For settings that the command line does not have."""
-    init = {**settings_of(manifest.provenance), "cache": False}
     dtype = weights_dtype(manifest)
-    arguments = [repr(manifest.architecture), f"init={init!r}"]
+    arguments = [repr(manifest.architecture)] * 2 + [f"init={settings_of(manifest.provenance)!r}"]
+    arguments += [] if len(manifest.files) == 1 else [f"max_shard_size={manifest.max_shard_size!r}"]
     arguments += [] if dtype == "float32" else [f"dtype=torch.{dtype}"]
     arguments += [f"{key}={value!r}" for key, value in manifest.arguments.items()]
-    code = (
-        "import timm, torch, timm_ghn; from timm_ghn.export import save; "
-        f"save(timm.create_model({', '.join(arguments)}), {manifest.architecture!r})"
-    )
+    code = f"import torch, timm_ghn; timm_ghn.init_to_folder({', '.join(arguments)})"
     return shlex.join(["python", "-c", code])
 
 

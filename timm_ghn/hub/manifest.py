@@ -56,6 +56,7 @@ class Manifest:
         arguments: Arguments of `timm.create_model`, JSON-compatible.
         num_classes: Number of classes.
         license: SPDX name of the licence.
+        max_shard_size: Size above which weights were split.
         provenance: What determines the weights (`timm_ghn.provenance`).
         parameters: What every parameter got.
         tensors: Type of every tensor of the state dict, by name, and its shape.
@@ -67,6 +68,7 @@ class Manifest:
     arguments: Mapping[str, Any]
     num_classes: int
     license: str
+    max_shard_size: str
     provenance: Mapping[str, Any]
     parameters: tuple[ParameterReport, ...]
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -91,6 +93,7 @@ class Manifest:
             "arguments": dict(self.arguments),
             "num_classes": self.num_classes,
             "license": self.license,
+            "max_shard_size": self.max_shard_size,
             "provenance": dict(self.provenance),
             "versions": dict(self.versions),
             "files": {name: asdict(record) for name, record in sorted(self.files.items())},
@@ -127,6 +130,7 @@ class Manifest:
                 arguments=_table(data, "arguments"),
                 num_classes=_count(data["num_classes"], 10**7),
                 license=_text(data, "license"),
+                max_shard_size=_text(data, "max_shard_size"),
                 provenance=_provenance(_table(data, "provenance")),
                 parameters=tuple(_row(row) for row in data["parameters"]),
                 tensors={_name(key): _tensor(value) for key, value in _table(data, "tensors").items()},

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from timm_ghn.ghn import GHN, default_ghn, load_ghn
 from timm_ghn.hub.folder import tensor_table
 from timm_ghn.hub.manifest import Manifest
-from timm_ghn.initialize import _Plan, _provenance
-from timm_ghn.methods import Init, Source
+from timm_ghn.methods import Init
+from timm_ghn.plan import Plan, find_hypernetwork
 from timm_ghn.postprocess import resolve_start_layer, selected_layers, weight_layers
+from timm_ghn.provenance import Provenance
 
 _LABELS = ("ghn",)
 """Parts of a provenance that are names of something whose hash stands beside it."""
@@ -68,12 +68,5 @@ def expected_provenance(model: nn.Module, init: Init) -> dict[str, Any]:
     if init.spec.orthogonal:
         start_layer = resolve_start_layer(layers, init.start_layer, init.spec.start_layer)
         processed = {layer.parameter: layer for layer in selected_layers(layers, start_layer)}
-    plan = _Plan(init, find_ghn(init), None, {}, layers, start_layer, {}, {}, processed)
-    return _provenance(plan)
-
-
-def find_ghn(init: Init) -> GHN | None:
-    """The GHN that is asked for; None for methods without one."""
-    if init.spec.source is not Source.GHN:
-        return None
-    return load_ghn(init.ghn) if init.ghn is not None else default_ghn()
+    plan = Plan(init, find_hypernetwork(init), None, {}, layers, start_layer, {}, {}, processed)
+    return Provenance.of(plan).to_dict()

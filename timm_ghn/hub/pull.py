@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,10 @@ from timm_ghn.hub.client import (
     look_up_or_cached,
 )
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, Manifest
-from timm_ghn.hub.match import Asked, find_ghn
-from timm_ghn.initialize import _record
+from timm_ghn.hub.match import Asked
 from timm_ghn.methods import Init, Source
 from timm_ghn.paths import is_offline
+from timm_ghn.provenance import Provenance, record_
 from timm_ghn.report import ParameterReport, Report, Status
 
 _logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def create_from_hub(build: Callable[[], nn.Module], source: str, name: str) -> t
         model = build()
     kept = _check_fit(model, pulled)
     fill(model, pulled, deferred, skip=kept)
-    _record(model, manifest.provenance)
+    record_(model, _known(manifest.provenance))
     return model, _report(pulled, time.perf_counter() - start, kept)
 
 
@@ -214,6 +214,11 @@ def fill(model: nn.Module, pulled: Pulled, deferred: DeferredRandom, *, skip: fr
         pulled.copy_to(tensors)
 
 
+def _known(origin: Mapping[str, Any]) -> Provenance:
+    """A provenance as this version notes it; another version may have noted more, or less."""
+    return Provenance(**{entry.name: origin.get(entry.name) for entry in fields(Provenance)})  # type: ignore[arg-type]
+
+
 def _report(pulled: Pulled, seconds: float, kept: frozenset[str] = frozenset()) -> Report:
     origin = pulled.manifest.provenance
     rows = tuple(
@@ -273,7 +278,7 @@ def organization_repository(architecture: str, init: Init) -> HubSource | None:
 
 def from_organization(
     model: nn.Module, init: Init, arguments: Sequence[Any], deferred: DeferredRandom
-) -> tuple[Report | None, Init]:
+) -> Report | None:
     """Give a model ready-made weights of the organization, if it has exactly those that are asked for.
 
     Args:
@@ -283,37 +288,35 @@ def from_organization(
         deferred: What was put off while the model was built.
 
     Returns:
-        The report, or None if the weights have to be computed; and the settings, with the GHN loaded if it was.
+        The report, or None if the weights have to be computed.
+
+    Raises:
+        TimmGhnError: If what is asked for cannot be had either way: L lies outside of the model, or there is no GHN.
     """
     name, config, positional, keywords = arguments
     architecture = str(name).partition(".")[0]
     source = organization_repository(architecture, init)
     if source is None or config is not None or positional or ":" in name:
-        return None, init
+        return None
     start = time.perf_counter()
-    ghn = find_ghn(init)
-    init = init if ghn is None else replace(init, ghn=ghn)
     try:
         snapshot = _look_up_patiently(source)
         manifest = read_manifest(snapshot)
         plain = {key: value for key, value in keywords.items() if key not in ("device", "dtype") and value is not None}
-        difference = Asked.of(model, str(name), init, plain).difference(manifest)
+        asked = Asked.of(model, str(name), init, plain)
+        difference = asked.difference(manifest)
         if difference:
             _logger.warning(
                 "The weights of %s are not those that are asked for, and are computed: %s", snapshot, difference
             )
-            return None, init
+            return None
         pulled = pull(snapshot, manifest)
     except (DownloadError, CheckpointError) as error:
         _tell(source, error)
-        return None, init
+        return None
     fill(model, pulled, deferred)
-    origin = dict(manifest.provenance)
-    if ghn is not None and ghn.info is not None:
-        origin["ghn"] = ghn.info.name
-    _record(model, origin)
-    report = replace(_report(pulled, time.perf_counter() - start), provenance=origin)
-    return report, init
+    record_(model, _known(asked.provenance))
+    return replace(_report(pulled, time.perf_counter() - start), provenance=dict(asked.provenance))
 
 
 def _look_up_patiently(source: HubSource) -> Snapshot:

@@ -17,19 +17,18 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_ghn.errors import CheckpointError, DownloadError, PushError
-from timm_ghn.export import CONFIG_FILE
+from timm_ghn.export import CONFIG_FILE, MAX_SHARD_SIZE
 from timm_ghn.hub import match
 from timm_ghn.hub.card import settings_of
 from timm_ghn.hub.client import HubSource, Snapshot, api, bounded_silence, fetch, hub_errors, look_up
-from timm_ghn.hub.folder import CARD, INDEX, PICTURES, Request, make_folder
+from timm_ghn.hub.folder import CARD, PICTURES, Request, first_difference, make_folder
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, WEIGHTS, Manifest, versions
-from timm_ghn.initialize import provenance
 from timm_ghn.methods import Init, Source
+from timm_ghn.provenance import provenance
+from timm_ghn.tensorfile import INDEX_FILE
 
 _logger = logging.getLogger(__name__)
 
-SHARD_BYTES = 20 * 10**9
-"""The Hub recommends files below 20 GB. Plain timm reads one file only, which all of its models but one fit into."""
 LICENSE = "apache-2.0"
 
 
@@ -56,7 +55,8 @@ class PushOptions:
             the repository says that it has them.
         dry_run: Whether to find out what would be done, without computing, creating or sending anything.
         license: SPDX name of the licence of what is pushed.
-        shard_bytes: Size above which weights are split into several files.
+        max_shard_size: Size, in bytes or as "5GB", above which weights are split into several files, which plain timm
+            does not load.
     """
 
     private: bool | None = None
@@ -66,7 +66,7 @@ class PushOptions:
     overwrite: bool = False
     dry_run: bool = False
     license: str = LICENSE
-    shard_bytes: int = SHARD_BYTES
+    max_shard_size: int | str = MAX_SHARD_SIZE
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,15 @@ def push(
             size = sum(p.numel() * p.element_size() for p in request.skeleton().state_dict().values())
             return Pushed(request.name, repository, Outcome.PLANNED, f"about {size / 1e6:,.1f} MB")
         with tempfile.TemporaryDirectory(prefix="timm-ghn-") as folder:
-            _make(request, model, Path(folder), repository, options)
+            make_folder(
+                request,
+                Path(folder),
+                repository=repository,
+                license=options.license,
+                max_shard_size=options.max_shard_size,
+            )
+            if isinstance(model, nn.Module):
+                _check_same(model, Path(folder))
             return upload(request.name, Path(folder), source, remote, options, f"{request.init.method} weights")
 
 
@@ -218,38 +226,14 @@ def _given(init: str | Mapping[str, Any] | Init) -> dict[str, Any]:
     return {entry.name: getattr(settings, entry.name) for entry in fields(Init)}
 
 
-def _make(request: Request, model: nn.Module | str, folder: Path, repository: str, options: PushOptions) -> Manifest:
-    """Compute the weights and write all files.
-
-    Raises:
-        PushError: If a model in memory has other weights.
-    """
-    made, report = request.create()
-    if isinstance(model, nn.Module):
-        _check_same(model, made)
-    return make_folder(
-        request,
-        made,
-        report,
-        folder,
-        repository=repository,
-        license=options.license,
-        shard_bytes=options.shard_bytes,
-    )
-
-
-def _check_same(model: nn.Module, made: nn.Module) -> None:
-    """Raises PushError unless two models have the same state, bit for bit."""
-    expected = made.state_dict()
-    for name, tensor in model.state_dict().items():
-        other = expected.pop(name, None)
-        if other is None or tensor.shape != other.shape or not torch.equal(tensor.cpu(), other):
-            raise PushError(
-                f"{name} is not what the provenance of this model leads to: it was changed since, for example by "
-                "training. Push it with timm's own push_to_hf_hub, or push the initialization by its name"
-            )
-    if expected:
-        raise PushError(f"{next(iter(expected))} is missing in this model, which its provenance says nothing of")
+def _check_same(model: nn.Module, folder: Path) -> None:
+    """Raises PushError unless a model in memory has the weights of the files, bit for bit."""
+    name = first_difference(model, folder)
+    if name is not None:
+        raise PushError(
+            f"{name} is not what the provenance of this model leads to: it was changed since, for example by "
+            "training. Push it with timm's own push_to_hf_hub, or push the initialization by its name"
+        )
 
 
 # --- what is there --------------------------------------------------------------------------------------------------
@@ -297,7 +281,15 @@ def _unchanged(request: Request, remote: Snapshot | None, options: PushOptions) 
         (remote.files[name].sha256, remote.files[name].size) == (record.sha256, record.size)
         for name, record in manifest.files.items()
     )
-    if not complete or manifest.license != options.license or dict(manifest.versions) != versions():
+    if (
+        not complete
+        or (manifest.license, manifest.max_shard_size)
+        != (
+            options.license,
+            str(options.max_shard_size),
+        )
+        or dict(manifest.versions) != versions()
+    ):
         return ""
     expected = match.Asked.of(request.skeleton(), request.name, request.init, request.plain_arguments)
     difference = expected.difference(manifest)
@@ -350,4 +342,4 @@ def upload(
 
 def _is_ours(name: str) -> bool:
     """Whether a file is one that an earlier push may have left and that would now be wrong."""
-    return bool(WEIGHTS.fullmatch(name)) or name in (INDEX, *PICTURES)
+    return bool(WEIGHTS.fullmatch(name)) or name in (INDEX_FILE, *PICTURES)
