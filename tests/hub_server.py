@@ -555,7 +555,8 @@ class _Handler(BaseHTTPRequestHandler):
         if response.stall:
             time.sleep(response.stall)
         self.send_response(response.status)
-        headers = {"Content-Length": str(len(response.body)), **response.headers}
+        length = {} if "Transfer-Encoding" in response.headers else {"Content-Length": str(len(response.body))}
+        headers = {**length, **response.headers}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()

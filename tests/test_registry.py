@@ -11,11 +11,9 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from ghn_reference import SMALL, ppuda_checkpoint, seeded_ghn
-from huggingface_hub import errors as hub_errors
 
 from timm_ghn.errors import CheckpointError, DownloadError, UnknownGhnError
 from timm_ghn.ghn import GHN, content_hash, default_ghn, list_ghns, load_ghn, registry, write_safetensors
@@ -304,51 +302,3 @@ def test_without_any_ghn_the_error_says_why(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(registry.importlib.resources, "files", lambda package: tmp_path)
     with pytest.raises(DownloadError, match=r"could not be fetched.*no bundled GHN"):
         default_ghn()
-
-
-# The Hub
-
-
-def test_a_hub_repository_is_read_at_its_revision(ghn: GHN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_safetensors(ghn, tmp_path / "ghn.safetensors")
-    calls: list[tuple[object, ...]] = []
-
-    def download(repository: str, file: str, *, revision: str | None, local_files_only: bool) -> str:
-        calls.append((repository, file, revision, local_files_only))
-        return str(tmp_path / "ghn.safetensors")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    loaded = load_ghn("hf-hub:someone/ghn@v1")
-    assert loaded.info is not None
-    assert loaded.info.name == "hf-hub:someone/ghn@v1"
-    load_ghn("hf-hub:someone/ghn", download=False)
-    assert calls == [
-        ("someone/ghn", "ghn.safetensors", "v1", False),
-        ("someone/ghn", "ghn.safetensors", None, True),
-    ]
-
-
-def hub_error(kind: type[Exception]) -> Exception:
-    """An error of huggingface_hub, whose constructors differ from version to version."""
-    told = type(kind.__name__, (kind,), {"__init__": lambda self: None, "__str__": lambda self: "told by the Hub"})
-    error: Exception = told()
-    return error
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (hub_errors.EntryNotFoundError, r"has no ghn.safetensors.*\(.pt\) are not read"),
-        (hub_errors.LocalEntryNotFoundError, "is not on disk, and the Hub cannot be reached: told by the Hub"),
-        (hub_errors.RepositoryNotFoundError, "could not be fetched from the Hub: told by the Hub"),
-        (hub_errors.HFValidationError, "could not be fetched from the Hub: told by the Hub"),
-        (ConnectionError, "could not be fetched from the Hub: told by the Hub"),
-    ],
-)
-def test_errors_of_the_hub_are_told(kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(*args: object, **kwargs: object) -> str:
-        raise hub_error(kind)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(DownloadError, match=message):
-        load_ghn("hf-hub:someone/ghn")

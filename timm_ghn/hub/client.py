@@ -226,19 +226,27 @@ def fetch(snapshot: Snapshot, name: str, *, limit: int) -> Path:
 
 
 def _cached(snapshot: Snapshot, name: str) -> Path | None:
-    found = huggingface_hub.try_to_load_from_cache(snapshot.source.repository, name, revision=snapshot.commit)
-    return Path(found) if isinstance(found, str) else None
+    """The file, if huggingface_hub has it on disk, and knows that it is the one of this revision."""
+    revision = snapshot.source.revision or constants.DEFAULT_REVISION
+    found = huggingface_hub.try_to_load_from_cache(snapshot.source.repository, name, revision=revision)
+    return Path(found) if isinstance(found, str) and snapshot.commit in Path(found).parts else None
 
 
 def _download(snapshot: Snapshot, name: str, remote: RemoteFile) -> Path:
-    """Have huggingface_hub download a file, no more of it than there should be."""
-    repository, commit = snapshot.source.repository, snapshot.commit
-    url = huggingface_hub.hf_hub_url(repository, name, revision=commit)
+    """Have huggingface_hub download a file, no more of it than there should be.
+
+    It is asked for by the name of its branch or tag, so that huggingface_hub finds it by that when it is offline.
+    """
+    repository, revision = snapshot.source.repository, snapshot.source.revision
+    url = huggingface_hub.hf_hub_url(repository, name, revision=revision)
     answered = huggingface_hub.get_hf_file_metadata(url, token=snapshot.token)
     if answered.etag not in remote.etags:  # huggingface_hub names a file of its cache by this
         raise DownloadError(f"the server offers another content: {str(answered.etag)[:80]!r}")
     bar: dict[str, Any] = {"tqdm_class": _bar_up_to(remote.size)} if _HAS_TQDM_CLASS else {}
-    return Path(huggingface_hub.hf_hub_download(repository, name, revision=commit, token=snapshot.token, **bar))
+    path = Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, token=snapshot.token, **bar))
+    if snapshot.commit not in path.parts:
+        raise DownloadError("the repository was changed in the meantime; try again")
+    return path
 
 
 def _bar_up_to(limit: int) -> type[Any]:
