@@ -71,6 +71,8 @@ class Attention(nn.Module):
         elif self.spelling == "talking heads":
             weights = self.mix((q @ k.mT).permute(0, 2, 3, 1)).softmax(-2)
             out = weights.permute(0, 3, 1, 2) @ v
+        elif self.spelling == "elementwise":
+            out = ((q.softmax(-2) * k).sum(-2, keepdim=True)).expand_as(v) * v
         elif self.spelling == "linear":
             out = q.softmax(-1) @ (k.softmax(-2).mT @ v)
         else:
@@ -78,11 +80,42 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(1, -1, 12))
 
 
-@pytest.mark.parametrize("spelling", ["fused", "softmax", "einsum", "talking heads", "linear", "cross-covariance"])
+@pytest.mark.parametrize(
+    "spelling", ["fused", "softmax", "einsum", "talking heads", "linear", "elementwise", "cross-covariance"]
+)
 def test_attention_is_one_msa(spelling: str) -> None:
     graph = graph_of(Attention(spelling), 9, 12)
     assert graph.operators["msa"] == 1
     assert graph.operators["conv"] == 2 + (spelling == "talking heads")
+
+
+class SpelledNorm(nn.Module):
+    """A norm without a function of torch that normalizes, as EvoNorm, filter response norm and old RMS norms."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.weight, self.bias = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+        self.spelling = spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.spelling == "response":
+            x = x * (x.square().mean((2, 3), keepdim=True) + 1e-6).rsqrt()
+        elif self.spelling == "deviation":
+            x = x * torch.sigmoid(x) / x.var((2, 3), keepdim=True).add(1e-6).sqrt().expand(x.shape)
+        else:
+            x = x * (x.pow(2).mean(1, keepdim=True) + 1e-6) ** -0.5
+        return (x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).mean((2, 3))
+
+
+@pytest.mark.parametrize(("spelling", "op"), [("response", "bn"), ("deviation", "bn"), ("channels", "ln")])
+def test_a_norm_that_is_spelled_out_is_one_node(spelling: str, op: str) -> None:
+    graph = graph_of(SpelledNorm(spelling))
+    assert operators(graph) == {"input": 1, "conv": 1, "bias": 1, op: 1, "glob_avg": 1}
+    assert [(t.name, t.role) for t in graph.nodes[3].targets] == [
+        ("weight", Role.NORM_WEIGHT), ("bias", Role.NORM_BIAS),
+    ]  # fmt: skip
 
 
 def test_multi_head_attention_of_torch() -> None:

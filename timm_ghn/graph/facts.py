@@ -27,7 +27,7 @@ _HARD_GATES = {"hardsigmoid", "hardswish"}
 _TRANSPOSITIONS = {"t", "T", "mT", "transpose", "permute", "swapaxes", "movedim"}
 _LOOKUPS = {"embedding", "index_select", "gather", "take", "grid_sample", "index"}
 _PARTS = {"split", "chunk", "tensor_split", "unbind", "getitem", "narrow"}
-_LIKE_ANOTHER = {"expand_as", "view_as", "reshape_as", "type_as"}
+_LIKE_ANOTHER = {"to", "expand_as", "view_as", "reshape_as", "type_as"}
 
 LOOKED_UP = "a table looked up by index, as of relative positions"
 OVER_CONSTANTS = "a layer over constants (coordinates of positions)"
@@ -163,12 +163,12 @@ def _note(facts: Facts, number: int, operation: Operation) -> Fact:
         return replace(fact, similarity=None, product=None, channels=output.shape[-1])
     if name == "softmax" and len(output.shape) >= 2:
         return replace(fact, similarity=fact.similarity or (output.shape[-2], output.shape[-1]))
-    if name in ("sum", "mean") and fact.weighted:
+    if name in ("sum", "mean") and data[0].weighted:
         facts.attentions.add(number)
         return replace(fact, weighted=False, similarity=None, product=number)
     if _squeezes(operation, data[0]):
         return replace(fact, squeezes=fact.squeezes | {number}, similarity=None)
-    if name in MULTIPLICATIONS:
+    if name in MULTIPLICATIONS or (fact.normalized is not None and not keeps_values(operation)):
         return _note_multiplication(facts, number, operation, fact)
     return fact
 
@@ -204,10 +204,11 @@ def _note_multiplication(facts: Facts, number: int, operation: Operation, fact: 
     """An elementwise product: with a squeezed gate, with weights from a softmax, or with the weight of a norm."""
     known = [facts.of(value) for value in operation.inputs]
     output = operation.outputs[0]
-    if len(known) == 2 and all(item.data for item in known):
+    if fact.normalized is not None:  # by a statistic, which is no pooling
+        facts.squeezes |= known[0].squeezes | known[-1].squeezes
+    elif len(known) == 2 and all(item.data for item in known):
         squeezed = [bool(item.squeezes) for item in known]
-        is_gate = fact.normalized is None and squeezed[0] != squeezed[1]
-        if is_gate and operation.inputs[squeezed[0]].shape == output.shape:
+        if squeezed[0] != squeezed[1] and operation.inputs[squeezed[0]].shape == output.shape:
             facts.gates.add(number)
             facts.squeezes |= known[0].squeezes | known[1].squeezes
         weights = [item.similarity is not None for item in known]
