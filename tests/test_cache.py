@@ -283,7 +283,7 @@ def test_the_command_lists_verifies_and_removes(three: list[str], capsys: pytest
     out = capsys.readouterr().out
     assert out.splitlines()[1].startswith(three[0][:12])
     assert "1 d ago   test_vit  ghn-orth" in out
-    assert "3 entries, 2.2 MB" in out
+    assert "3 entries, 3.0 MB" in out
     assert run("ls", "--json") == 0
     assert [info["key"] for info in json.loads(capsys.readouterr().out)] == three
     assert run("verify") == 0

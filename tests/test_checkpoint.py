@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import struct
 import zipfile
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from ghn_reference import PPUDA_CONFIG, SMALL, ppuda_checkpoint, seeded_ghn
 from torch import nn
 
 from timm_ghn import paths
-from timm_ghn.errors import CheckpointError
+from timm_ghn.errors import CheckpointError, TensorFileError
 from timm_ghn.ghn import (
     GHN,
     GHNConfig,
@@ -28,6 +29,7 @@ from timm_ghn.ghn import (
     read_safetensors,
     write_safetensors,
 )
+from timm_ghn.tensorreader import TensorReader
 
 
 @pytest.fixture(scope="module")
@@ -332,3 +334,144 @@ def test_compressed_archives_are_refused(ghn: GHN, tmp_path: Path) -> None:
             target.writestr(name, source.read(name))
     with pytest.raises(CheckpointError, match="refused: it would unpack to"):
         read(tmp_path / "bomb.pt")
+
+
+# Pickles that mean more than they seem
+
+
+def bare(program: bytes) -> bytes:
+    """A file as torch before 1.6 wrote it, whose content is this pickle."""
+    first = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+    return b"".join(pickle.dumps(part, 2) for part in first) + b"\x80\x02" + program + pickle.dumps([], 2)
+
+
+DOUBLED = b")" + b"q\x01h\x01\x86" * 60
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (b"}" + DOUBLED + b"K\x01s.", "refused: .*a table with other keys than texts and numbers"),  # hashing: years
+        (b"}(" + DOUBLED + b"K\x01u.", "refused: .*a table with other keys"),
+        (b"}" + b")" + b"\x85" * 100_000 + b"K\x01s.", "refused: .*a table with other keys"),  # hashing: a crash
+        (b"N" * 400_000 + b".", "refused: .*more operations than any GHN needs"),
+        (b")2\x86.", "refused: .*operation DUP"),
+        (b"c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\x10\x85R.", "refused: .*__builtin__.bytearray"),
+        (b"ccollections\nOrderedDict\n]\x85R.", "refused: .*a call"),
+        (b"ctorch\nFloatStorage\nK\x05\x85R.", "refused: .*a call"),
+        (b"X\x01\0\0\0xQ.", "refused: .*a reference to something else"),
+        (DOUBLED + b".", "has no 'state_dict'"),
+        (b"}.", "has no 'state_dict'"),
+        (b"s.", "truncated or damaged"),
+        (b"h\x07.", "truncated or damaged"),
+    ],
+)
+def test_hostile_pickles_are_refused_before_they_are_run(tmp_path: Path, program: bytes, message: str) -> None:
+    (tmp_path / "ghn.pt").write_bytes(bare(program))
+    with pytest.raises(CheckpointError, match=message):
+        read(tmp_path / "ghn.pt")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hid": 10**500}, "hid is .*not between"),
+        ({"hid": "x" * 10**6}, "not a whole number"),
+        ({"hypernet": [["deep"] * 100] * 100}, "hypernet is"),
+        ({"x" * 10**6: 1}, "unknown settings"),
+    ],
+)
+def test_messages_are_short_whatever_the_file_says(
+    ghn: GHN, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    data = ppuda_checkpoint(ghn)
+    data["config"].update(config)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read(save(tmp_path / "ghn.pt", data))
+    assert len(str(caught.value)) < 600
+
+
+def test_a_huge_epoch_is_left_out(ghn: GHN, tmp_path: Path) -> None:
+    loaded = read(save(tmp_path / "ghn.pt", {**ppuda_checkpoint(ghn), "epoch": 10**500}))
+    assert loaded.info is not None
+    assert loaded.info.metadata == {}
+
+
+def repacked(source: Path, target: Path, change: Callable[[str, bytes], bytes], again: str = "") -> Path:
+    """An archive with other content and right checksums; `again` names a record that is written twice."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+            if again and name.endswith(again):
+                new.writestr(name.upper(), b"another")
+    return target
+
+
+def test_tensors_that_are_longer_than_their_data_are_refused(ghn: GHN, tmp_path: Path) -> None:
+    plain = save(tmp_path / "plain.pt", ppuda_checkpoint(ghn))
+
+    def shorten(name: str, data: bytes) -> bytes:
+        return data[:-4] if name.endswith("data/0") else data
+
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        read(repacked(plain, tmp_path / "short.pt", shorten))
+    assert equal(read(repacked(plain, tmp_path / "same.pt", lambda name, data: data)), ghn)
+
+
+def test_records_of_the_same_name_are_refused(ghn: GHN, tmp_path: Path) -> None:
+    plain = save(tmp_path / "plain.pt", ppuda_checkpoint(ghn))
+    with pytest.raises(CheckpointError, match="two of its records have the same name"):
+        read(repacked(plain, tmp_path / "twice.pt", lambda name, data: data, again="data.pkl"))
+
+
+def test_keys_and_tensors_that_are_none_are_refused(ghn: GHN, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a table of tensors"):
+        read(save(tmp_path / "ghn.pt", rebuilt(ghn, lambda s: s.update({3: torch.zeros(2)}))))
+    meta = rebuilt(ghn, lambda s: s.update({"ln.weight": torch.zeros(8, device="meta")}))
+    with pytest.raises(CheckpointError, match=r"refused|not a plain tensor"):
+        read(save(tmp_path / "meta.pt", meta))
+
+
+def test_pipes_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for reader in (read, read_ppuda, read_safetensors):
+        with pytest.raises(CheckpointError, match="it is not a file"):
+            reader(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("entries", "data", "message"),
+    [
+        (
+            {
+                "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+                "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+            },
+            12,
+            "b does not begin where",
+        ),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, 12, "a does not begin where"),
+        ({"a": {"dtype": "F32", "shape": [10**15], "data_offsets": [0, 4 * 10**15]}}, 8, "promises 4000000000000"),
+        ({"a": {"dtype": "F32", "shape": [2**62] * 1000, "data_offsets": [0, 8]}}, 8, "no possible shape"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, 4, "no possible shape"),
+        ({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, 4, "the unknown type F99"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "code": "x"}}, 4, "none of a tensor"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 8, "bytes, and its header promises"),
+        ({"__metadata__": {"a": 1}}, 0, "its metadata are not texts"),
+    ],
+)
+def test_lying_headers_say_how_they_lie(tmp_path: Path, entries: dict[str, Any], data: int, message: str) -> None:
+    (tmp_path / "x.safetensors").write_bytes(header(entries) + b"\0" * data)
+    with pytest.raises(TensorFileError, match=message):
+        TensorReader(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"a":' * 100_000, '{"a": 1, "a": 2}', "9" * 10_000, '"\\ud800"', "[]", "nul"]
+)
+def test_headers_that_are_no_table_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text.encode())
+    with pytest.raises(TensorFileError, match="its header is not"):
+        TensorReader(tmp_path / "x.safetensors")

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Sequence, Sized
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timm_ghn.cli.common import CommandError, table
@@ -110,7 +111,17 @@ def _row(info: EntryInfo) -> Sequence[object]:
         return key, size, used, f"({info.problem})", "", "", "", "", ""
     made = {name: "" if value is None else value for name, value in info.made.items()}
     layer = f"{made['start_layer']}/{made['num_layers']}" if made["start_layer"] != "" else ""
-    return key, size, used, made["model"], made["method"], made["ghn"], layer, made["seed"], made["version"]
+    return (
+        key,
+        size,
+        used,
+        made["model"],
+        made["method"],
+        Path(str(made["ghn"])).name,
+        layer,
+        made["seed"],
+        made["version"],
+    )
 
 
 def _as_json(info: EntryInfo) -> dict[str, Any]:

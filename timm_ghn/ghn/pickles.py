@@ -43,6 +43,9 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _IGNORED = {"PROTO", "FRAME", "STOP"}
 _PROTOCOLS = range(2, 6)
 
+_MAX_OPERATIONS = 300_000
+"""A GHN and its optimizer's state take some thousands."""
+
 StorageCheck = Callable[[str, int], bool]
 """Whether the storage of that key can have so many bytes."""
 
@@ -78,7 +81,9 @@ def check(stream: BinaryIO, is_possible: StorageCheck) -> None:
         ValueError, IndexError, KeyError: If it is damaged.
     """
     machine = _Machine(is_possible)
-    for opcode, argument, _ in pickletools.genops(stream):
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        if number > _MAX_OPERATIONS:
+            raise UnsafePickleError("more operations than any GHN needs")
         machine.step(opcode.name, argument)
 
 
