@@ -41,6 +41,7 @@ from timm_ghn.cache.entry import DIGEST_KEY, HEADER_KEY
 from timm_ghn.errors import CheckpointError, TensorFileError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
 from timm_ghn.ghn.checkpoint import CONFIG_KEY, HASH_KEY
+from timm_ghn.hub.manifest import FileRecord, Manifest
 from timm_ghn.tensorfile import write_file
 from timm_ghn.tensorreader import TensorReader
 
@@ -160,6 +161,15 @@ def lying_metadata(draw: st.DrawFn, sound: bytes, key: str) -> bytes:
     return packed(header, sound[8 + length :])
 
 
+@st.composite
+def lying_table(draw: st.DrawFn, sound: bytes) -> bytes:
+    """A JSON file with other values."""
+    table = json.loads(sound)
+    for _ in range(draw(st.integers(1, 2))):
+        change(draw, table)
+    return json.dumps(table).encode()
+
+
 def change(draw: st.DrawFn, table: Any) -> None:
     """Change something in a table or below it."""
     while True:
@@ -263,6 +273,7 @@ class Fuzzer:
         write_file(self.path, self.ghn.state_dict(), metadata)
         tensors = self.path.read_bytes()
         pt, old, config = archive.getvalue(), bare.getvalue(), self.ghn.config.to_dict()
+        manifest = self.make_manifest().to_json().encode()
         entry, recipe = self.entry.path.read_bytes(), self.recipe.read_bytes()
         return [
             Reader("ppuda checkpoint (zip)", damaged(pt) | repacked(pt), self.read_checkpoint),
@@ -277,6 +288,7 @@ class Fuzzer:
             Reader("cache entry", damaged(entry) | lying_tensors(entry), self.read_entry),
             Reader("cache entry, hashed again", lying_metadata(entry, HEADER_KEY), self.read_forged_entry),
             Reader("recipe", damaged(recipe) | JSON.map(lambda value: json.dumps(value).encode()), self.read_recipe),
+            Reader("description on the Hub", damaged(manifest) | lying_table(manifest), self.read_manifest),
             Reader("safetensors header", damaged(tensors) | lying_tensors(tensors), self.read_tensors),
         ]
 
@@ -324,6 +336,33 @@ class Fuzzer:
         if found not in (None, self.entry.key):
             raise AssertionError(f"another key: {found}")
         return REFUSED if found is None else READ
+
+    def make_manifest(self) -> Manifest:
+        origin, report = timm_ghn.provenance(self.model), timm_ghn.report_of(self.model)
+        if origin is None or report is None:
+            raise AssertionError("the model was not initialized")
+        return Manifest(
+            architecture="test_vit",
+            arguments={"num_classes": 10},
+            num_classes=10,
+            license="apache-2.0",
+            max_shard_size="5GB",
+            provenance=origin,
+            parameters=report.parameters[:5],
+            tensors={"a": ("float32", (2, 3)), "b": ("int64", ())},
+            versions={"torch": "2"},
+            files={"model.safetensors": FileRecord(100, "0" * 64)},
+        )
+
+    def read_manifest(self, content: bytes) -> str:
+        try:
+            found = Manifest.from_json(content, "file")
+        except CheckpointError as error:
+            check_message(error)
+            return REFUSED
+        if Manifest.from_json(found.to_json(), "again") != found:
+            raise AssertionError("a description that does not come back")
+        return READ
 
     def read_tensors(self, content: bytes) -> str:
         self.path.write_bytes(content)

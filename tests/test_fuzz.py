@@ -25,5 +25,5 @@ def test_no_file_does_harm() -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     counts = json.loads(done.stdout[done.stdout.index("{") :])
-    assert len(counts) == 9
+    assert len(counts) == 10
     assert all(count.get("refused", 0) >= 25 for count in counts.values()), counts
