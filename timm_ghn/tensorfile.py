@@ -104,7 +104,9 @@ class TensorFile:
             raise ValueError(f"{name} is {TensorSpec.of(tensor)}, the file has room for {self.specs[name]}")
         if tensor.numel() == 0:
             return
-        data = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+        data = tensor.detach().to("cpu").contiguous()
+        # A contiguous tensor of one element may have any stride.
+        data = data.as_strided((data.numel(),), (1,)).view(torch.uint8)
         if sys.byteorder == "big":
             data = data.view(-1, tensor.element_size()).flip(1).contiguous().view(-1)
         with open(self.path, "r+b") as file:

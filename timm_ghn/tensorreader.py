@@ -116,7 +116,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
         raise TensorFileError("big-endian machines are not supported")
     if tensor.numel() == 0:
         return memoryview(bytearray())
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+    return memoryview(tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data)
 
 
 def _write_to(file: BinaryIO, header: bytes, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
