@@ -104,8 +104,9 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     if found["start_layer"] is not None:
         rows += [("L", f"{found['start_layer']} of {found['num_layers']} layers"), ("beta", f"{found['noise']:g}")]
     rows.append(("seed", str(found["seed"])))
-    other = {"correlation": "paper", "reading": "default"}
-    rows += [(key, f"`{found[key]}`") for key, usual in other.items() if found.get(key, usual) != usual]
+    defaults = {entry.name: entry.default for entry in fields(Init)}
+    further = {key: value for key, value in settings_of(found).items() if key not in _FLAGS}
+    rows += [(key, f"`{value}`") for key, value in further.items() if value != defaults[key]]
     if manifest.arguments:
         rows.append(
             ("arguments of the model", ", ".join(f"`{key}={value!r}`" for key, value in manifest.arguments.items()))
