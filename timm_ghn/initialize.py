@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_ghn._version import __version__
+from timm_ghn.baselines import apply_baseline
 from timm_ghn.cache import Entry, WeightCache, cache_key
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.fill import fill_generated, fill_others
@@ -41,9 +42,9 @@ def init_model(
     Args:
         model: Any module, from timm or not. Parameters that are not predicted keep their values; training mode,
             `requires_grad` and buffers stay as they are.
-        method: "ghn-orth", "ghn", "orth" or "rand", or `Init` with all settings.
+        method: A name of `METHODS`, such as "ghn-orth", "orth" or "lsuv", or `Init` with all settings.
         input_size: (channels, height, width) of one image, where the model does not say it itself.
-        example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors.
+        example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors. "lsuv" measures on it.
         **settings: Fields of `Init`: `ghn`, `noise`, `start_layer`, `seed`, ...
 
     Returns:
@@ -88,7 +89,8 @@ def initialize_(
     check_memory(parameters)
     deferred = DeferredRandom(init.seed) if deferred is None else deferred
     hypernetwork = find_hypernetwork(init)
-    cache = WeightCache.default() if init.cache and init.spec.source is not Source.TIMM else None
+    cacheable = init.spec.source in (Source.GHN, Source.GAUSSIAN)
+    cache = WeightCache.default() if init.cache and cacheable else None
     key = cache_key(_recipe_inputs(recipe, init, hypernetwork, parameters)) if cache and recipe is not None else None
     outcome = _recall(cache, key, parameters, deferred) if cache and key else None
     if outcome is None:
@@ -96,8 +98,17 @@ def initialize_(
         outcome = _fill(plan, cache, deferred, key, model_name(model))
     facts = outcome.facts if hypernetwork is None else outcome.facts.with_ghn(hypernetwork.name)
     fill_others(model, facts, postprocess_settings(init), deferred, lambda *_: None)
+    computed = _baseline(model, init, input_size, example_input)
     record_(model, facts.provenance)
-    return facts.report(model, from_cache=outcome.from_cache, seconds=time.perf_counter() - start)
+    report = facts.report(model, from_cache=outcome.from_cache, seconds=time.perf_counter() - start)
+    return report.with_computed(computed)
+
+
+def _baseline(model: nn.Module, init: Init, input_size: Sequence[int] | None, example_input: Any) -> frozenset[str]:
+    """Names of the parameters that a baseline has changed, on top of what was there."""
+    if init.spec.source is not Source.BASELINE:
+        return frozenset()
+    return frozenset(apply_baseline(init.method, model, init.seed, input_size=input_size, example_input=example_input))
 
 
 def _fill(plan: Plan, cache: WeightCache | None, deferred: DeferredRandom, recipe: str | None, model: str) -> _Outcome:

@@ -23,6 +23,7 @@ class Source(str, Enum):
     GHN = "ghn"
     GAUSSIAN = "gaussian"
     TIMM = "timm"
+    BASELINE = "baseline"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,12 @@ METHODS: dict[str, Method] = {
         Method("ghn", "predicted by a GHN, without post-processing", Source.GHN, False),
         Method("orth", "orthogonal factors of Gaussian matrices from layer L on", Source.GAUSSIAN, True, 1),
         Method("rand", "timm's own random initialization", Source.TIMM, False),
+        Method("lsuv", "orthonormal, outputs of variance 1 on a batch (Mishkin & Matas 2016)", Source.BASELINE, False),
+        Method("fixup", "for residual networks without normalization (Zhang et al. 2019)", Source.BASELINE, False),
+        Method(
+            "covariance", "depthwise kernels of structured covariance (Trockman et al. 2022)", Source.BASELINE, False
+        ),
+        Method("mimetic", "attention as in trained transformers (Trockman & Kolter 2023)", Source.BASELINE, False),
     )
 }
 """The methods that `init=` knows by name."""

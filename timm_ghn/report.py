@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -16,6 +16,7 @@ class Status(str, Enum):
     PREDICTED = "predicted"
     PREDICTED_ORTHOGONALIZED = "predicted and orthogonalized"
     ORTHOGONALIZED = "orthogonalized"
+    COMPUTED = "computed"
     KEPT = "kept"
 
 
@@ -95,6 +96,13 @@ class Report:
                 for p in self.parameters
             ],
         }
+
+    def with_computed(self, names: Collection[str]) -> Report:
+        """The report with parameters that a baseline has computed."""
+        rows = tuple(
+            replace(row, status=Status.COMPUTED, reason="") if row.name in names else row for row in self.parameters
+        )
+        return replace(self, parameters=rows)
 
     def __str__(self) -> str:
         source = self.source or ("cache" if self.from_cache else "computed")

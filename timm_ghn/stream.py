@@ -73,6 +73,8 @@ def init_to_folder(
         raise InitError(f"device={kwargs['device']!r}: weights are written to files from the CPU; leave it out")
     build, settings = builder_of(model_name, init, **kwargs)
     memory = LazyMemory()
+    if settings.spec.source is Source.BASELINE:
+        raise InitError(f"{settings.method} needs the whole model in memory: timm.create_model(..., init=...) makes it")
     is_random = settings.spec.source is Source.TIMM
     deferred = ReplayedRandom(memory.forget) if is_random else DeferredRandom(settings.seed)
     with torch.device("cpu"), seeded(settings.seed), deferred, memory:

@@ -1,0 +1,115 @@
+"""Fixup (Zhang, Dauphin, Ma 2019, arXiv 1901.09321): residual networks without normalization.
+
+With L residual branches of m layers each, all layers get He's initialization; those inside of branches are scaled by
+`L^(-1 / (2 m - 2))`, the last one of every branch and the classifier are 0. The paper's third rule, scalar multipliers
+and biases in every branch, would change the architecture and is left out.
+
+Applies to networks with residual branches and without normalization layers, which is what the scaling replaces.
+Branches are found in the recorded operations: a sum of two values, one of which has layers that the other does not
+have; what is on the other side is the shortcut, possibly with a layer of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from timm_ghn.deferred import derived_seed
+from timm_ghn.errors import InitError
+from timm_ghn.graph.capture import Trace, capture
+from timm_ghn.graph.facts import CONVOLUTIONS
+from timm_ghn.postprocess import weight_layers
+
+_SUMS = {"add"}
+_LAYERS = {"linear", *CONVOLUTIONS}
+_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+    *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()),
+)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch: the names of its weights in the order in which they run."""
+
+    weights: tuple[str, ...]
+
+
+def residual_branches(trace: Trace) -> tuple[Branch, ...]:
+    """The residual branches of a recorded forward pass."""
+    layers: dict[int, tuple[str, ...]] = dict.fromkeys(trace.inputs, ())
+    branches: list[Branch] = []
+    for operation in trace.operations:
+        data = [layers[value.index] for value in operation.inputs if value.index in layers]
+        if not data:
+            continue
+        if operation.name in _SUMS and len(data) == 2:
+            exclusive = sorted((_without(data[0], data[1]), _without(data[1], data[0])), key=len)
+            if len(exclusive[1]) > len(exclusive[0]) <= 1:
+                branches.append(Branch(exclusive[1]))
+        passed = tuple(dict.fromkeys(name for names in data for name in names))
+        if operation.name in _LAYERS:
+            weight = operation.argument(1, "weight")
+            names: Sequence[str] = trace.parameters.get(getattr(weight, "index", -1), ())
+            passed += tuple(names[:1])
+        for output in operation.outputs:
+            layers[output.index] = passed
+    return tuple(branches)
+
+
+def _without(names: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in set(others))
+
+
+def fixup_scales(branches: Sequence[Branch]) -> Mapping[str, float]:
+    """What He's initialization is multiplied with, for the weights inside of branches."""
+    scales: dict[str, float] = {}
+    for branch in branches:
+        count = len(branch.weights)
+        scale = len(branches) ** (-1 / (2 * count - 2)) if count > 1 else 0.0
+        scales.update(dict.fromkeys(branch.weights[:-1], scale))
+        scales[branch.weights[-1]] = 0.0
+    return scales
+
+
+@torch.no_grad()
+def fixup_(model: nn.Module, seed: int, *, input_size: Any = None, example_input: Any = None) -> tuple[str, ...]:
+    """Initialize all convolutional and fully-connected layers.
+
+    Returns:
+        Names of the parameters that changed.
+
+    Raises:
+        InitError: If the network has normalization layers or no residual branches; it is then unchanged.
+    """
+    norm = next((module for module in model.modules() if isinstance(module, _NORMS)), None)
+    if norm is not None:
+        raise InitError(
+            f"fixup is for residual networks without normalization, and {type(model).__name__} has "
+            f"{type(norm).__name__} layers"
+        )
+    branches = residual_branches(capture(model, input_size=input_size, example_input=example_input))
+    if not branches:
+        raise InitError(f"fixup is for residual networks, and {type(model).__name__} has no residual branches")
+    scales = fixup_scales(branches)
+    changed: list[str] = []
+    for layer in weight_layers(model):
+        weight = model.get_parameter(layer.parameter)
+        scale = 0.0 if layer.is_classifier else scales.get(layer.parameter, 1.0)
+        generator = torch.Generator().manual_seed(derived_seed("fixup", seed, layer.number, tuple(weight.shape)))
+        drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
+        weight.copy_(drawn * scale * math.sqrt(2 / math.prod(weight.shape[1:])))
+        changed.append(layer.parameter)
+        bias = f"{layer.parameter.rpartition('.')[0]}.bias".lstrip(".")
+        if bias in dict(model.named_parameters()):
+            model.get_parameter(bias).zero_()
+            changed.append(bias)
+    return tuple(changed)
