@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -18,9 +18,12 @@ from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.data import Benchmark, Task, make_task
 from timm_ghn.finetune.network import build_network, weights_digest
 from timm_ghn.finetune.results import ResultStore, RunResult, Summary, environment, summarize
-from timm_ghn.finetune.run import Execution, Run
+from timm_ghn.finetune.run import Execution, Point, Run
 
 _logger = logging.getLogger(__name__)
+
+Reporter = Callable[[Point], None]
+"""Called after an epoch; what it raises ends the run, which goes on from its checkpoint another time."""
 
 _INITIAL_IMAGES = 64
 """Training images that initializations which look at data are given."""
@@ -35,7 +38,13 @@ class Job:
 
 
 def run_jobs(
-    jobs: Sequence[Job], data: Benchmark, store: ResultStore, execution: Execution, *, together: int = 1
+    jobs: Sequence[Job],
+    data: Benchmark,
+    store: ResultStore,
+    execution: Execution,
+    *,
+    together: int = 1,
+    report: Reporter | None = None,
 ) -> tuple[RunResult, ...]:
     """Make the runs that are not in the store, and return the results of all that are by then.
 
@@ -47,6 +56,7 @@ def run_jobs(
         store: Where results are.
         execution: How to compute.
         together: Runs that take turns on a device, each on its own CUDA stream.
+        report: Called after every epoch of every run.
 
     Raises:
         FineTuneError: If a run cannot be made, or memory does not suffice (the message says what to change).
@@ -55,7 +65,7 @@ def run_jobs(
     todo = [item for item in named if store.read(item[0]) is None]
     with tqdm(total=len(named), initial=len(named) - len(todo), unit="run", delay=2, disable=None) as bar:
         for start in range(0, len(todo), together):
-            bar.update(_run_group(todo[start : start + together], data, store, execution))
+            bar.update(_run_group(todo[start : start + together], data, store, execution, report))
     found = (store.read(key) for key in dict.fromkeys(key for key, _, _ in named))
     return tuple(result for result in found if result is not None)
 
@@ -77,7 +87,11 @@ def _named(jobs: Sequence[Job], data: Benchmark) -> list[tuple[str, Job, Task]]:
 
 
 def _run_group(
-    group: Sequence[tuple[str, Job, Task]], data: Benchmark, store: ResultStore, execution: Execution
+    group: Sequence[tuple[str, Job, Task]],
+    data: Benchmark,
+    store: ResultStore,
+    execution: Execution,
+    report: Reporter | None,
 ) -> int:
     """Make a few runs in turns.
 
@@ -92,7 +106,7 @@ def _run_group(
                 active.append((key, _start(key, job, task, store, execution), task))
             else:
                 _logger.info("%s is left to the process that works on it", key)
-        _train(active, store, execution)
+        _train(active, store, execution, report)
         for key, run, task in active:
             store.write(_result(key, run, task, data))
     return len(active)
@@ -117,14 +131,20 @@ def _initial_images(config: FineTuneConfig, task: Task) -> Tensor:
     return images.plain(0, len(first))[0]
 
 
-def _train(active: Sequence[tuple[str, Run, Task]], store: ResultStore, execution: Execution) -> None:
+def _train(
+    active: Sequence[tuple[str, Run, Task]], store: ResultStore, execution: Execution, report: Reporter | None
+) -> None:
     """Train all to their ends, step by step in turns."""
     total = max((run.config.epochs for _, run, _ in active), default=0)
     saved = monotonic()
     with tqdm(total=total, unit="epoch", delay=2, leave=False, disable=None) as bar:
-        while epochs := [run.epoch() for _, run, _ in active if not run.is_done]:
+        while running := [run for _, run, _ in active if not run.is_done]:
+            epochs = [run.epoch() for run in running]
             while epochs:
                 epochs = [epoch for epoch in epochs if next(epoch, True) is None]
+            if report is not None:
+                for run in running:
+                    report(run.progress.curve[-1])
             bar.update(min(run.progress.epoch for _, run, _ in active) - bar.n)
             if monotonic() - saved >= execution.save_seconds:
                 for key, run, _ in active:
