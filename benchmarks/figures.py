@@ -1,0 +1,451 @@
+"""Tables and figures of arXiv 2207.10049 from results on disk, or from timm models.
+
+    python benchmarks/figures.py tables --results results                    # tables 1 and 2 as Markdown
+    python benchmarks/figures.py curves --results results --out docs/curves  # figure 4: training and test curves
+    python benchmarks/figures.py correlations --models resnet50 convnext_base --out docs/correlations   # figure 2
+    python benchmarks/figures.py graphs --models resnet50 convnext_base --out docs/graphs               # figure 3
+    python benchmarks/figures.py embeddings --count 200 --data ../shared/data/tinyimagenet32 --out docs/embeddings
+
+Each figure is written as PNG and SVG, with the numbers behind it as JSON beside them. Needs the extra `plot`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import timm_ghn
+from timm_ghn.errors import FineTuneError, MissingDependencyError, TimmGhnError
+from timm_ghn.finetune import ResultStore, RunResult, Summary, compare, load_benchmark, summarize
+from timm_ghn.finetune.config import PRESETS
+from timm_ghn.ghn import GHN, default_ghn, load_ghn
+from timm_ghn.graph import render, to_graph
+from timm_ghn.paths import write_atomically
+from timm_ghn.postprocess import weight_layers
+from timm_ghn.postprocess.noise import correlation_std
+from timm_ghn.training.architectures import build, sample_architecture
+from timm_ghn.training.pool import architecture_graph
+from timm_ghn.training.probe import few_labels, probe
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
+"""Okabe and Ito's, which stay apart for colour-blind readers."""
+_PAIRS = 20_000
+"""Pairs of channels whose correlations stand for the distribution in a layer."""
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot without a display.
+
+    Raises:
+        MissingDependencyError: If matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise MissingDependencyError("figures need matplotlib: pip install 'timm-ghn[plot]'") from error
+    mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
+    mpl.rcParams["svg.hashsalt"] = "timm-ghn"
+    return plt
+
+
+def write_figure(figure: Any, numbers: Any, out: Path) -> None:
+    """Write PNG, SVG and JSON."""
+    for suffix in (".png", ".svg"):
+        buffer = io.BytesIO()
+        metadata = {"Date": None} if suffix == ".svg" else None
+        figure.savefig(buffer, format=suffix[1:], dpi=160, bbox_inches="tight", metadata=metadata)
+        write_atomically(out.with_suffix(suffix), buffer.getvalue())
+    write_numbers(numbers, out)
+    pyplot().close(figure)
+
+
+def write_numbers(numbers: Any, out: Path) -> None:
+    """Write what a figure shows as JSON."""
+    write_atomically(out.with_suffix(".json"), json.dumps(numbers, indent=1).encode())
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def tested(store: ResultStore) -> tuple[Summary, ...]:
+    """Summaries of the runs that were measured on test images.
+
+    Raises:
+        FineTuneError: If there are none.
+    """
+    found = summarize(result for result in store.all() if result.config.split == "test")
+    if not found:
+        raise FineTuneError(f"{store.folder} has no finished runs on test images: run benchmarks/finetune.py first")
+    return found
+
+
+def table_1(summaries: Sequence[Summary]) -> str:
+    """Accuracy of every initialization (rows) and architecture (columns), in percent, with pairs by seed."""
+    models = list(dict.fromkeys(row.config.model for row in summaries))
+    inits = list(dict.fromkeys(row.config.starts_from for row in summaries))
+    best: dict[tuple[str, str], Summary] = {}
+    for row in summaries:
+        place = (row.config.starts_from, row.config.model)
+        if place in best:
+            raise FineTuneError(
+                f"{place[1]} from {place[0]} has results with different settings; keep one experiment a folder"
+            )
+        best[place] = row
+    lines = [f"| init | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+    for init in inits:
+        cells = [_cell(best.get((init, model)), best.get(("rand", model))) for model in models]
+        lines.append(f"| {init} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Summary | None, reference: Summary | None) -> str:
+    if row is None:
+        return "-"
+    text = f"{100 * row.mean:.1f} ± {100 * row.std:.1f} (n = {len(row.accuracies)})"
+    if reference is not None and reference is not row and row.accuracies.keys() & reference.accuracies.keys():
+        paired = compare(row, reference)
+        text += f", {100 * paired.difference:+.1f} to rand (p = {paired.p_value:.3g})"
+    return text
+
+
+def table_2(summaries: Sequence[Summary]) -> str:
+    """Hyperparameters of every row of table 1, beside the paper's for GHN-orth."""
+    header = ("model", "init", "optimizer", "epochs", "batch", "lr", "weight decay", "size", "beta", "L", "source")
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    configs = [(row.config, "these runs") for row in summaries]
+    configs += [(preset.config, "the paper, GHN-orth") for preset in PRESETS.values()]
+    for config, source in configs:
+        beta = "default" if config.noise is None else f"{config.noise:g}"
+        start = "default" if config.start_layer is None else config.start_layer
+        cells = (config.model, config.starts_from, config.optimizer, config.epochs, config.batch_size, f"{config.lr:g}")
+        rest = (f"{config.weight_decay:g}", config.image_size, beta, start, source)
+        lines.append(f"| {' | '.join(map(str, (*cells, *rest)))} |")
+    return "\n".join(lines)
+
+
+# --- figure 4: curves -----------------------------------------------------------------------------------------------
+
+
+def curves(results: Sequence[RunResult]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Means and deviations over seeds, by model and initialization.
+
+    Returns:
+        By model and initialization: "epoch", "train_loss", "test_epoch", "accuracy" and "accuracy_std".
+    """
+    groups: dict[tuple[str, str], list[RunResult]] = defaultdict(list)
+    for result in results:
+        groups[result.config.model, result.config.starts_from].append(result)
+    found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(dict)
+    for (model, init), runs in groups.items():
+        shortest = min(len(run.curve) for run in runs)
+        points = [[run.curve[index] for run in runs] for index in range(shortest)]
+        measured = [row for row in points if all(point.accuracy is not None for point in row)]
+        accuracy = torch.tensor([[point.accuracy or 0.0 for point in row] for row in measured], dtype=torch.float64)
+        found[model][init] = {
+            "epoch": [float(row[0].epoch) for row in points],
+            "train_loss": [sum(point.train_loss for point in row) / len(row) for row in points],
+            "test_epoch": [float(row[0].epoch) for row in measured],
+            "accuracy": accuracy.mean(1).tolist(),
+            "accuracy_std": (accuracy.std(1) if accuracy.shape[1] > 1 else torch.zeros(len(accuracy))).tolist(),
+        }
+    return dict(found)
+
+
+def draw_curves(data: Mapping[str, Mapping[str, Mapping[str, list[float]]]]) -> Any:
+    """A column for each model: training loss above, test accuracy below; bands are one standard deviation."""
+    plt = pyplot()
+    figure, axes = plt.subplots(
+        2, len(data), figsize=(3.6 * len(data) + 1.2, 5.2), sharex="col", squeeze=False, layout="constrained"
+    )
+    inits = list(dict.fromkeys(init for lines in data.values() for init in lines))
+    for column, (model, lines) in enumerate(data.items()):
+        for init, line in lines.items():
+            color = COLORS[inits.index(init) % len(COLORS)]
+            axes[0][column].plot(line["epoch"], line["train_loss"], color=color, label=init, linewidth=1.3)
+            accuracy = 100 * torch.tensor(line["accuracy"])
+            spread = 100 * torch.tensor(line["accuracy_std"])
+            marker = "o" if len(accuracy) < 15 else None
+            axes[1][column].plot(line["test_epoch"], accuracy, color=color, marker=marker, markersize=3, linewidth=1.3)
+            band = (accuracy - spread, accuracy + spread)
+            axes[1][column].fill_between(line["test_epoch"], *band, color=color, alpha=0.15, linewidth=0)
+        axes[0][column].set_title(model)
+        axes[1][column].set_xlabel("epoch")
+    axes[0][0].set_ylabel("training loss (nats)")
+    axes[1][0].set_ylabel("test accuracy (%)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    return figure
+
+
+# --- figure 2: correlations -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerCorrelations:
+    """Pearson correlations between the channels of a layer.
+
+    Attributes:
+        number: Number of the layer, from 1.
+        parameter: Name of its weight.
+        std: Standard deviation of all entries of the matrix of correlations, sigma of Eq. 1.
+        quantiles: 5, 25, 50, 75 and 95 % of the correlations of sampled pairs of different channels.
+    """
+
+    number: int
+    parameter: str
+    std: float
+    quantiles: tuple[float, ...]
+
+
+def channel_correlations(model: nn.Module) -> list[LayerCorrelations]:
+    """Correlations in every layer but the classifier; no matrix of all pairs is formed."""
+    found = []
+    for layer in weight_layers(model):
+        matrix = model.get_parameter(layer.parameter).detach().float().cpu().flatten(1)
+        if layer.is_classifier or matrix.shape[0] < 2 or matrix.shape[1] < 2:
+            continue
+        values = sampled_correlations(matrix, _PAIRS, layer.number)
+        quantiles = torch.quantile(values, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]))
+        found.append(
+            LayerCorrelations(layer.number, layer.parameter, correlation_std(matrix), tuple(quantiles.tolist()))
+        )
+    return found
+
+
+def sampled_correlations(matrix: Tensor, count: int, seed: int) -> Tensor:
+    """Correlations of random pairs of different rows.
+
+    Args:
+        matrix: (K, D), K at least 2.
+        count: Number of pairs.
+        seed: Decides which.
+
+    Returns:
+        (count,), 0 for rows without variance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = matrix - matrix.mean(1, keepdim=True)
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    first = torch.randint(len(rows), (count,), generator=generator)
+    second = (first + torch.randint(1, len(rows), (count,), generator=generator)) % len(rows)
+    parts = zip(first.split(1000), second.split(1000), strict=True)
+    return torch.cat([(rows[a] * rows[b]).sum(1) for a, b in parts])
+
+
+def draw_correlations(data: Mapping[str, Mapping[str, Sequence[LayerCorrelations]]]) -> Any:
+    """A row for each model, a column for each initialization, and the deviations in the last column."""
+    plt = pyplot()
+    columns = max(len(inits) for inits in data.values()) + 1
+    figure, axes = plt.subplots(
+        len(data), columns, figsize=(2.7 * columns + 0.6, 2.6 * len(data) + 0.5), squeeze=False, layout="constrained"
+    )
+    for row, (model, inits) in enumerate(data.items()):
+        for column, (init, layers) in enumerate(inits.items()):
+            axis = axes[row][column]
+            color = COLORS[column % len(COLORS)]
+            numbers = [layer.number for layer in layers]
+            low, lower, middle, upper, high = zip(*(layer.quantiles for layer in layers), strict=True)
+            axis.fill_between(numbers, low, high, color=color, alpha=0.18, linewidth=0, label="5 to 95 %")
+            axis.fill_between(numbers, lower, upper, color=color, alpha=0.4, linewidth=0, label="25 to 75 %")
+            axis.plot(numbers, middle, color=color, linewidth=1, label="median")
+            axis.set_ylim(-1.05, 1.05)
+            axis.set_title(f"{model}\n{init}" if columns > 2 else model)
+            axes[row][-1].plot(numbers, [layer.std for layer in layers], color=color, label=init, linewidth=1.2)
+        axes[row][0].set_ylabel("correlation of two channels")
+        axes[row][-1].set_title(f"{model}\nstandard deviation")
+        axes[row][-1].set_ylim(bottom=0)
+    for axis in axes[-1]:
+        axis.set_xlabel("layer")
+    axes[0][0].legend(frameon=False, fontsize=7, loc="upper left")
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), frameon=False)
+    return figure
+
+
+# --- figure 5: embeddings -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def graph_embedding(ghn: GHN, graph: timm_ghn.Graph) -> Tensor:
+    """Mean of the embeddings of a graph's nodes, (hid,)."""
+    return ghn.embed_nodes(graph).mean(0)
+
+
+def principal_components(points: Tensor, count: int = 2) -> tuple[Tensor, Tensor]:
+    """Project onto the directions of largest variance.
+
+    Args:
+        points: (N, D).
+        count: Number of directions.
+
+    Returns:
+        Coordinates (N, count), and the share of the variance along each, (count,).
+    """
+    centered = (points - points.mean(0)).double()
+    left, values, right = torch.linalg.svd(centered, full_matrices=False)
+    signs = torch.sign(right[torch.arange(count), right[:count].abs().argmax(1)])
+    return left[:, :count] * values[:count] * signs, values[:count].square() / values.square().sum()
+
+
+def draw_embeddings(rows: Sequence[Mapping[str, Any]], shares: Sequence[float], label: str) -> Any:
+    """Points of sampled architectures coloured by accuracy (or family), and named ones marked."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    sampled = [row for row in rows if row["name"] is None]
+    if all(row["accuracy"] is not None for row in sampled):
+        values = [100 * row["accuracy"] for row in sampled]
+        places = ([row["x"] for row in sampled], [row["y"] for row in sampled])
+        dots = axis.scatter(*places, c=values, cmap="viridis", s=18, linewidths=0)
+        figure.colorbar(dots, ax=axis, label=label)
+    else:
+        for index, family in enumerate(sorted({row["family"] for row in sampled})):
+            chosen = [row for row in sampled if row["family"] == family]
+            color = COLORS[index % len(COLORS)]
+            places = ([row["x"] for row in chosen], [row["y"] for row in chosen])
+            axis.scatter(*places, s=18, linewidths=0, color=color, label=family)
+    for index, row in enumerate(row for row in rows if row["name"] is not None):
+        color = ("#d55e00", "#cc79a7", "#000000", "#e69f00")[index % 4]
+        marker = ("*", "D", "^", "s")[index % 4]
+        axis.scatter(row["x"], row["y"], s=110, marker=marker, color=color, edgecolors="white", label=row["name"])
+    axis.set_xlabel(f"first component ({100 * shares[0]:.0f} % of the variance)")
+    axis.set_ylabel(f"second component ({100 * shares[1]:.0f} %)")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def embeddings(args: argparse.Namespace) -> None:
+    """Embed sampled architectures and named models, and measure the sampled ones if there are images."""
+    ghn = load_ghn(args.ghn) if args.ghn else default_ghn()
+    rng = random.Random(args.seed)
+    specs = [sample_architecture(rng) for _ in range(args.count)]
+    points = [graph_embedding(ghn, architecture_graph(spec, ghn.config.num_classes)) for spec in specs]
+    accuracies: list[float | None] = [None] * len(specs)
+    if args.data is not None:
+        images = load_benchmark("shards", args.data, progress=False)
+        shots, rest = few_labels(images.test, args.shots)
+        rest = rest.subset(torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))[:1000])
+        for index, spec in enumerate(specs):
+            torch.manual_seed(args.seed)
+            network = build(spec, ghn.config.num_classes)
+            timm_ghn.init_model(network, "ghn", ghn=ghn, input_size=(3, spec.input_size, spec.input_size))
+            accuracies[index] = probe(network, shots, rest)
+    for name in args.models:
+        with torch.device("meta"):
+            points.append(graph_embedding(ghn, to_graph(timm.create_model(name))))
+    places, shares = principal_components(torch.stack(points))
+    rows = [
+        {"name": None, "family": spec.stages[0].kind, "accuracy": accuracy, "x": float(x), "y": float(y)}
+        for spec, accuracy, (x, y) in zip(specs, accuracies, places[: len(specs)], strict=True)
+    ]
+    for name, (x, y) in zip(args.models, places[len(specs) :], strict=True):
+        rows.append({"name": name, "family": None, "accuracy": None, "x": float(x), "y": float(y)})
+    label = f"accuracy of a linear classifier on frozen features (%), {args.shots} labels a class"
+    numbers = {"ghn": ghn.info.name if ghn.info else None, "shares": shares.tolist(), "accuracy": label, "points": rows}
+    write_figure(draw_embeddings(rows, shares.tolist(), label), numbers, args.out)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def tables(args: argparse.Namespace) -> None:
+    """Print tables 1 and 2."""
+    found = tested(ResultStore(args.results))
+    text = f"{table_1(found)}\n\n{table_2(found)}\n"
+    print(text)
+    if args.out is not None:
+        write_atomically(args.out.with_suffix(".md"), text.encode())
+
+
+def plot_curves(args: argparse.Namespace) -> None:
+    """Figure 4."""
+    store = ResultStore(args.results)
+    tested(store)
+    data = curves([result for result in store.all() if result.config.split == "test" and not result.diverged])
+    write_figure(draw_curves(data), data, args.out)
+
+
+def plot_correlations(args: argparse.Namespace) -> None:
+    """Figure 2."""
+    data: dict[str, dict[str, list[LayerCorrelations]]] = {}
+    for name in args.models:
+        data[name] = {}
+        for init in args.inits:
+            if init == "pretrained":
+                model = timm.create_model(name, pretrained=True)
+            else:
+                settings = {"ghn": args.ghn} if args.ghn and init.startswith("ghn") else {}
+                model = timm.create_model(name, init=timm_ghn.Init(init, **settings))
+            data[name][init] = channel_correlations(model)
+    numbers = {m: {i: [vars(layer) for layer in layers] for i, layers in row.items()} for m, row in data.items()}
+    write_figure(draw_correlations(data), numbers, args.out)
+
+
+def plot_graphs(args: argparse.Namespace) -> None:
+    """Figure 3."""
+    graphs = []
+    for name in args.models:
+        with torch.device("meta"):
+            graphs.append(to_graph(timm.create_model(name)))
+    for suffix in (".png", ".svg"):
+        render.save(graphs, args.out.with_suffix(suffix), titles=list(args.models))
+    counts = [{"model": n, "operators": dict(g.operators)} for n, g in zip(args.models, graphs, strict=True)]
+    write_numbers(counts, args.out)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, handler: Callable[[argparse.Namespace], None], out: str | None) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=(handler.__doc__ or "").strip())
+        command.add_argument("--out", type=Path, default=out and Path(out), help="file without suffix")
+        command.set_defaults(handler=handler)
+        return command
+
+    models = ["resnet50", "convnext_base"]
+    for name, handler, out in (("tables", tables, None), ("curves", plot_curves, "curves")):
+        add(name, handler, out).add_argument("--results", type=Path, default=Path("results"))
+    command = add("correlations", plot_correlations, "correlations")
+    command.add_argument("--models", nargs="+", default=models)
+    command.add_argument("--inits", nargs="+", default=["rand", "ghn", "ghn-orth"], help="methods, or 'pretrained'")
+    command.add_argument("--ghn", help="GHN by name or path")
+    add("graphs", plot_graphs, "graphs").add_argument("--models", nargs="+", default=models)
+    command = add("embeddings", embeddings, "embeddings")
+    command.add_argument("--models", nargs="*", default=models, help="timm models to mark")
+    command.add_argument("--count", type=int, default=100, help="sampled architectures")
+    command.add_argument("--data", type=Path, help="prefix of shards to measure on; without it colours are kinds")
+    command.add_argument("--shots", type=int, default=20, help="labels a class of the linear classifier")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--ghn", help="GHN by name or path")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 2 after an error."""
+    args = make_parser().parse_args(argv)
+    try:
+        args.handler(args)
+    except (TimmGhnError, OSError) as error:
+        print(f"figures.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
