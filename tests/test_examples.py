@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -52,6 +54,49 @@ def test_draw_graphs(seeded_checkpoint: Path, tmp_path: Path) -> None:
     out = run("draw_graphs.py", "test_resnet", "test_vit", "--out", str(tmp_path / "a.svg"), ghn=seeded_checkpoint)
     assert "test_vit: Graph of" in out
     assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+
+
+def write_images(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for index in range(30):
+        path = folder / f"class {index % 3}" / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 255, (32, 32, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+
+
+def test_finetune_folder(seeded_checkpoint: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    out = run("finetune_folder.py", str(tmp_path / "images"), "test_resnet", "2", ghn=seeded_checkpoint)
+    assert "epoch 2: loss" in out
+    assert "24 training images" in out
+
+
+def test_timm_train(seeded_checkpoint: Path, tmp_path: Path) -> None:
+    out = run("timm_train.py", "test_resnet", str(tmp_path), ghn=seeded_checkpoint)
+    assert "plain timm loads the same weights: True" in out
+    assert f"--initial-checkpoint {tmp_path}" in out
+
+
+def test_compare_inits(seeded_checkpoint: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    arguments = ["--model", "test_resnet", "--inits", "rand", "lsuv", "--epochs", "2", "--seeds", "2"]
+    out = run(
+        "compare_inits.py",
+        str(tmp_path / "images"),
+        *arguments,
+        "--out",
+        str(tmp_path / "a.png"),
+        ghn=seeded_checkpoint,
+    )
+    assert "lsuv" in out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_layer(seeded_checkpoint: Path) -> None:
+    out = run("one_layer.py", "test_resnet", ghn=seeded_checkpoint)
+    assert "1. predicted by the GHN" in out
+    assert "the same as init='ghn-orth' gives, up to 0e+00" in out
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
