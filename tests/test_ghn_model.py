@@ -218,6 +218,8 @@ LAYOUTS: list[tuple[tuple[int, ...], tuple[int, ...], Layout]] = [
     ((10, 7, 3, 3), (7, 10, 3, 3), Layout.TRANSPOSED),
     ((10, 7), (7, 10), Layout.TRANSPOSED),
     ((10, 7, 1, 1), (7, 10), Layout.TRANSPOSED),
+    ((10, 7), (7, 5, 2), Layout.TRANSPOSED),
+    ((10, 7, 1, 1), (7, 5, 2), Layout.TRANSPOSED),
     ((10, 7, 1, 3), (7, 10, 3), Layout.TRANSPOSED),
     ((12, 5, 3, 3), (20, 3, 3, 3), Layout.TRANSPOSED),
     ((10, 7, 3, 2), (10, 7, 4, 3, 2), Layout.DEPTH),
@@ -245,6 +247,7 @@ def naive_arrange(kernel: Tensor, shape: tuple[int, ...], kind: Layout) -> Tenso
             for column in range(width):
                 rows[prefix + row * width + column] = kernel[0, :, row, column]
     elif kind is Layout.TRANSPOSED:
+        shape = shape if kernel.shape[2:].numel() > 1 else (shape[0], math.prod(shape[1:]))
         grouped = out.view(*shape[:2], *kernel.shape[2:])
         per_group = shape[1] if kernel.shape[1] != shape[0] else kernel.shape[0]
         for k in range(kernel.shape[0]):

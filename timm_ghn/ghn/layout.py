@@ -87,10 +87,12 @@ def _groups(kernel: Shape, shape: Shape) -> int | None:
     """Groups of a transposed convolution whose weight is (C, K / groups, ...) for a (K, C / groups, ...) kernel.
 
     One group also stands for kernels that list the input channels of all groups, (K / groups, C, ...), and for
-    transposed matrices: a plain swap. None if the shapes do not fit.
+    transposed matrices (all dimensions but the first make one): a plain swap. None if the shapes do not fit.
     """
     if math.prod(kernel) != math.prod(shape):
         return None
+    if math.prod(kernel[2:]) == 1:
+        shape = (shape[0], math.prod(shape[1:]))
     if (kernel[1], kernel[0]) == shape[:2]:
         return 1
     groups = kernel[0] // shape[1]
@@ -149,7 +151,8 @@ def kernel_view(destination: Tensor, kernel: Shape, layout: Layout) -> Tensor | 
         if layout is Layout.TRANSPOSED:
             if _groups(kernel, tuple(destination.shape)) != 1:
                 return None
-            destination = destination.transpose(0, 1)
+            matrix = destination.view(kernel[1], kernel[0]) if math.prod(kernel[2:]) == 1 else destination
+            destination = matrix.transpose(0, 1)
         return destination if destination.shape == kernel else destination.view(kernel)
     except RuntimeError:  # torch: "view size is not compatible with input tensor's size and stride"
         return None
