@@ -185,6 +185,7 @@ def draw_curves(data: Mapping[str, Mapping[str, Mapping[str, list[float]]]]) -> 
             axes[1][column].fill_between(line["test_epoch"], *band, color=color, alpha=0.15, linewidth=0)
         axes[0][column].set_title(model)
         axes[1][column].set_xlabel("epoch")
+        axes[1][column].xaxis.get_major_locator().set_params(integer=True)
     axes[0][0].set_ylabel("training loss (nats)")
     axes[1][0].set_ylabel("test accuracy (%)")
     handles, labels = axes[0][0].get_legend_handles_labels()

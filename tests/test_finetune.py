@@ -618,6 +618,12 @@ def test_weights_depend_on_the_seed_alone(init: str, seeded_checkpoint: Path) ->
     assert any(not torch.equal(value, other[name]) for name, value in first.module.state_dict().items())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(benchmark: Benchmark) -> None:
+    with pytest.raises(FineTuneError, match=r"there is no CUDA device, .*use 'cpu'"):
+        new_run(CONFIG, make_task(benchmark, CONFIG), execution=Execution("cuda"))
+
+
 def test_out_of_memory_says_what_to_change() -> None:
     with (
         pytest.raises(

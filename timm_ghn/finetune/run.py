@@ -49,6 +49,23 @@ class Execution:
     save_seconds: float = 60.0
 
 
+def _find_device(name: str) -> torch.device:
+    """The device of a name; "cuda" is the current one.
+
+    Raises:
+        FineTuneError: If there is none.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise FineTuneError(f"device {name!r}: {error}") from error
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise FineTuneError(f"device {name!r}: there is no CUDA device, or torch was built without CUDA; use 'cpu'")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
 @dataclass(frozen=True)
 class Point:
     """A point of the curves.
@@ -103,7 +120,7 @@ class Run:
     ) -> None:
         self.config, self.seed, self.network = config, seed, network
         self.execution = execution or Execution()
-        self.device = torch.device(self.execution.device)
+        self.device = _find_device(self.execution.device)
         last = self.execution.channels_last
         self.module: nn.Module = network.module.to(self.device)
         if last:
