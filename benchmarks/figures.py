@@ -297,7 +297,8 @@ def principal_components(points: Tensor, count: int = 2) -> tuple[Tensor, Tensor
     Returns:
         Coordinates (N, count), and the share of the variance along each, (count,).
     """
-    centered = (points - points.mean(0)).double()
+    points = points.double()
+    centered = points - points.mean(0)
     left, values, right = torch.linalg.svd(centered, full_matrices=False)
     signs = torch.sign(right[torch.arange(count), right[:count].abs().argmax(1)])
     return left[:, :count] * values[:count] * signs, values[:count].square() / values.square().sum()
@@ -318,11 +319,12 @@ def draw_embeddings(rows: Sequence[Mapping[str, Any]], shares: Sequence[float], 
             chosen = [row for row in sampled if row["family"] == family]
             color = COLORS[index % len(COLORS)]
             places = ([row["x"] for row in chosen], [row["y"] for row in chosen])
-            axis.scatter(*places, s=18, linewidths=0, color=color, label=family)
+            marker = ("o", "v", "P")[index // len(COLORS) % 3]
+            axis.scatter(*places, s=24, linewidths=0, color=color, marker=marker, label=family)
     for index, row in enumerate(row for row in rows if row["name"] is not None):
-        color = ("#d55e00", "#cc79a7", "#000000", "#e69f00")[index % 4]
-        marker = ("*", "D", "^", "s")[index % 4]
-        axis.scatter(row["x"], row["y"], s=110, marker=marker, color=color, edgecolors="white", label=row["name"])
+        marker, size = (("*", 170), ("D", 80), ("^", 100), ("s", 80))[index % 4]
+        places = (row["x"], row["y"])
+        axis.scatter(*places, s=size, marker=marker, color="white", edgecolors="black", label=row["name"])
     axis.set_xlabel(f"first component ({100 * shares[0]:.0f} % of the variance)")
     axis.set_ylabel(f"second component ({100 * shares[1]:.0f} %)")
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
