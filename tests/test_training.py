@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -461,6 +463,28 @@ def test_averaged_weights_are_evaluated_resumed_and_exported(
     assert any(not torch.equal(p, whole.average.state_dict()[n]) for n, p in whole.ghn.state_dict().items())
     written = read(tmp_path / "whole" / "average-0000004.safetensors")
     assert content_hash(written) == content_hash(whole.average)
+
+
+def test_termination_ends_a_run_with_a_checkpoint(
+    images: ImageSet,
+    pools: tuple[ArchitecturePool, ArchitecturePool],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = _trainer(images, pools, tmp_path, replace(CONFIG, steps=50))
+    step = trainer.train_step
+
+    def interrupted(progress: float) -> bool:
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(progress)
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    trainer.run()
+    assert trainer.step == 3
+    assert json.loads((tmp_path / "latest.json").read_text())["step"] == 3
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_easy_images_may_be_given_and_must_fit_the_classifier(

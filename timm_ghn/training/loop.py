@@ -6,14 +6,17 @@ draws depends on (seed, step, process) alone, so a run that was interrupted goes
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import math
 import os
 import pickle
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -385,11 +388,11 @@ class Trainer:
         share = self.step / self.config.steps
         if self.config.minutes is not None:
             share = max(share, (self.elapsed + time.monotonic() - self._started) / (60 * self.config.minutes))
-        return self._agree(min(1.0, share))
+        return min(1.0, share) if self.config.minutes is None else self._agree(min(1.0, share))
 
     def _agree(self, value: float) -> float:
         """The first process's value, in all processes."""
-        if self.world == 1 or self.config.minutes is None:
+        if self.world == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.float64)
         dist.broadcast(tensor, 0)
@@ -550,7 +553,7 @@ class Trainer:
     # The run
 
     def run(self) -> Evaluation:
-        """Train to the end of the configuration, and evaluate.
+        """Train to the end of the configuration, and evaluate. SIGTERM ends the run early, with a checkpoint.
 
         Raises:
             TrainingError: If gradients are not finite again and again.
@@ -560,8 +563,13 @@ class Trainer:
             torch.set_num_threads(config.num_threads)
         self._started = time.monotonic()
         self.out.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=config.steps, initial=self.step, disable=self.rank > 0, mininterval=5) as bar:
+        with (
+            _termination() as asked,
+            tqdm(total=config.steps, initial=self.step, disable=self.rank > 0, mininterval=5) as bar,
+        ):
             while (progress := self.progress()) < 1 and self.step != config.stop_after:
+                if self._agree(float(asked.is_set())):
+                    break
                 self.train_step(progress)
                 self.step += 1
                 bar.update()
@@ -674,6 +682,20 @@ class Trainer:
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
             raise TrainingError(f"cannot resume from {self.out}: {error}") from error
         return True
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, in the main thread; the handler that was there before comes back."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
