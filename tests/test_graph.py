@@ -333,12 +333,12 @@ class Mixture(nn.Module):
 def test_recorded_tensors_have_the_layouts_of_the_computed_ones(
     size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = CAPTURE._skeleton
+    make = CAPTURE.skeleton_of
     skeletons: list[Any] = []
-    monkeypatch.setattr(CAPTURE, "_skeleton", lambda model: skeletons.append(make(model)) or skeletons[-1])
+    monkeypatch.setattr(CAPTURE, "skeleton_of", lambda model: skeletons.append(make(model)) or skeletons[-1])
     model = Mixture()
     looked_up = to_graph(model, input_size=size)
-    monkeypatch.setattr(CAPTURE, "_call_key", lambda *_: None)
+    monkeypatch.setattr(CAPTURE, "call_key", lambda *_: None)
     called = to_graph(model, input_size=size)
     assert skeletons[0].seen == skeletons[1].seen
     assert looked_up == called

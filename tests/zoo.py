@@ -1,10 +1,17 @@
-"""All models of the installed timm: which modules there are, and the smallest model of each, found by counting."""
+"""All models of the installed timm: which modules there are, and the smallest model of each, found by counting.
+
+Counting takes minutes, so its result is kept in data/smallest_models.json; what the file does not know is counted.
+
+    python tests/zoo.py     # count all again, and write the file
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -33,6 +40,21 @@ def models_of(module: str) -> list[str]:
 
 @cache
 def smallest_model(module: str) -> str:
+    """The model of a module that has the fewest parameters, as far as the file knows; counted for a new module."""
+    known = kept_count()["smallest"].get(module)
+    return known if known in models_of(module) else count_smallest_model(module)
+
+
+def kept_count() -> dict[str, Any]:
+    """Content of the file: the smallest model by module, and the version of timm whose models were counted."""
+    content: dict[str, Any] = json.loads(_KEPT.read_text())
+    return content
+
+
+_KEPT = Path(__file__).parent / "data" / "smallest_models.json"
+
+
+def count_smallest_model(module: str) -> str:
     """The model of a module that has the fewest parameters, the first of several by name."""
     least, found = math.inf, ""
     for name in models_of(module):
@@ -77,3 +99,8 @@ def _parameters_below(name: str, limit: float) -> float:
     finally:
         handle.remove()
     return count
+
+
+if __name__ == "__main__":
+    counted = {module: count_smallest_model(module) for module in MODULES}
+    _KEPT.write_text(json.dumps({"timm": timm.__version__, "smallest": counted}, indent=1) + "\n")

@@ -31,7 +31,6 @@ import torch
 
 from timm_ghn.ghn import Prediction
 from timm_ghn.ghn.layout import repeats
-from timm_ghn.graph.capture import Operation, Trace, Value
 from timm_ghn.graph.facts import (
     ADDED_PRODUCTS,
     CONVOLUTIONS,
@@ -39,7 +38,8 @@ from timm_ghn.graph.facts import (
     PRODUCTS,
     TRANSPOSED_CONVOLUTIONS,
 )
-from timm_ghn.graph.graph import Layout, Role, Target
+from timm_ghn.graph.nodes import Layout, Role, Target
+from timm_ghn.graph.trace import Operation, Trace, Value
 
 KERNEL_BAND = 3.0
 """Largest factor between the root mean square of a predicted kernel and its nominal scale that is left as it is."""

@@ -25,8 +25,12 @@ from timm_ghn.tensorreader import TensorReader, bytes_of
 
 _logger = logging.getLogger(__name__)
 
-FORMAT = 3
-"""Version of the entries' format. It is part of their keys, so that versions do not see each other's."""
+FORMAT = 4
+"""Version of the entries: of their format, and of what the rest of a key does not tell of how weights are computed.
+
+It is part of their keys, so that versions do not see each other's. Raise it with every change of numbers for the same
+inputs that is made between two versions of the package.
+"""
 HEADER_KEY = "timm_ghn"
 """Metadata key of the description, as JSON."""
 DIGEST_KEY = "timm_ghn_sha256"

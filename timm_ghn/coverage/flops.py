@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from timm_ghn.graph.capture import Operation, Trace
+from timm_ghn.graph.trace import Operation, Trace
 
 
 def multiplications(trace: Trace) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_ghn.errors import GraphError
-from timm_ghn.graph.graph import Node, Shape
+from timm_ghn.graph.nodes import Node, Shape
 
 _SMALL, _MEDIUM, _LARGE = 64, 4096, 8192
 """Channels are known in steps of 8 below 64, of 16 below 4096 and of 32 up to 8192."""

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from timm_ghn.graph.graph import Layout, Shape
+from timm_ghn.graph.nodes import Layout, Shape
 
 
 def tile(block: Tensor, shape: Shape) -> Tensor:

@@ -16,7 +16,8 @@ from timm_ghn.ghn import layout
 from timm_ghn.ghn.config import GHNConfig, GHNInfo
 from timm_ghn.ghn.features import ShapeEncoder, shape_4d
 from timm_ghn.ghn.gnn import MLP, GatedGNN
-from timm_ghn.graph.graph import Graph, Layout, Op, Role, Shape, Target
+from timm_ghn.graph.graph import Graph
+from timm_ghn.graph.nodes import Layout, Op, Role, Shape, Target
 
 CHUNK_BYTES = 64 * 2**20
 """Upper bound of the blocks that are decoded at once; a single node may exceed it."""

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from timm_ghn.errors import MissingDependencyError
-from timm_ghn.graph.graph import Graph, Node, Op, Role
+from timm_ghn.graph.nodes import Node, Role
 
 PpudaGraph = Any
 """`ppuda.deepnets1m.graph.Graph`; ppuda has no type hints and need not be installed."""
 
-_POOLS = (Op.MAX_POOL, Op.AVG_POOL)
 
-
-def to_ppuda(graph: Graph) -> PpudaGraph:
-    """The graph as a `ppuda.deepnets1m.graph.Graph`, for `ghn(model, graphs=GraphBatch([g]))`.
+def to_ppuda(
+    nodes: Sequence[Node], distances: npt.NDArray[np.int64], distance_matrix: npt.NDArray[np.uint8]
+) -> PpudaGraph:
+    """A graph as a `ppuda.deepnets1m.graph.Graph`, for `ghn(model, graphs=GraphBatch([g]))`.
 
     Nodes keep their order. ppuda finds the parameter of a node by the name of its weight, and predicts no second
     parameter but the bias of its own normalization layers: for other models than those that ppuda itself can read,
     its GHN may give up.
 
     Args:
-        graph: Graph with virtual edges up to its `max_distance`; 1 for a GHN that has none (GHN-1).
+        nodes: Nodes of the graph.
+        distances: Its edges and virtual edges, (M, 3); without the latter for a GHN that has none (GHN-1).
+        distance_matrix: The same, (N, N).
 
     Raises:
         MissingDependencyError: If ppuda, or a package that it needs, is not installed.
@@ -34,13 +39,12 @@ def to_ppuda(graph: Graph) -> PpudaGraph:
         raise MissingDependencyError(
             f"Graph.to_ppuda needs ppuda: pip install 'timm-ghn[ppuda]' from a clone of timm-ghn ({error})"
         ) from error
-    edges = torch.from_numpy(graph.distances)
-    adjacency = torch.from_numpy(graph.distance_matrix).long()
-    operators = torch.tensor([[node.op.row] for node in graph.nodes])
-    rows = [_row(index, node) for index, node in enumerate(graph.nodes) if node.shape is not None]
+    edges, adjacency = torch.from_numpy(distances), torch.from_numpy(distance_matrix).long()
+    operators = torch.tensor([[node.op.row] for node in nodes])
+    rows = [_row(index, node) for index, node in enumerate(nodes) if node.shape is not None]
     reference = ReferenceGraph(node_feat=operators, node_info=[rows], A=adjacency, edges=edges)
     reference.n_cells = 1
-    reference._param_shapes = [node.shape for node in graph.nodes]  # read by its `visualize`
+    reference._param_shapes = [node.shape for node in nodes]  # read by its `visualize`
     return reference
 
 

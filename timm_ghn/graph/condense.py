@@ -31,7 +31,7 @@ from dataclasses import replace
 from enum import Enum
 
 from timm_ghn.errors import GraphError
-from timm_ghn.graph.capture import Operation, Trace, Value
+from timm_ghn.graph.classifiers import mark_classifiers
 from timm_ghn.graph.facts import (
     ADAPTIVE_AVG_POOLS,
     ADDED_PRODUCTS,
@@ -46,7 +46,10 @@ from timm_ghn.graph.facts import (
     flat,
     operands,
 )
-from timm_ghn.graph.graph import MAX_DISTANCE, Graph, Layout, Node, Op, Role, Shape, Target
+from timm_ghn.graph.graph import MAX_DISTANCE, Graph
+from timm_ghn.graph.kernels import adaptive_window, pool_shape, token_grid
+from timm_ghn.graph.nodes import Layout, Node, Op, Role, Shape, Target
+from timm_ghn.graph.trace import Operation, Trace, Value
 
 
 class Reading(str, Enum):
@@ -151,9 +154,9 @@ class _Builder:
             return self._spelled_norm(number, operation, sources)
         if name in _MAX_POOLS or name in _AVG_POOLS:
             op = Op.MAX_POOL if name in _MAX_POOLS else Op.AVG_POOL
-            return (self._node(Node(op, _pool_shape(operation)), sources),)
+            return (self._node(Node(op, pool_shape(operation)), sources),)
         if self._is_global_average(number, operation):
-            window = _adaptive_window(operation) if self._reading is Reading.DEFAULT else None
+            window = adaptive_window(operation) if self._reading is Reading.DEFAULT else None
             return (self._node(Node(Op.AVG_POOL, window) if window else Node(Op.GLOB_AVG), sources),)
         if name in MULTIPLICATIONS and self._is_gate(number, operation):
             return (self._node(Node(Op.CSE), sources),)
@@ -255,7 +258,7 @@ class _Builder:
         for index, shape in kernels:
             if math.prod(shape) < largest:
                 continue
-            canonical, layout = _canonical(shape, operand.shape, spatial, swapped)
+            canonical, layout = canonical(shape, operand.shape, spatial, swapped)
             targets.append(Target(self._name(index), shape, Role.WEIGHT, layout))
         return (canonical, tuple(targets)) if canonical is not None else None
 
@@ -366,7 +369,7 @@ class _Builder:
             layout = Layout.CHANNELS_LAST if last else Layout.PLAIN
             return canonical, Target(self._name(tables[0]), shape, Role.POS_ENC, layout)
         if len(shape) in (2, 3) and (len(shape) == 2 or shape[0] == 1) and shape[-1] == data.shape[-1]:
-            height, width = _grid(shape[-2], self._facts.of(data).grid)
+            height, width = token_grid(shape[-2], self._facts.of(data).grid)
             canonical = (1, shape[-1], height, width)
             return canonical, Target(self._name(tables[0]), shape, Role.POS_ENC, Layout.TOKENS)
         return None
@@ -428,7 +431,7 @@ class _Builder:
         kept = sorted(self._ancestors(ends) | {0})
         number = {node: position for position, node in enumerate(kept)}
         edges = sorted((number[source], number[node]) for node in kept for source in self._sources[node])
-        nodes = _mark_classifiers([self._nodes[node] for node in kept], edges, self._class_counts(outputs))
+        nodes = mark_classifiers([self._nodes[node] for node in kept], edges, self._class_counts(outputs))
         predicted = {target.name for node in nodes for target in node.targets}
         return Graph(tuple(nodes), tuple(edges), max_distance, self._unused(predicted))
 
@@ -459,100 +462,9 @@ class _Builder:
         return tuple(rows)
 
 
-_BEHIND_LOGITS = (Op.BIAS, Op.SUM, Op.CONCAT, Op.GLOB_AVG)
 _LEARNED_TOKEN = "a learned token or query"
 _UNCALLED = "not read by the forward pass in evaluation mode"
 _TABLE = "a table added to activations that is not one of positions, or one of several that make it up"
 _DERIVED = "scales a weight of which it is a small part"
 _SCALE = "multiplied elementwise (layer scale, gain or gate)"
 _REASONS = {"mul": _SCALE, "div": _SCALE, "addcmul": _SCALE}
-
-
-def _canonical(shape: Shape, operand: Shape, spatial: int, swapped: bool) -> tuple[Shape, Layout]:
-    """Kernel shape (K, C) or (K, C, kh, kw) that the GHN reads for a parameter, and how the parameter stores it.
-
-    Args:
-        shape: Shape of the parameter.
-        operand: Shape of the tensor that the layer was called with, which may be derived from the parameter.
-        spatial: Number of spatial dimensions of the layer; 0 for linear layers.
-        swapped: Whether input channels come first.
-    """
-    if spatial == 0:
-        if len(shape) > 2 and math.prod(shape[2:]) > 1:
-            shape = (shape[0], math.prod(shape[1:]))
-        rows, columns = shape[0], shape[1] if len(shape) > 1 else 1
-        return ((columns, rows), Layout.TRANSPOSED) if swapped else ((rows, columns), Layout.PLAIN)
-    kernel = operand if len(operand) == spatial + 2 else (1,) * (spatial + 2)
-    if math.prod(shape) != math.prod(kernel):
-        # An expert of a mixture; grouped mixtures fold the batch (1 here) into the output channels.
-        return (*kernel[:2], *_plane(kernel[2:])), Layout.MIXTURE
-    if swapped:
-        return (kernel[1], kernel[0], *_plane(kernel[2:])), Layout.TRANSPOSED
-    return (*kernel[:2], *_plane(kernel[2:])), Layout.DEPTH if spatial == 3 else Layout.PLAIN
-
-
-def _plane(kernel: Shape) -> tuple[int, int]:
-    """The two sides of the closest 2-D kernel."""
-    if len(kernel) == 1:
-        return kernel[0], 1
-    return kernel[-2], kernel[-1]
-
-
-def _pool_shape(operation: Operation) -> Shape:
-    kernel = [size for size in flat(operation.argument(1, "kernel_size", 1)) if isinstance(size, int)]
-    return (1, 1, kernel[-2] if len(kernel) > 1 else kernel[0], kernel[-1])
-
-
-def _adaptive_window(operation: Operation) -> Shape | None:
-    """Kernel of an adaptive pooling to a smaller map; None if that is one position, or as large as the map was."""
-    if operation.name not in ADAPTIVE_AVG_POOLS:
-        return None
-    before, after = operation.inputs[0].shape[2:], operation.outputs[0].shape[2:]
-    if after == before or math.prod(after) == 1:
-        return None
-    window = [max(1, size // kept) for size, kept in zip(before, after, strict=True)]
-    return (1, 1, *_plane(tuple(window)))
-
-
-def _grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """Rows and columns of a table of tokens: the feature map's if it fits, else the largest square."""
-    if grid is not None and 0 <= tokens - grid[0] * grid[1] <= 16:
-        return grid
-    side = math.isqrt(tokens)
-    return side, side
-
-
-def _mark_classifiers(nodes: Sequence[Node], edges: Sequence[tuple[int, int]], counts: set[int]) -> list[Node]:
-    """Give classifier roles to the linear layers that make the logits.
-
-    These are weights with one row a class behind which there are only biases, and sums, concatenations and means of
-    logits alone.
-    """
-    successors: list[list[int]] = [[] for _ in nodes]
-    predecessors: list[list[int]] = [[] for _ in nodes]
-    for source, target in edges:
-        successors[source].append(target)
-        predecessors[target].append(source)
-    heads = [False] * len(nodes)  # what is made of such weights alone, unlike the sum behind a residual branch
-    for index, node in enumerate(nodes):
-        is_weight = node.op is Op.CONV and node.shape is not None and math.prod(node.shape) == math.prod(node.shape[:2])
-        joins = node.op in _BEHIND_LOGITS and len(predecessors[index]) > 0
-        heads[index] = (
-            node.shape[0] in counts
-            if is_weight and node.shape
-            else joins and all(heads[n] for n in predecessors[index])
-        )
-    marked = list(nodes)
-    last = [True] * len(nodes)
-    for index in reversed(range(len(nodes))):
-        last[index] = all(last[n] and heads[n] and nodes[n].op is not Op.CONV for n in successors[index])
-        if last[index] and heads[index] and nodes[index].op is Op.CONV:
-            marked[index] = _with_role(nodes[index], Role.CLASS_WEIGHT)
-            for follower in successors[index]:
-                if nodes[follower].op is Op.BIAS:
-                    marked[follower] = _with_role(nodes[follower], Role.CLASS_BIAS)
-    return marked
-
-
-def _with_role(node: Node, role: Role) -> Node:
-    return replace(node, targets=tuple(replace(target, role=role) for target in node.targets))

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from timm_ghn.graph.capture import Operation
-from timm_ghn.graph.graph import Op, Shape
+from timm_ghn.graph.nodes import Op, Shape
+from timm_ghn.graph.trace import Operation
 
 _STATISTICS = {"mean", "var", "std", "norm", "vector_norm"}
 _INVERSES = {"rsqrt", "reciprocal"}

@@ -7,7 +7,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from timm_ghn.graph.graph import Graph, Node
+from timm_ghn.graph.graph import Graph
+from timm_ghn.graph.nodes import Node
 from timm_ghn.graph.render.routes import Routes, fold
 from timm_ghn.graph.render.scene import FAINT, Command, Curve, Point, Text, arrow_head, rounded, towards
 from timm_ghn.graph.render.symbols import STYLES, boundary, draw_node

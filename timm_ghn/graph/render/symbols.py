@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from timm_ghn.graph.graph import Graph, Node, Op
+from timm_ghn.graph.graph import Graph
+from timm_ghn.graph.nodes import Node, Op
 from timm_ghn.graph.render.scene import FAINT, INK, Command, Curve, Point, Text, text_width
 
 MARGIN = 24.0

@@ -1,0 +1,47 @@
+"""Which layers of a graph make the logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from timm_ghn.graph.nodes import Node, Op, Role
+
+_BEHIND_LOGITS = (Op.BIAS, Op.SUM, Op.CONCAT, Op.GLOB_AVG)
+
+
+def mark_classifiers(nodes: Sequence[Node], edges: Sequence[tuple[int, int]], counts: set[int]) -> list[Node]:
+    """Give classifier roles to the linear layers that make the logits.
+
+    These are weights with one row a class behind which there are only biases, and sums, concatenations and means of
+    logits alone.
+    """
+    successors: list[list[int]] = [[] for _ in nodes]
+    predecessors: list[list[int]] = [[] for _ in nodes]
+    for source, target in edges:
+        successors[source].append(target)
+        predecessors[target].append(source)
+    heads = [False] * len(nodes)  # what is made of such weights alone, unlike the sum behind a residual branch
+    for index, node in enumerate(nodes):
+        is_weight = node.op is Op.CONV and node.shape is not None and math.prod(node.shape) == math.prod(node.shape[:2])
+        joins = node.op in _BEHIND_LOGITS and len(predecessors[index]) > 0
+        heads[index] = (
+            node.shape[0] in counts
+            if is_weight and node.shape
+            else joins and all(heads[n] for n in predecessors[index])
+        )
+    marked = list(nodes)
+    last = [True] * len(nodes)
+    for index in reversed(range(len(nodes))):
+        last[index] = all(last[n] and heads[n] and nodes[n].op is not Op.CONV for n in successors[index])
+        if last[index] and heads[index] and nodes[index].op is Op.CONV:
+            marked[index] = _with_role(nodes[index], Role.CLASS_WEIGHT)
+            for follower in successors[index]:
+                if nodes[follower].op is Op.BIAS:
+                    marked[follower] = _with_role(nodes[follower], Role.CLASS_BIAS)
+    return marked
+
+
+def _with_role(node: Node, role: Role) -> Node:
+    return replace(node, targets=tuple(replace(target, role=role) for target in node.targets))
