@@ -42,14 +42,15 @@ def capture(
         input_size: (channels, height, width) of one input image. Default: what a timm model says of itself, else
             3 x 224 x 224.
         example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors (positional or keyword
-            arguments of forward). Only shapes and dtypes matter.
+            arguments of forward). Only shapes and dtypes matter, but a forward may read the values of integers and
+            booleans (positions and masks of patches).
 
     Raises:
         CaptureError: If the forward pass fails on meta tensors; the message names the operation and the module.
     """
     skeleton = skeleton_of(model)
     if example_input is not None:
-        candidates = [_as_call(example_input)]
+        candidates = [_as_call(example_input), _as_call(example_input, keep_values=True)]
     else:
         dtype = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.float32)
         sizes = [tuple(input_size)] if input_size is not None else input_sizes(skeleton)
@@ -95,11 +96,14 @@ def _input_channels(model: nn.Module, config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of forward, on the meta device."""
+def _as_call(example: Any, *, keep_values: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of forward, on the meta device; integers with their values if those are kept."""
 
     def to_meta(leaf: Any) -> Any:
-        return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        is_kept = keep_values and not (leaf.is_floating_point() or leaf.is_complex() or leaf.is_meta)
+        return leaf.detach().cpu() if is_kept else torch.empty_like(leaf, device="meta")
 
     example = tree_map(to_meta, example)
     if isinstance(example, tuple):

@@ -258,7 +258,7 @@ class _Builder:
         for index, shape in kernels:
             if math.prod(shape) < largest:
                 continue
-            canonical, layout = canonical(shape, operand.shape, spatial, swapped)
+            canonical, layout = canonical_kernel(shape, operand.shape, spatial, swapped)
             targets.append(Target(self._name(index), shape, Role.WEIGHT, layout))
         return (canonical, tuple(targets)) if canonical is not None else None
 

@@ -9,7 +9,7 @@ from timm_ghn.graph.nodes import Layout, Shape
 from timm_ghn.graph.trace import Operation
 
 
-def canonical(shape: Shape, operand: Shape, spatial: int, swapped: bool) -> tuple[Shape, Layout]:
+def canonical_kernel(shape: Shape, operand: Shape, spatial: int, swapped: bool) -> tuple[Shape, Layout]:
     """Kernel shape (K, C) or (K, C, kh, kw) that the GHN reads for a parameter, and how the parameter stores it.
 
     Args:
