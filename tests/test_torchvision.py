@@ -1,4 +1,4 @@
-"""All classification models of torchvision."""
+"""All classification models of torchvision; in the default run the smallest of each of its modules."""
 
 from __future__ import annotations
 
@@ -10,15 +10,38 @@ from timm_ghn.graph import Role, to_graph
 from timm_ghn.postprocess import weight_layers
 
 NAMES = torchvision.models.list_models(module=torchvision.models)
+
+
+def smallest_models() -> list[str]:
+    """The model with the fewest parameters of each module of torchvision, as its own descriptions say."""
+    found: dict[str, tuple[int, str]] = {}
+    for name in NAMES:
+        size = min(weights.meta["num_params"] for weights in torchvision.models.get_model_weights(name))
+        module = torchvision.models.get_model_builder(name).__module__
+        found[module] = min(found.get(module, (size, name)), (size, name))
+    return sorted(name for _, name in found.values())
+
+
 _SETTINGS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}  # no warning, no scipy
 
 
 def test_there_are_models() -> None:
     assert {"resnet50", "swin_v2_t", "vit_b_16", "maxvit_t", "googlenet"} <= set(NAMES)
+    assert {"resnet18", "squeezenet1_1", "googlenet", "maxvit_t"} <= set(smallest_models())
 
 
+@pytest.mark.parametrize("name", smallest_models())
+def test_smallest_graph_of_a_module(name: str) -> None:
+    check(name)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_graph_of(name: str) -> None:
+    check(name)
+
+
+def check(name: str) -> None:
     with WithoutFills():  # some RegNets of torchvision cannot be built on the meta device
         model = torchvision.models.get_model(name, weights=None, **_SETTINGS.get(name, {}))
     graph = to_graph(model)

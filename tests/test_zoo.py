@@ -11,12 +11,13 @@ import statistics
 from typing import Any
 
 import pytest
+import timm
 import torch
 from ghn_reference import seeded_ghn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from zoo import MODULES, models_of, on_meta, smallest_model
+from zoo import MODULES, count_smallest_model, kept_count, models_of, on_meta, smallest_model
 
 from timm_ghn.ghn import GHN
 from timm_ghn.graph import Graph, Role, to_graph
@@ -151,6 +152,14 @@ def test_all_models_of(module: str) -> None:
         check_layers(model, graph)
         found.append(sum(shares(model, graph)))
     assert statistics.mean(found) > 0.99
+
+
+@pytest.mark.slow
+def test_the_smallest_models_are_those_that_counting_finds() -> None:
+    kept = kept_count()
+    if kept["timm"] != timm.__version__:
+        pytest.skip(f"counted for timm {kept['timm']}")
+    assert kept["smallest"] == {module: count_smallest_model(module) for module in MODULES}
 
 
 @given(st.integers(1, 3000))
