@@ -132,7 +132,7 @@ def exponent(costs: list[Cost], step: int) -> float:
 def table(costs: list[Cost]) -> str:
     """Markdown."""
     lines = [
-        f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads; milliseconds of CPU time",
+        f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads; milliseconds (CPU)",
         "",
         f"| family | nodes | edges | {' | '.join(STEPS)} | distances and GNN |",
         "|---|" + "---:|" * (len(STEPS) + 3),

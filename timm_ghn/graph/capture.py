@@ -206,7 +206,7 @@ class _Recorder(TorchFunctionMode):
             result = self._results.find(key, func, args, kwargs)
         is_called = result is None
         if is_called:
-            result = func(*args, **kwargs)
+            result = _call(func, args, kwargs)
         with bare():
             if is_called:
                 self._results.keep(key, result, (*args, *kwargs.values()))
@@ -243,6 +243,17 @@ class _Recorder(TorchFunctionMode):
         self._count += 1
         self._current[id(tensor)] = value
         return value
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function; one that refuses tensors with values beside those without gets none with values."""
+    try:
+        return function(*args, **kwargs)
+    except RuntimeError:
+        if all(tensor.is_meta for tensor in _tensors([*args, *kwargs.values()])):
+            raise
+        args, kwargs = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        return function(*args, **kwargs)
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
