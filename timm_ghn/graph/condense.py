@@ -67,7 +67,7 @@ class Reading(str, Enum):
 
 _MAX_POOLS = {"max_pool1d", "max_pool2d", "max_pool3d"}
 _AVG_POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d"}
-_SUMS = {"add", "sub", "addcmul"}
+_SUMS = {"add", "sub", "addcmul", "index_add"}
 _CONCATENATIONS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 # Position of the weight (the bias follows it), and the operator.
@@ -333,7 +333,7 @@ class _Builder:
     def _sum(self, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
         data = [value for value in operation.inputs if self._facts.of(value).data]
         learned = [value for value in operation.inputs if self._facts.of(value).origin.values]
-        if len(data) == 1 and len(learned) == 1 and operation.name == "add":
+        if len(data) == 1 and len(learned) == 1 and operation.name in ("add", "index_add"):
             return self._add_learned(data[0], learned[0], sources)
         self._explain(operation, "added to an activation in a way that the graph vocabulary has no word for")
         return self._join(Op.SUM, sources)
@@ -364,7 +364,8 @@ class _Builder:
             return None
         shape = self._shape(tables[0])
         if len(shape) == 4 and shape[0] == 1:
-            last = len(data.shape) == 4 and shape[-1] == self._facts.of(data).channels != shape[1]
+            channels = data.shape[-1] if len(data.shape) == 3 else self._facts.of(data).channels
+            last = shape[-1] == channels != shape[1]
             canonical = (1, shape[3], shape[1], shape[2]) if last else shape
             layout = Layout.CHANNELS_LAST if last else Layout.PLAIN
             return canonical, Target(self._name(tables[0]), shape, Role.POS_ENC, layout)
