@@ -26,9 +26,14 @@ MODULES: tuple[str, ...] = tuple(list_modules())
 
 
 def on_meta(name: str, **kwargs: Any) -> nn.Module:
-    """A model of timm on the meta device."""
-    with torch.device("meta"):
-        model: nn.Module = timm.create_model(name, **kwargs)
+    """A model of timm on the meta device, also where an old timm reads values while it builds it."""
+    model: nn.Module
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, **kwargs)
+    except RuntimeError:  # and NotImplementedError
+        with WithoutFills():
+            model = timm.create_model(name, **kwargs).to("meta")
     return model
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from timm_ghn.graph.nodes import Node, Op, Role
 
-_BEHIND_LOGITS = (Op.BIAS, Op.SUM, Op.CONCAT, Op.GLOB_AVG)
+BEHIND_LOGITS = frozenset({Op.BIAS, Op.SUM, Op.CONCAT, Op.GLOB_AVG})
+"""What may be computed from logits before they are returned."""
 
 
-def mark_classifiers(nodes: Sequence[Node], edges: Sequence[tuple[int, int]], counts: set[int]) -> list[Node]:
+def mark_classifiers(
+    nodes: Sequence[Node], edges: Sequence[tuple[int, int]], counts: set[int], behind: Set[Op] = BEHIND_LOGITS
+) -> list[Node]:
     """Give classifier roles to the linear layers that make the logits.
 
     These are weights with one row a class behind which there are only biases, and sums, concatenations and means of
@@ -25,7 +28,7 @@ def mark_classifiers(nodes: Sequence[Node], edges: Sequence[tuple[int, int]], co
     heads = [False] * len(nodes)  # what is made of such weights alone, unlike the sum behind a residual branch
     for index, node in enumerate(nodes):
         is_weight = node.op is Op.CONV and node.shape is not None and math.prod(node.shape) == math.prod(node.shape[:2])
-        joins = node.op in _BEHIND_LOGITS and len(predecessors[index]) > 0
+        joins = node.op in behind and len(predecessors[index]) > 0
         heads[index] = (
             node.shape[0] in counts
             if is_weight and node.shape

@@ -31,7 +31,7 @@ from dataclasses import replace
 from enum import Enum
 
 from timm_ghn.errors import GraphError
-from timm_ghn.graph.classifiers import mark_classifiers
+from timm_ghn.graph.classifiers import BEHIND_LOGITS, mark_classifiers
 from timm_ghn.graph.facts import (
     ADAPTIVE_AVG_POOLS,
     ADDED_PRODUCTS,
@@ -55,10 +55,11 @@ from timm_ghn.graph.trace import Operation, Trace, Value
 class Reading(str, Enum):
     """Which of two readings of a network is built.
 
-    They differ in two rules, both of them accidents of ppuda's autograd walk. `PPUDA` calls a product cse only where
-    it follows a hard sigmoid or hard swish by exactly one other operation, and calls a mean glob_avg only if it keeps
-    its dimensions. `DEFAULT` gives squeeze-excite blocks and global poolings the nodes that they had in the networks
-    that GHN-2 was trained on, however they are spelled.
+    They differ in three rules, all of them accidents of ppuda's autograd walk. `PPUDA` calls a product cse only where
+    it follows a hard sigmoid or hard swish by exactly one other operation, calls a mean glob_avg only if it keeps its
+    dimensions, and takes a convolution whose maps are averaged to logits for no classifier. `DEFAULT` gives
+    squeeze-excite blocks, global poolings and classifiers the nodes and decoders that they had in the networks that
+    GHN-2 was trained on, however they are spelled.
     """
 
     DEFAULT = "default"
@@ -432,7 +433,8 @@ class _Builder:
         kept = sorted(self._ancestors(ends) | {0})
         number = {node: position for position, node in enumerate(kept)}
         edges = sorted((number[source], number[node]) for node in kept for source in self._sources[node])
-        nodes = mark_classifiers([self._nodes[node] for node in kept], edges, self._class_counts(outputs))
+        behind = BEHIND_LOGITS if self._reading is Reading.DEFAULT else BEHIND_LOGITS - {Op.GLOB_AVG}
+        nodes = mark_classifiers([self._nodes[node] for node in kept], edges, self._class_counts(outputs), behind)
         predicted = {target.name for node in nodes for target in node.targets}
         return Graph(tuple(nodes), tuple(edges), max_distance, self._unused(predicted))
 
