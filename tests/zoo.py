@@ -15,25 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.models import list_modules
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
+
+from timm_ghn.meta import build_on_meta
 
 MODULES: tuple[str, ...] = tuple(list_modules())
 """Modules of timm.models that register models."""
 
 
 def on_meta(name: str, **kwargs: Any) -> nn.Module:
-    """A model of timm on the meta device, also where an old timm reads values while it builds it."""
-    model: nn.Module
-    try:
-        with torch.device("meta"):
-            model = timm.create_model(name, **kwargs)
-    except RuntimeError:  # and NotImplementedError
-        with WithoutFills():
-            model = timm.create_model(name, **kwargs).to("meta")
+    """A model of timm on the meta device."""
+    model: nn.Module = build_on_meta(lambda: timm.create_model(name, **kwargs))
     return model
 
 
@@ -97,7 +92,7 @@ def _parameters_below(name: str, limit: float) -> float:
 
     handle = register_module_parameter_registration_hook(add)
     try:
-        with torch.device("meta"), WithoutFills():
+        with WithoutFills():  # older timm builds some models on the CPU only
             timm.create_model(name)
     except _TooManyParametersError:
         return math.inf

@@ -60,7 +60,7 @@ def _create_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     Raises:
         CommandError: If there is none of that name, or it cannot be built from these arguments.
     """
-    import torch
+    from timm_ghn.meta import build_on_meta
 
     if name.startswith(_TORCHVISION):
         from torchvision import models
@@ -76,8 +76,8 @@ def _create_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         check_name(name)
         if method_tag(name):
             found = name.partition(".")[0]
-    with explained(name), torch.device("meta"):
-        return create(found, **kwargs)
+    with explained(name):
+        return build_on_meta(lambda: create(found, **kwargs))
 
 
 def _summary(name: str, graph: Graph, sizes: Mapping[str, int]) -> dict[str, Any]:

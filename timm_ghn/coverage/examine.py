@@ -38,6 +38,7 @@ from timm_ghn.graph import Graph, capture, condense
 from timm_ghn.graph.capture import input_sizes
 from timm_ghn.graph.trace import Trace
 from timm_ghn.hook import install, report_of
+from timm_ghn.meta import build_on_meta
 from timm_ghn.methods import Init
 from timm_ghn.postprocess import resolve_start_layer, selected_layers, weight_layers
 from timm_ghn.report import Report, Status
@@ -137,8 +138,8 @@ def _recorded(stage: Stage, name: str, clock: Clock, work: Callable[[], Facts]) 
 
 
 def _graph_facts(name: str, settings: Settings, clock: Clock) -> GraphFacts:
-    with clock.step("build"), torch.device("meta"):
-        model = timm.create_model(name)
+    with clock.step("build"):
+        model = build_on_meta(lambda: timm.create_model(name))
     with clock.step("capture"):
         trace = capture(model)
     with clock.step("condense"):

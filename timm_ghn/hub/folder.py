@@ -22,6 +22,7 @@ from timm_ghn.hook import input_size_of
 from timm_ghn.hub.card import model_card
 from timm_ghn.hub.client import file_sha256
 from timm_ghn.hub.manifest import FILE, WEIGHTS, FileRecord, Manifest, versions
+from timm_ghn.meta import build_on_meta
 from timm_ghn.methods import Init
 from timm_ghn.paths import write_atomically
 from timm_ghn.stream import init_to_folder
@@ -64,8 +65,7 @@ class Request:
     def skeleton(self) -> nn.Module:
         """The model without memory."""
         arguments = {key: value for key, value in self.arguments.items() if key != "device"}
-        with torch.device("meta"):
-            model: nn.Module = timm.create_model(self.name, **arguments)
+        model: nn.Module = build_on_meta(lambda: timm.create_model(self.name, **arguments))
         return model
 
 
