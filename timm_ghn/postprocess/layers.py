@@ -50,8 +50,9 @@ def weight_layers(model: nn.Module) -> tuple[WeightLayer, ...]:
     `CondConv2d` are one layer of several kernels.
 
     The classifier is what the `get_classifier()` of a timm model returns (an identity, one or several modules, all
-    their layers), and any layers of the same shape right behind it, which are auxiliary heads. Of a model without that
-    method it is the last layer, except of timm's feature extractors, which have none.
+    their layers), what its `pretrained_cfg` names besides if that has as many rows as there are classes, and any layers
+    of the same shape right behind it, which are auxiliary heads. Of a model without that method it is the last layer,
+    except of timm's feature extractors, which have none.
 
     Raises:
         InitError: A parameter of a lazy module has no shape yet.
@@ -99,7 +100,21 @@ def _classifier_weights(model: nn.Module) -> set[int] | None:
         return set() if hasattr(model, "feature_info") else None
     classifier = get_classifier()
     modules = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
-    return {id(weight) for module in modules if isinstance(module, nn.Module) for weight in module.parameters()}
+    found = {id(weight) for module in modules if isinstance(module, nn.Module) for weight in module.parameters()}
+    return found | {id(weight) for weight in _named_heads(model)}
+
+
+def _named_heads(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields the weights of the modules that timm's description of a model calls classifiers, auxiliary ones too."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    for name in (names,) if isinstance(names, str) else names:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:  # a model without this head
+            continue
+        for weight in module.parameters():
+            if weight.dim() > 1 and weight.shape[0] == getattr(model, "num_classes", None):
+                yield weight
 
 
 def default_start_layer(num_layers: int) -> int:
