@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from timm_ghn import init_model
 from timm_ghn.ghn import GHN, content_hash, load_ghn, read
+from timm_ghn.graph import to_graph
 from timm_ghn.training.cli import new_ghn
 from timm_ghn.training.config import PRESETS
 from timm_ghn.training.data import ImageSet, Splits, augment, load_images, normalize, split
@@ -179,6 +180,12 @@ def oracle_weights(name: str, sources: Sources) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
+def untrained_like(ghn: GHN) -> GHN:
+    """A GHN of the same configuration as training begins with it."""
+    graphs = [to_graph(make(ghn.config.num_classes), input_size=(3, 32, 32)) for make in MODELS.values()]
+    return new_ghn(ghn.config, PRESETS["bundled"], graphs).eval()
+
+
 def train(
     model: nn.Module,
     images: ImageSet,
@@ -314,9 +321,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ghn = read(args.ghn) if Path(args.ghn).exists() else load_ghn(args.ghn)
-    sources = Sources(
-        ghn, new_ghn(ghn.config, PRESETS["bundled"]).eval(), args.data, args.oracle_steps, args.out.parent / "oracles"
-    )
+    sources = Sources(ghn, untrained_like(ghn), args.data, args.oracle_steps, args.out.parent / "oracles")
     if args.probe_only:
         run_probes(args, sources)
         return

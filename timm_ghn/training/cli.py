@@ -17,6 +17,7 @@ from tqdm import tqdm
 from timm_ghn.errors import TrainingError
 from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.ghn.model import GHN
+from timm_ghn.graph.graph import Graph
 from timm_ghn.training.architectures import FAMILY_WEIGHTS
 from timm_ghn.training.config import PRESETS, TrainConfig
 from timm_ghn.training.data import HOW_TO_GET_IMAGES, ImageSet, Splits, load_images, split
@@ -198,13 +199,21 @@ def easy_images(config: TrainConfig) -> ImageSet | None:
     return make_pretext(config.sampler.input_size, config.pretext_images, config.seed)
 
 
-def new_ghn(shape: GHNConfig, config: TrainConfig) -> GHN:
-    """A GHN as training begins with it: embeddings of sizes that vary slowly, and kernels that nodes share."""
+def new_ghn(shape: GHNConfig, config: TrainConfig, graphs: Sequence[Graph]) -> GHN:
+    """A GHN as training begins with it: embeddings of sizes that vary slowly, kernels that nodes share, He's scale.
+
+    Args:
+        shape: Its hyperparameters.
+        config: The run.
+        graphs: Architectures on which the scale of raw kernels is measured.
+    """
     torch.manual_seed(config.seed)
     ghn = GHN(shape)
     smooth_sizes(ghn, config.seed)
     if shape.decoder == "conv":
         share_decoder(ghn, config.share, config.seed)
+        if shape.kernels == "raw":
+            rescale_decoder(ghn, graphs)
     return ghn
 
 
@@ -220,9 +229,8 @@ def make_trainer(
     resume: bool = False,
 ) -> Trainer:
     """A trainer with a new GHN at a good scale, or with that of the folder's checkpoint."""
-    ghn = new_ghn(GHNConfig(num_classes=len(splits.train.classes), hid=hid, kernels=config.kernels), config).to(device)
-    if config.kernels == "raw":
-        rescale_decoder(ghn, [member.graph for member in pool[:32]])
+    shape = GHNConfig(num_classes=len(splits.train.classes), hid=hid, kernels=config.kernels)
+    ghn = new_ghn(shape, config, [member.graph for member in pool[:32]]).to(device)
     trainer = Trainer(ghn, config, splits, pool, eval_pool, out, device, easy_images(config))
     if resume:
         trainer.resume()
