@@ -193,6 +193,8 @@ def read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
         raise CacheError("it is no cache entry")
     if hashlib.sha256(text.encode(errors="replace")).hexdigest() != metadata.get(DIGEST_KEY):
         raise CacheError("its description does not match its hash, or it was made by another version")
+    if dict(metadata) != {"format": "pt", HEADER_KEY: text, DIGEST_KEY: metadata.get(DIGEST_KEY)}:
+        raise CacheError("its header says more than a description")
     header = json.loads(text)
     if not isinstance(header, dict):
         raise CacheError("its description is not a table")
