@@ -252,6 +252,27 @@ class _ReadsValues(nn.Module):
         return x * x.sum().item()
 
 
+class _Autocast(nn.Module):
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.enabled = enabled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device_type=x.device.type, enabled=self.enabled):
+            return self.layer(x)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_for_the_device_of_a_tensor(enabled: bool) -> None:
+    init = torch.autocast.__init__
+    graph = to_graph(_Autocast(enabled), example_input=torch.ones(1, 4))
+    assert [node.op for node in graph.nodes] == [Op.INPUT, Op.CONV, Op.BIAS]
+    assert torch.autocast.__init__ is init
+    with pytest.raises(RuntimeError), torch.autocast("meta"):
+        pass
+
+
 def test_a_wrong_input_size_is_explained() -> None:
     with pytest.raises(CaptureError, match=r"input 1x5x32x32.*input_size=\(channels, height, width\)"):
         to_graph(timm.create_model("test_resnet"), input_size=(5, 32, 32))

@@ -116,9 +116,24 @@ def _as_call(example: Any, *, keep_values: bool = False) -> tuple[tuple[Any, ...
 def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
     recorder = _Recorder(model)
     recorder.add_inputs((args, kwargs))
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("meta"), recorder:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("meta"), _autocast_on_meta(), recorder:
         output = model(*args, **kwargs)
     return recorder.trace(output)
+
+
+@contextmanager
+def _autocast_on_meta() -> Iterator[None]:
+    """Lets `torch.autocast(tensor.device.type)` pass, which torch refuses for the meta device; others see no change."""
+    original = torch.autocast.__init__
+
+    def init(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+        original(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    torch.autocast.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = original  # type: ignore[method-assign]
 
 
 _ARITHMETIC = {
