@@ -244,7 +244,8 @@ def test_a_download_that_breaks_off_is_resumed(stocked: Hub, client: Client) -> 
     replace(stocked, weights=random.Random(0).randbytes(size))
     stocked.change("GET", "/cdn/", cut, times=2)
     done = client.run(
-        "from timm_ghn.hub.client import HubSource, fetch, file_sha256, look_up\n"
+        "from timm_ghn.hub.client import HubSource, fetch, look_up\n"
+        "from timm_ghn.paths import file_sha256\n"
         f"snapshot = look_up(HubSource('{NAME}'))\n"
         f"result = file_sha256(fetch(snapshot, '{WEIGHTS}', limit={size}))"
     )

@@ -1,7 +1,8 @@
-"""Where timm-ghn keeps files, and how it writes them: never half of one."""
+"""Where timm-ghn keeps files, how it writes them (never half of one), and the hash of one."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Callable
@@ -69,3 +70,12 @@ def save_atomically(path: str | os.PathLike[str], save: Callable[[Path], object]
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -43,6 +43,19 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def add_init_settings(parser: argparse.ArgumentParser) -> None:
+    """Declare the settings of an initialization other than its method."""
+    parser.add_argument("--ghn", help="name, path or hf-hub:organization/name of a GHN")
+    parser.add_argument("--noise", type=float, help="beta, the scale of the noise before orthogonalization")
+    parser.add_argument(
+        "--start-layer",
+        type=parse_start_layer,
+        metavar="L",
+        help="first layer to orthogonalize: its number from 1, a fraction of the depth, or the name of a module",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of noise and of random weights (default: 0)")
+
+
 def parse_start_layer(text: str) -> int | float | str:
     """L as a number, a fraction of the depth, or the name of a module."""
     for kind in (int, float):

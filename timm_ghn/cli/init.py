@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from timm_ghn.cli.common import (
     METHODS,
     CommandError,
+    add_init_settings,
     add_model_kwargs,
     check_name,
     explained,
     method_tag,
-    parse_start_layer,
 )
 
 if TYPE_CHECKING:
@@ -29,15 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="name of a timm model")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the weights and config.json")
     parser.add_argument("--method", metavar="METHOD", help=f"{', '.join(METHODS)} (default: {METHODS[0]})")
-    parser.add_argument("--ghn", help="name, path or hf-hub:organization/name of a GHN")
-    parser.add_argument("--noise", type=float, help="beta, the scale of the noise before orthogonalization")
-    parser.add_argument(
-        "--start-layer",
-        type=parse_start_layer,
-        metavar="L",
-        help="first layer to orthogonalize: its number from 1, a fraction of the depth, or the name of a module",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of noise and of random weights (default: 0)")
+    add_init_settings(parser)
     parser.add_argument("--num-classes", type=int, metavar="N", help="classes")
     parser.add_argument("--in-chans", type=int, metavar="N", help="channels of the images")
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, of the images")

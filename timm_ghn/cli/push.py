@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from timm_ghn.cli.common import METHODS, CommandError, close_matches, parse_start_layer, table
+from timm_ghn.cli.common import METHODS, CommandError, add_init_settings, close_matches, table
 
 if TYPE_CHECKING:
     from timm_ghn.hub.push import Pushed
@@ -20,15 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--org", required=True, metavar="ORG", help="organization or user; repositories are ORG/NAME.METHOD"
     )
     parser.add_argument("--method", choices=METHODS[:-1], default=METHODS[0], help=f"(default: {METHODS[0]})")
-    parser.add_argument("--ghn", help="name, path or hf-hub:organization/name of a GHN")
-    parser.add_argument("--noise", type=float, help="beta, the scale of the noise before orthogonalization")
-    parser.add_argument(
-        "--start-layer",
-        type=parse_start_layer,
-        metavar="L",
-        help="first layer to orthogonalize: its number from 1, a fraction of the depth, or the name of a module",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of noise and of random weights (default: 0)")
+    add_init_settings(parser)
     parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",

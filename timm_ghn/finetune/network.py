@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -20,6 +18,7 @@ from timm_ghn.finetune.stem import adjust_stem
 from timm_ghn.ghn import content_hash, default_ghn, load_ghn
 from timm_ghn.initialize import init_model
 from timm_ghn.methods import METHODS, Init, Source
+from timm_ghn.paths import file_sha256
 
 PRETRAINED = "pretrained"
 """Initialization by timm's pretrained weights."""
@@ -80,7 +79,7 @@ def weights_digest(config: FineTuneConfig) -> str:
     """
     if config.init_file is not None:
         try:
-            return hashlib.sha256(Path(config.init_file).read_bytes()).hexdigest()
+            return file_sha256(config.init_file)
         except OSError as error:
             raise FineTuneError(f"--init-file {config.init_file} cannot be read: {error.strerror}") from error
     if config.init == PRETRAINED or METHODS[config.init].source is not Source.GHN:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from huggingface_hub.errors import (
 
 from timm_ghn._version import __version__
 from timm_ghn.errors import DownloadError, TimmGhnError
-from timm_ghn.paths import is_offline
+from timm_ghn.paths import file_sha256, is_offline
 
 _logger = logging.getLogger(__name__)
 
@@ -275,15 +274,6 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
     if target.parent.name == "blobs" and target.parent.parent in path.parents:
         target.unlink(missing_ok=True)
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def git_blob_sha1(data: bytes) -> str:

@@ -25,14 +25,13 @@ from timm_ghn.hub.client import (
     HubUnreachableError,
     Snapshot,
     fetch,
-    file_sha256,
     look_up,
     look_up_or_cached,
 )
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, Manifest
 from timm_ghn.hub.match import Asked
 from timm_ghn.methods import Init, Source
-from timm_ghn.paths import is_offline
+from timm_ghn.paths import file_sha256, is_offline
 from timm_ghn.provenance import Provenance, record_
 from timm_ghn.report import ParameterReport, Report, Status
 
