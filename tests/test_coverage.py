@@ -132,9 +132,11 @@ def test_activations_are_those_of_the_two_starts(resnet: tuple[Entry, Entry]) ->
     assert found.finite_timm
     assert found.low is not None
     assert found.high is not None
-    assert 0.05 < found.low <= found.high < 20
+    assert 0.05 < found.low.ratio <= found.high.ratio < 20
+    assert found.peak >= max(found.low.ours, found.high.ours)
+    assert found.peak_timm >= max(found.low.timm, found.high.timm)
     names = {name for name, _ in timm.create_model("test_resnet").named_modules()}
-    assert {found.low_at.partition("#")[0], found.high_at.partition("#")[0]} <= names
+    assert {found.low.block.partition("#")[0], found.high.block.partition("#")[0]} <= names
 
 
 def test_entries_survive_json(resnet: tuple[Entry, Entry]) -> None:
@@ -439,7 +441,7 @@ def test_what_is_not_finite_is_the_worst(entries: tuple[Entry, ...]) -> None:
     assert init.activations is not None
     infinite = replace(init, activations=replace(init.activations, finite=False, features=math.nan))
     page = markdown(collect([*entries[:1], replace(entries[1], facts=infinite), *entries[2:]]), INFO)
-    worst = page[page.index("### Activations farthest") :].splitlines()[4]
+    worst = page[page.index("### Activations farthest") :].splitlines()[6]
     assert worst.startswith("| test_resnet | no |")
     assert "1 not finite" in page
     assert "finite in 1 of 2" in page

@@ -85,22 +85,34 @@ class Activations:
         return {"finite": self.finite, **asdict(self)}
 
 
+def log_distance(ratio: float) -> float:
+    """Distance from 1 on a logarithmic scale, as a factor: 3 for ratios of 3 and 1/3, infinity for 0, NaN, infinity."""
+    return max(ratio, 1 / ratio) if ratio > 0 and math.isfinite(ratio) else math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class BlockRatio:
     """How much larger a block's activations (root mean square) are than in the reference.
 
     Attributes:
         name: Name of the block.
-        ratio: Candidate / reference; NaN if the candidate's are not finite.
+        candidate: Root mean square; NaN if a value is not finite.
+        reference: That of the reference.
     """
 
     name: str
-    ratio: float
+    candidate: float
+    reference: float
+
+    @property
+    def ratio(self) -> float:
+        """Candidate / reference; NaN if the candidate's are not finite."""
+        return self.candidate / self.reference
 
     @property
     def distance(self) -> float:
-        """Distance from 1 on a logarithmic scale, as a factor: 3 for ratios of 3 and 1/3, infinity for 0 and NaN."""
-        return max(self.ratio, 1 / self.ratio) if self.ratio > 0 and math.isfinite(self.ratio) else math.inf
+        """How far the ratio is from 1, as a factor."""
+        return log_distance(self.ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +136,8 @@ class ActivationRatio:
     @property
     def distance(self) -> float:
         """The farthest of all ratios from 1, as a factor; infinity if something is not finite, or vanished."""
-        outer = [BlockRatio("", ratio) for ratio in (self.logits, self.features) if ratio is not None]
-        return max((item.distance for item in (*self.blocks, *outer)), default=1.0) if self.finite else math.inf
+        outer = (log_distance(ratio) for ratio in (self.logits, self.features) if ratio is not None)
+        return max((*(block.distance for block in self.blocks), *outer), default=1.0) if self.finite else math.inf
 
     def within(self, factor: float) -> bool:
         """Whether all is finite and no ratio lies outside of [1 / factor, factor]."""
@@ -206,8 +218,8 @@ def activation_ratio(candidate: Activations, reference: Activations) -> Activati
     """
     if [block.name for block in candidate.blocks] != [block.name for block in reference.blocks]:
         raise InitError("activations of different networks cannot be compared: their blocks have different names")
-    pairs = [(block, _ratio(block, other)) for block, other in zip(candidate.blocks, reference.blocks, strict=True)]
-    blocks = tuple(BlockRatio(block.name, ratio) for block, ratio in pairs if ratio is not None)
+    pairs = zip(candidate.blocks, reference.blocks, strict=True)
+    blocks = tuple(BlockRatio(block.name, block.rms, other.rms) for block, other in pairs if other.rms != 0)
     return ActivationRatio(
         finite=candidate.finite,
         logits=_ratio(candidate.logits, reference.logits),

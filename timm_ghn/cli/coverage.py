@@ -102,4 +102,4 @@ def _activations(model: Coverage) -> str:
         return _NONE
     if not found.finite:
         return "not finite"
-    return _NONE if found.low is None or found.high is None else f"x {found.low:.2g} to {found.high:.2g}"
+    return _NONE if found.low is None or found.high is None else f"x {found.low.ratio:.2g} to {found.high.ratio:.2g}"

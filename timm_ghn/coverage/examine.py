@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from timm_ghn.activations import Activations as Measured
-from timm_ghn.activations import activation_ratio, measure_activations
+from timm_ghn.activations import BlockRatio, activation_ratio, measure_activations
 from timm_ghn.coverage.clock import Clock, ClockedGHN
 from timm_ghn.coverage.flops import multiplications
 from timm_ghn.coverage.records import (
     Activations,
     Coverage,
     Entry,
+    Extreme,
     Facts,
     Failure,
     GraphFacts,
@@ -259,16 +260,20 @@ def _compare(model: nn.Module, expected: Measured, size: tuple[int, ...] | None,
     blocks = sorted(ratio.blocks, key=lambda block: block.ratio)
     return Activations(
         blocks=len(blocks),
-        low=blocks[0].ratio if blocks else None,
-        low_at=blocks[0].name if blocks else "",
-        high=blocks[-1].ratio if blocks else None,
-        high_at=blocks[-1].name if blocks else "",
+        low=_extreme(blocks[0]) if blocks else None,
+        high=_extreme(blocks[-1]) if blocks else None,
+        peak=max((block.rms for block in found.blocks), default=0.0),
+        peak_timm=max((block.rms for block in expected.blocks), default=0.0),
         features=ratio.features,
         logits=ratio.logits,
         finite=finite,
         finite_timm=expected.finite,
         input_size=size,
     )
+
+
+def _extreme(block: BlockRatio) -> Extreme:
+    return Extreme(block.name, block.candidate, block.reference)
 
 
 @functools.cache

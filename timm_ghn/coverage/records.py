@@ -167,6 +167,26 @@ class InitSeconds:
 
 
 @dataclass(frozen=True)
+class Extreme:
+    """The block of a model whose ratio to timm's is the smallest or the largest.
+
+    Attributes:
+        block: Name of the module.
+        ours: Root mean square of what it returns.
+        timm: The same with timm's own weights.
+    """
+
+    block: str
+    ours: float
+    timm: float
+
+    @property
+    def ratio(self) -> float:
+        """ours / timm."""
+        return self.ours / self.timm
+
+
+@dataclass(frozen=True)
 class Activations:
     """Activations after the initialization, relative to those with timm's own weights and the same noise images.
 
@@ -175,10 +195,10 @@ class Activations:
 
     Attributes:
         blocks: Number of blocks that were compared.
-        low: Smallest ratio of a block; None if there is no block to compare.
-        low_at: Name of that block.
-        high: Largest ratio; None likewise.
-        high_at: Name of that block.
+        low: The block of the smallest ratio; None if there is no block to compare.
+        high: The one of the largest ratio; None likewise.
+        peak: Largest root mean square of all blocks.
+        peak_timm: The same with timm's own weights.
         features: Ratio of what the classifier reads; None where timm's are zero.
         logits: Ratio of the output; None likewise.
         finite: Whether all activations are finite, also with the running statistics as they are.
@@ -187,15 +207,28 @@ class Activations:
     """
 
     blocks: int
-    low: float | None
-    low_at: str
-    high: float | None
-    high_at: str
+    low: Extreme | None
+    high: Extreme | None
+    peak: float
+    peak_timm: float
     features: float | None
     logits: float | None
     finite: bool
     finite_timm: bool
     input_size: tuple[int, ...] | None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Activations:
+        """Reads what `dataclasses.asdict` gives."""
+        low, high, size = data["low"], data["high"], data["input_size"]
+        return cls(
+            **{
+                **data,
+                "low": None if low is None else Extreme(**low),
+                "high": None if high is None else Extreme(**high),
+                "input_size": None if size is None else tuple(size),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -222,14 +255,11 @@ class InitFacts:
     def from_dict(cls, data: Mapping[str, Any]) -> InitFacts:
         """Reads what `dataclasses.asdict` gives."""
         found = data["activations"]
-        if found is not None:
-            size = found["input_size"]
-            found = Activations(**{**found, "input_size": None if size is None else tuple(size)})
         return cls(
             **{
                 **data,
                 "kept": tuple(Share(**share) for share in data["kept"]),
-                "activations": found,
+                "activations": None if found is None else Activations.from_dict(found),
                 "seconds": InitSeconds(**data["seconds"]),
             }
         )

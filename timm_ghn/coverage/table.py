@@ -7,13 +7,25 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from timm_ghn.coverage.records import Activations, Coverage, Entry, GraphFacts, InitFacts, PeerFacts, Stage
+from timm_ghn.activations import log_distance
+from timm_ghn.coverage.records import (
+    Activations,
+    Coverage,
+    Entry,
+    Extreme,
+    GraphFacts,
+    InitFacts,
+    PeerFacts,
+    Stage,
+)
 from timm_ghn.coverage.results import RunInfo
 
 LISTED = 10
 """Models in a list of the worst ones."""
 GOAL = 0.95
 """Share of the parameters of a model below which it is listed with the reasons."""
+FAR = 30
+"""Ratio of activations from which on models are counted."""
 _SIZES = (0, 100, 200, 400, 800, 1600, 3200)
 _DASH = "-"
 
@@ -95,8 +107,12 @@ def distance(found: Activations) -> float:
     """How far the worst ratio of activations is from 1, as a factor; infinity if one vanished or not all is finite."""
     if not found.finite:
         return float("inf")
-    ratios = [ratio for ratio in (found.low, found.high, found.features, found.logits) if ratio is not None]
-    return max((max(ratio, 1 / ratio) if ratio > 0 else float("inf") for ratio in ratios), default=1.0)
+    ratios = (*_block_ratios(found), *(ratio for ratio in (found.features, found.logits) if ratio is not None))
+    return max(map(log_distance, ratios), default=1.0)
+
+
+def _block_ratios(found: Activations) -> tuple[float, ...]:
+    return tuple(block.ratio for block in (found.low, found.high) if block is not None)
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -150,6 +166,10 @@ def _graph_summary(models: Sequence[Coverage]) -> list[str]:
     return lines
 
 
+def _grown(found: Activations) -> bool:
+    return found.peak > FAR * found.peak_timm
+
+
 def _percentiles(times: Sequence[float]) -> str:
     return (
         f"median {_seconds(statistics.median(times))}, 95th percentile {_seconds(percentile(times, 0.95))}, "
@@ -172,10 +192,13 @@ def _init_summary(models: Sequence[Coverage]) -> list[str]:
         within = [sum(distance(item) <= factor for item in found) for factor in (3, 10)]
         median = _times(statistics.median(features) if features else None)
         ends = f"{_times(min(features, default=None))} to {_times(max(features, default=None))}"
+        grown = sum(_grown(item) for item in found)
+        far = sum(item.high is not None and item.high.ratio > FAR for item in found)
         lines.append(
             f"- **Activations are finite in {finite:,} of {len(found):,}** models. Ratio to timm's own weights of what "
             f"the classifier reads: median {median}, from {ends}. Every block, the features and the logits are within "
-            f"a factor of 3 in {within[0]:,} models, of 10 in {within[1]:,}."
+            f"a factor of 3 in {within[0]:,} models, of 10 in {within[1]:,}. A block is more than {FAR} times as large "
+            f"as timm's in {far:,} models; in {grown:,} the largest block is more than {FAR} times timm's largest."
         )
     return lines
 
@@ -228,7 +251,7 @@ def _module_row(module: str, models: Sequence[Coverage]) -> Row:
     times = [facts.seconds.graph for facts in graphs]
     shares = [facts.predictable_share for facts in graphs]
     found = [item for _, item in _activations(models)]
-    ratios = [ratio for item in found for ratio in (item.low, item.high) if ratio is not None]
+    ratios = [ratio for item in found for ratio in _block_ratios(item)]
     infinite = sum(not item.finite for item in found)
     activations = _range(ratios, _times) + (f", {infinite} not finite" if infinite else "")
     if not graphs:
@@ -306,15 +329,27 @@ def _worst_activations(models: Sequence[Coverage]) -> list[str]:
         [
             model.name,
             "yes" if found.finite else "no" if found.finite_timm else "no, nor with timm's weights",
-            f"{_times(found.low)} ({found.low_at})",
-            f"{_times(found.high)} ({found.high_at})",
+            _extreme(found.low),
+            _extreme(found.high),
+            f"{_times(found.peak)} / {_times(found.peak_timm)}",
             _times(found.features),
             _times(found.logits),
         ]
         for model, found in far
     ]
-    header = ("model", "finite", "smallest ratio", "largest ratio", "features", "logits")
-    return ["", "### Activations farthest from timm's", "", *_markdown_table(header, rows)] if rows else []
+    header = ("model", "finite", "smallest ratio", "largest ratio", "largest block", "features", "logits")
+    lines = ["", "### Activations farthest from timm's", "", _EXTREMES, "", *_markdown_table(header, rows)]
+    return lines if rows else []
+
+
+_EXTREMES = (
+    "A ratio is followed by the root mean squares behind it, ours / timm's, and the block. A large one says that "
+    "activations have grown, or that timm's own have vanished: the largest root mean squares of any block tell which."
+)
+
+
+def _extreme(found: Extreme | None) -> str:
+    return _DASH if found is None else f"{found.ratio:.2g} = {found.ours:.2g} / {found.timm:.2g} ({found.block})"
 
 
 def _failure_section(models: Sequence[Coverage]) -> list[str]:
