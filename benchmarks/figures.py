@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 import timm_ghn
 from timm_ghn.errors import FineTuneError, MissingDependencyError, TimmGhnError
+from timm_ghn.files.paths import write_atomically
 from timm_ghn.finetune import ResultStore, RunResult, Summary, compare, load_benchmark, summarize
 from timm_ghn.finetune.config import PRESETS
 from timm_ghn.ghn import GHN, default_ghn, load_ghn
 from timm_ghn.graph import render, to_graph
-from timm_ghn.paths import write_atomically
 from timm_ghn.postprocess import weight_layers
 from timm_ghn.postprocess.noise import correlation_std
 from timm_ghn.training.architectures import build, sample_architecture

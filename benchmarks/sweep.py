@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from timm_ghn.errors import FineTuneError, MissingDependencyError, TimmGhnError
+from timm_ghn.files.paths import write_atomically
 from timm_ghn.finetune import Execution, FineTuneConfig, Job, ResultStore, load_benchmark
 from timm_ghn.finetune.data import DATASETS
 from timm_ghn.finetune.experiment import run_jobs
 from timm_ghn.finetune.run import Point
-from timm_ghn.paths import write_atomically
 
 try:
     import ray

@@ -30,7 +30,7 @@ from timm_ghn.coverage.results import Results, RunInfo, open_results, read_resul
 from timm_ghn.coverage.survey import Plan, skipped, survey
 from timm_ghn.coverage.table import markdown
 from timm_ghn.errors import TimmGhnError
-from timm_ghn.paths import write_atomically
+from timm_ghn.files.paths import write_atomically
 
 
 def number(text: str) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import timm_ghn
-from timm_ghn.report import Report, Status
+from timm_ghn.initialize.report import Report, Status
 
 
 class Mixer(nn.Module):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import timm_ghn
 import timm_ghn.errors
 from timm_ghn.cache import Entry, WeightCache
-from timm_ghn.tensorreader import TensorReader
+from timm_ghn.files.reader import TensorReader
 
 WORKER = Path(__file__).with_name("cache_worker.py")
 MODEL = "test_vit"

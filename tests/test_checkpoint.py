@@ -17,8 +17,9 @@ import torch
 from ghn_reference import PPUDA_CONFIG, SMALL, ppuda_checkpoint, seeded_ghn
 from torch import nn
 
-from timm_ghn import paths
 from timm_ghn.errors import CheckpointError, TensorFileError
+from timm_ghn.files import paths
+from timm_ghn.files.reader import TensorReader
 from timm_ghn.ghn import (
     GHN,
     GHNConfig,
@@ -29,7 +30,6 @@ from timm_ghn.ghn import (
     read_safetensors,
     write_safetensors,
 )
-from timm_ghn.tensorreader import TensorReader
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import timm
 import torch
 
 import timm_ghn
-from timm_ghn import stream
 from timm_ghn.cli import ghns, main
+from timm_ghn.initialize import stream
 
 ROOT = Path(__file__).resolve().parent.parent
 

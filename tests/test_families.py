@@ -7,7 +7,7 @@ import timm
 import torch
 
 import timm_ghn
-from timm_ghn.report import Status
+from timm_ghn.initialize.report import Status
 
 FAMILIES = {
     "resnet": "resnet18",

@@ -16,7 +16,7 @@ from torch import nn
 import timm_ghn
 from timm_ghn.errors import CaptureError, CheckpointError, GraphError, InitError, UnknownGhnError
 from timm_ghn.ghn import GHN
-from timm_ghn.report import Status
+from timm_ghn.initialize.report import Status
 
 
 @pytest.fixture(scope="module")

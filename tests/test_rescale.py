@@ -19,8 +19,8 @@ from timm_ghn.activations import activation_ratio, measure_activations
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, Prediction, load_ghn
 from timm_ghn.graph import Layout, Role, Target, capture
-from timm_ghn.report import Status
-from timm_ghn.rescale import (
+from timm_ghn.initialize.report import Status
+from timm_ghn.initialize.rescale import (
     KERNEL_BAND,
     MAX_CHAIN,
     NORM_BAND,

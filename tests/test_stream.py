@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import timm_ghn
-from timm_ghn import stream
-from timm_ghn.deferred import DeferredRandom, ReplayedRandom, seeded
 from timm_ghn.errors import InitError
-from timm_ghn.export import ExportError, save
-from timm_ghn.memory import LazyMemory
-from timm_ghn.report import Status
-from timm_ghn.stream import init_to_folder
+from timm_ghn.files.export import ExportError, save
+from timm_ghn.initialize import stream
+from timm_ghn.initialize.deferred import DeferredRandom, ReplayedRandom, seeded
+from timm_ghn.initialize.memory import LazyMemory
+from timm_ghn.initialize.report import Status
+from timm_ghn.initialize.stream import init_to_folder
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -17,12 +17,12 @@ from timm_ghn._version import __version__
 from timm_ghn.ghn import list_ghns, load_ghn
 from timm_ghn.graph import Graph, to_graph
 from timm_ghn.hook import install, report_of, uninstall
-from timm_ghn.initialize import init_model
+from timm_ghn.initialize.model import init_model
+from timm_ghn.initialize.provenance import provenance
+from timm_ghn.initialize.report import Report
+from timm_ghn.initialize.stream import init_to_folder
 from timm_ghn.methods import METHODS, Init
 from timm_ghn.postprocess import orthogonalize_
-from timm_ghn.provenance import provenance
-from timm_ghn.report import Report
-from timm_ghn.stream import init_to_folder
 
 if TYPE_CHECKING:
     from timm_ghn.hub.ghns import push_ghn

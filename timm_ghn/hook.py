@@ -20,11 +20,11 @@ import timm
 import torch
 from torch import nn
 
-from timm_ghn.deferred import DeferredRandom, seeded
 from timm_ghn.errors import InitError
-from timm_ghn.initialize import initialize_
+from timm_ghn.initialize.deferred import DeferredRandom, seeded
+from timm_ghn.initialize.model import initialize_
+from timm_ghn.initialize.report import Report
 from timm_ghn.methods import METHODS, Init, Source
-from timm_ghn.report import Report
 
 _logger = logging.getLogger(__name__)
 

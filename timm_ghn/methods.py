@@ -90,7 +90,7 @@ class Init:
         seed: Seed of all noise and of what keeps a random initialization.
         correlation: Whose correlations scale the noise: the "paper"'s, between channels, or those of "ppuda"'s code.
         reading: How the graph is read, "default" or "ppuda" (see `timm_ghn.graph.Reading`).
-        rescale: "auto" keeps the scale of predictions sane (see `timm_ghn.rescale`); "off" writes them as they are.
+        rescale: Whether the scale of predictions is kept sane: "auto" or "off" (see `timm_ghn.initialize.rescale`).
         cache: Whether results are looked up in the cache and kept there.
 
     Raises:

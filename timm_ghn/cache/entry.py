@@ -18,10 +18,10 @@ import xxhash
 from torch import Tensor
 
 from timm_ghn.errors import CacheError, TimmGhnError
+from timm_ghn.files.reader import TensorReader, bytes_of
+from timm_ghn.files.writer import write_file
 from timm_ghn.ghn.model import Prediction
 from timm_ghn.graph import Layout, Role, Target
-from timm_ghn.tensorfile import write_file
-from timm_ghn.tensorreader import TensorReader, bytes_of
 
 _logger = logging.getLogger(__name__)
 

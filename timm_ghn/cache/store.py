@@ -18,8 +18,8 @@ from torch import Tensor
 from timm_ghn.cache import upkeep
 from timm_ghn.cache.entry import FORMAT, UNREADABLE, Entry, warn_damaged, write_entry
 from timm_ghn.errors import CacheError
+from timm_ghn.files.paths import cache_directory, save_atomically
 from timm_ghn.ghn.model import Prediction
-from timm_ghn.paths import cache_directory, save_atomically
 
 _logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class WeightCache:
 
     @classmethod
     def default(cls) -> WeightCache:
-        """The cache in `timm_ghn.paths.cache_directory()`."""
+        """The cache in `timm_ghn.files.paths.cache_directory()`."""
         return cls(cache_directory())
 
     @property

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from timm_ghn.cache.entry import UNREADABLE, Entry, read_header
 from timm_ghn.errors import CacheError
-from timm_ghn.tensorreader import TensorReader
+from timm_ghn.files.reader import TensorReader
 
 if TYPE_CHECKING:
     from timm_ghn.cache.store import WeightCache

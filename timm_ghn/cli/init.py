@@ -17,8 +17,8 @@ from timm_ghn.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from timm_ghn.initialize.report import Report
     from timm_ghn.methods import Init
-    from timm_ghn.report import Report
 
 HELP = "create a model with predicted weights and write it for plain timm"
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -61,10 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _init_to_folder(args: argparse.Namespace, init: Init) -> Report:
-    """Create the model in its folder; see `timm_ghn.stream`."""
+    """Create the model in its folder; see `timm_ghn.initialize.stream`."""
     import torch
 
-    from timm_ghn.stream import init_to_folder
+    from timm_ghn.initialize.stream import init_to_folder
 
     kwargs = _model_kwargs(args)
     types = {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
@@ -77,7 +77,7 @@ def _init_to_folder(args: argparse.Namespace, init: Init) -> Report:
 
 def _how_to_load(directory: Path) -> str:
     """The call that loads what was written: timm's own reads a single file."""
-    from timm_ghn.tensorfile import SINGLE_FILE
+    from timm_ghn.files.writer import SINGLE_FILE
 
     if (directory / SINGLE_FILE).is_file():
         return f"To load it: timm.create_model('local-dir:{directory}', pretrained=True)"

@@ -11,6 +11,8 @@ from pathlib import Path
 from safetensors import safe_open
 
 from timm_ghn.errors import DownloadError, PushError
+from timm_ghn.files.paths import write_atomically
+from timm_ghn.files.writer import TensorFile, TensorSpec
 from timm_ghn.ghn import checkpoint
 from timm_ghn.ghn.config import MAX_PARAMETERS
 from timm_ghn.ghn.model import GHN
@@ -19,8 +21,6 @@ from timm_ghn.hub.card import ghn_card
 from timm_ghn.hub.client import HubSource, Snapshot, bounded_silence, fetch, look_up_or_cached
 from timm_ghn.hub.folder import CARD
 from timm_ghn.hub.push import Outcome, Pushed, PushOptions, find_repository, upload
-from timm_ghn.paths import write_atomically
-from timm_ghn.tensorfile import TensorFile, TensorSpec
 
 CONFIG_FILE = "config.json"
 MAX_GHN_BYTES = 5 * MAX_PARAMETERS

@@ -19,8 +19,8 @@ import torch
 
 from timm_ghn._version import __version__
 from timm_ghn.errors import CheckpointError
+from timm_ghn.initialize.report import ParameterReport, Status
 from timm_ghn.methods import METHODS
-from timm_ghn.report import ParameterReport, Status
 
 FILE = "timm_ghn.json"
 FORMAT = 1

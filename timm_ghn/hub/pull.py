@@ -17,8 +17,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from timm_ghn.deferred import DeferredRandom, seeded
 from timm_ghn.errors import CheckpointError, DownloadError, InitError
+from timm_ghn.files.paths import file_sha256, is_offline
 from timm_ghn.hub.client import (
     PREFIX,
     HubSource,
@@ -30,10 +30,10 @@ from timm_ghn.hub.client import (
 )
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, Manifest
 from timm_ghn.hub.match import Asked
+from timm_ghn.initialize.deferred import DeferredRandom, seeded
+from timm_ghn.initialize.provenance import Provenance, record_
+from timm_ghn.initialize.report import ParameterReport, Report, Status
 from timm_ghn.methods import Init, Source
-from timm_ghn.paths import file_sha256, is_offline
-from timm_ghn.provenance import Provenance, record_
-from timm_ghn.report import ParameterReport, Report, Status
 
 _logger = logging.getLogger(__name__)
 

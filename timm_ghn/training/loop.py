@@ -29,10 +29,10 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from timm_ghn.errors import TrainingError
+from timm_ghn.files.paths import write_atomically
 from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.ghn.model import GHN
 from timm_ghn.graph.graph import Graph
-from timm_ghn.paths import write_atomically
 from timm_ghn.training.architectures import ArchitectureSpec, build
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import BatchSampler, ImageSet, Splits, normalize, sample_batch

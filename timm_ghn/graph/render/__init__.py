@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_ghn.errors import GraphError
+from timm_ghn.files.paths import write_atomically
 from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.render.panel import SUBTITLE_SIZE, TITLE_SIZE, Panel, choose_rows, subtitle
 from timm_ghn.graph.render.routes import Routes
 from timm_ghn.graph.render.scene import Curve, Scene, Text, text_width
 from timm_ghn.graph.render.symbols import MARGIN, legend
 from timm_ghn.graph.render.writers import scene_to_svg, to_png
-from timm_ghn.paths import write_atomically
 
 __all__ = ["SUFFIXES", "Curve", "Scene", "Text", "save", "to_scene", "to_svg"]
 

@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.deferred import DeferredRandom, derived_seed
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import Prediction
-from timm_ghn.plan import Plan
+from timm_ghn.initialize.deferred import DeferredRandom, derived_seed
+from timm_ghn.initialize.plan import Plan
+from timm_ghn.initialize.provenance import Facts
+from timm_ghn.initialize.report import Status
+from timm_ghn.initialize.rescale import bounded
 from timm_ghn.postprocess import PostProcess, WeightLayer, postprocess_many, single_threaded, weight_layers
-from timm_ghn.provenance import Facts
-from timm_ghn.report import Status
-from timm_ghn.rescale import bounded
 
 Finished = Callable[[str, Prediction | None], None]
 """Called once for each parameter when it is final: its name, and what it was tiled from if nothing followed that."""

@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 
 from timm_ghn.errors import TimmGhnError
-from timm_ghn.provenance import provenance
-from timm_ghn.tensorfile import INDEX_FILE, SINGLE_FILE, Shards, TensorSpec, WeightFiles, split
+from timm_ghn.files.writer import INDEX_FILE, SINGLE_FILE, Shards, TensorSpec, WeightFiles, split
+from timm_ghn.initialize.provenance import provenance
 
 WEIGHTS_FILE = SINGLE_FILE
 CONFIG_FILE = "config.json"

@@ -17,14 +17,21 @@ from tqdm import tqdm
 from timm_ghn._version import __version__
 from timm_ghn.baselines import apply_baseline
 from timm_ghn.cache import Entry, WeightCache, cache_key
-from timm_ghn.deferred import DeferredRandom
-from timm_ghn.fill import fill_generated, fill_others
 from timm_ghn.ghn import Prediction
 from timm_ghn.graph import Layout
+from timm_ghn.initialize.deferred import DeferredRandom
+from timm_ghn.initialize.fill import fill_generated, fill_others
+from timm_ghn.initialize.plan import (
+    Hypernetwork,
+    Plan,
+    check_memory,
+    find_hypernetwork,
+    make_plan,
+    postprocess_settings,
+)
+from timm_ghn.initialize.provenance import Facts, model_name, record_
+from timm_ghn.initialize.report import Report
 from timm_ghn.methods import Init, Source
-from timm_ghn.plan import Hypernetwork, Plan, check_memory, find_hypernetwork, make_plan, postprocess_settings
-from timm_ghn.provenance import Facts, model_name, record_
-from timm_ghn.report import Report
 
 _logger = logging.getLogger(__name__)
 
