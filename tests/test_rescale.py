@@ -90,8 +90,8 @@ class Residual(nn.Module):
         return shortcut.view(x.shape) + x.clone()
 
 
-def structure(model: nn.Module, *size: int) -> Structure:
-    return find_structure(capture(model, example_input=torch.randn(2, *size)))
+def structure(model: nn.Module, *size: int, gate: float | None = None) -> Structure:
+    return find_structure(capture(model, example_input=torch.randn(2, *size)), lambda _: gate)
 
 
 @pytest.mark.parametrize("end", ["layer", "norm", "gate"])
@@ -104,7 +104,52 @@ def test_branches_without_norm_or_gate_are_counted(end: str) -> None:
     inner = {f"{i}.fc2.{kind}": 3 for i in (1, 2, 3) for kind in ("weight", "bias")}
     assert found.branches == {**inner, "5.fc2.weight": 1, "5.fc2.bias": 1}
     targets = [Target(name, (8,), Role.BIAS) for name in ("1.fc1.bias", "1.fc2.bias", "5.fc2.bias")]
-    assert found.factors(targets) == {"1.fc2.bias": 1 / 3}
+    assert found.factors(targets, 4) == {"1.fc2.bias": 1 / 3}
+    weights = [Target(f"1.{layer}.weight", (8, 16), Role.WEIGHT) for layer in ("fc1", "fc2")]
+    assert found.factors(weights, 4) == {"1.fc2.weight": pytest.approx(1 / 6)}  # 4 copies of a block, 3 sums
+    assert found.factors(weights, 64) == {"1.fc2.weight": pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize(("gate", "divisor"), [(None, 1), (0.0, 1), (1e-4, 1), (0.5, 1.5), (1.0, 3), (-2.0, 6)])
+def test_a_learned_scale_counts_as_large_as_it_starts(gate: float | None, divisor: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), *(Residual("gate") for _ in range(3)))
+    factors = structure(model, 5, 4, gate=gate).factors([Target("2.fc2.bias", (8,), Role.BIAS)], 64)
+    assert factors == ({} if divisor == 1 else {"2.fc2.bias": pytest.approx(1 / divisor)})
+
+
+class Mixer(nn.Module):
+    """x + (x A^T) (x B^T)^T (x C): a sum over all positions of products of activations."""
+
+    def __init__(self, normalize: bool) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.normalize = normalize
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.query(x) @ self.key(x).transpose(1, 2)
+        return x + (weights.softmax(-1) if self.normalize else weights) @ self.value(x)
+
+
+def test_sums_of_products_of_activations_are_counted() -> None:
+    found = structure(Mixer(normalize=False), 5, 8)
+    assert set(found.products.values()) <= {5, 8}
+    assert found.products
+    assert structure(Mixer(normalize=True), 5, 8).products == {}
+
+
+def test_a_stream_that_is_raised_to_a_power_divides_the_batch_norms_that_end_its_branches() -> None:
+    class Cubic(nn.Module):
+        def __init__(self, cubic: bool) -> None:
+            super().__init__()
+            self.conv, self.bn, self.cubic = nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8), cubic
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return x + self.bn((y @ y.transpose(1, 2)) @ y if self.cubic else y)
+
+    for cubic in (False, True):
+        found = structure(nn.Sequential(Cubic(cubic), Cubic(cubic)), 8, 5)
+        assert (found.branches.get("0.bn.weight"), "0.conv.weight" in found.branches) == (2 if cubic else None, False)
 
 
 def test_a_shared_layer_counts_its_longest_stream() -> None:
@@ -129,8 +174,10 @@ def test_biases_of_long_chains_are_divided(length: int) -> None:
     assert found.chains[name] == length
     assert found.chains[f"{2 * length + 1}.bias"] == 1
     expected = {name: 1 / length} if length > MAX_CHAIN else {}
-    assert found.factors([Target(name, (4,), Role.BIAS)]) == expected
-    assert found.factors([Target(name, (4, 4), Role.WEIGHT)]) == {}
+    assert found.factors([Target(name, (4,), Role.BIAS)], 64) == expected
+    assert found.factors([Target(name, (4, 4), Role.WEIGHT)], 64) == {}
+    repeated = found.factors([Target("0.weight", (4, 4), Role.WEIGHT)], 1)
+    assert repeated == ({"0.weight": 0.5} if length > MAX_CHAIN else {})
 
 
 @pytest.mark.parametrize("name", ["resnet50", "convnext_base"])
@@ -139,12 +186,13 @@ def test_the_networks_of_the_paper_are_left_alone(name: str) -> None:
         model = getattr(torchvision.models, name)()
     found = find_structure(capture(model))
     targets = [Target(parameter, (1,), Role.BIAS) for parameter, _ in model.named_parameters()]
-    assert found.factors(targets) == {}
+    assert found.factors(targets, 64) == {}
     assert not any(found.needs_orthogonal(parameter) for parameter, _ in model.named_parameters())
 
 
-def test_a_ghn_of_sane_scale_is_not_rescaled_where_structure_does_not_ask_for_it() -> None:
-    exact, model = timm.create_model("resnet18"), timm.create_model("resnet18")
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_a_ghn_of_sane_scale_is_not_rescaled_where_structure_does_not_ask_for_it(name: str) -> None:
+    exact, model = timm.create_model(name), timm.create_model(name)
     model.load_state_dict(exact.state_dict())
     for each, rescale in ((exact, "off"), (model, "auto")):
         timm_ghn.init_model(each, "ghn-orth", ghn="bundled", rescale=rescale)
@@ -170,7 +218,7 @@ def test_standardized_kernels_of_a_network_without_norms_are_orthogonalized() ->
 def test_the_report_and_the_provenance_tell() -> None:
     report = timm_ghn.init_model(timm.create_model("test_vit"), "ghn", ghn="bundled")
     reasons = {row.name: row.reason for row in report.parameters}
-    assert reasons["blocks.0.mlp.fc2.weight"] == "divided by 12: so many add up without a norm layer"
+    assert reasons["blocks.0.mlp.fc2.weight"] == "divided by 20.8: what adds up in phase without a norm layer"
     assert reasons["blocks.0.mlp.fc1.weight"] == ""
     assert report.provenance["rescale"] == "auto"
     with pytest.raises(InitError, match="rescale must be 'auto' or 'off', got 'on'"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
@@ -104,13 +104,14 @@ def make_plan(
     input_size: Sequence[int] | None = None,
     example_input: Any = None,
 ) -> Plan:
-    """Decide what every parameter gets. The model is not changed, and its values are not read.
+    """Decide what every parameter gets. The model is not changed, and no values but those of kept scales are read.
 
     Raises:
         InitError: If L lies outside of the model.
         CaptureError: If the forward pass cannot be recorded.
         GraphError: If the model has no layer that can be predicted.
     """
+    parameters = dict(model.named_parameters())
     layers = weight_layers(model)
     start_layer = None
     processed: dict[str, WeightLayer] = {}
@@ -126,12 +127,12 @@ def make_plan(
         graph = condense(trace, reading=Reading(init.reading))
         targets, reasons = _choose_targets(graph, hypernetwork.model)
         if init.rescale == "auto":
-            structure = find_structure(trace)
+            structure = find_structure(trace, lambda name: None if name in targets else _constant(parameters[name]))
             if init.spec.orthogonal:
                 unscaled = (layer for layer in layers if structure.needs_orthogonal(layer.parameter))
                 processed.update({layer.parameter: layer for layer in unscaled if not layer.is_classifier})
-            factors = structure.factors(target for name, target in targets.items() if name not in processed)
-    parameters = dict(model.named_parameters())
+            kept = (target for name, target in targets.items() if name not in processed)
+            factors = structure.factors(kept, hypernetwork.model.config.max_shape[1])
     return Plan(init, hypernetwork, graph, parameters, layers, start_layer, targets, reasons, processed, factors)
 
 
@@ -140,6 +141,12 @@ def check_memory(parameters: Mapping[str, nn.Parameter]) -> None:
     on_meta = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
     if on_meta is not None:
         raise InitError(f"{on_meta} is on the meta device and has no memory; call model.to_empty(device=...) first")
+
+
+def _constant(parameter: Tensor) -> float | None:
+    """The value of all elements of a parameter; None if they differ, as those of random ones do."""
+    low, high = (float(value) for value in parameter.detach().aminmax())
+    return low if low == high else None
 
 
 def _choose_targets(graph: Graph, ghn: GHN) -> tuple[dict[str, Target], dict[str, str]]:

@@ -1,30 +1,38 @@
-"""The scale of predicted parameters: a rule of three parts that reads operators, graph structure and shapes, no names.
+"""The scale of predicted parameters: a rule of four parts that reads operators, graph structure and shapes, no names.
 
 **Part 1, single tensors.** GHNs aim at a nominal scale: kernels at `sqrt(2 / fan-in)` (`sqrt(1 / fan-in)` for
 depthwise and wide ones), norm weights, biases and tables of positions at about 1 or less. A tensor whose root mean
 square lies within a band around it is left as it is; one outside is brought back to the nominal scale. A GHN that was
 trained well stays within the band, so that nothing is changed.
 
-**Part 2, residual branches.** Where a stream `x = x + f(x)` passes through n such sums without a layer in between,
-and f ends in a layer whose output nothing normalizes or gates, the predicted weight and bias of that layer are divided
-by n. A GHN gives similar blocks similar weights, so that what they add has the same direction and the stream grows like
-n (not like sqrt(n), as with independent weights): the sum of n branches is then about as large as one of them. Branches
-that end in a norm layer, or in a product with a learned scale (layer scale, skip gain), are left as they are, and so
-are weights that are orthogonalized: a Q is a Q.
+Parts 2 and 3 are about sums. A GHN gives similar layers similar weights, and a kernel with more channels than a block
+repeats it. So terms that would be independent with random weights have the same direction: n of them add up to n times
+one of them, not to sqrt(n) times. Where a norm layer follows, that does not matter.
 
-**Part 3, chains without norms.** If the longest path to a layer, since the last norm layer, has n > 8 layers (residual
-sums do not end it), nobody corrects what has added up. The layer's predicted bias is divided by n. A kernel that is
-standardized when it is used has no scale to correct, but its repeated tiles answer to repeated channels in phase, which
-multiplies activations with every layer; where such a kernel has n > 8, a method that orthogonalizes does so with all
-standardized kernels of the network, before L as well.
+**Part 2, residual branches.** A stream `x = x + f(x)` passes through n such sums without a layer in between, and f
+ends in a layer whose output no norm layer sees, multiplied with a learned scale that starts at g (1 without one; scales
+whose elements differ count as 0). If n g > 1, the predicted bias of that layer is divided by n g, and the weight by
+n g sqrt(r), where r is how often the block repeats along the input channels.
 
-All of it depends on graph and prediction alone: neither on what the model held before, nor on data, nor on the device.
+**Part 3, chains.** On paths of more than 8 layers without a norm layer (residual sums do not end them), kernels are
+divided by sqrt(r), and biases of layers from the ninth on by the number of layers up to there. A kernel that is
+standardized when it is used has no scale to correct; where there is such a path through one, a method that
+orthogonalizes does so with all standardized kernels of the network, before L as well.
+
+**Part 4, products of activations.** Where a matrix product of two activations, none of which is a softmax, reaches a
+residual sum unnormalized, the layer that ends one of the factors is divided by the number of terms. And where branches
+raise a stream to more than its square (ReLU attention: a product of three), so that it overflows while batch norms do
+nothing yet (in evaluation, before any training), the weight and bias of batch norms that end its branches are divided
+by n.
+
+Weights that are orthogonalized are left as they are: a Q is a Q. All of it depends on graph, prediction, and the value
+of constant scales alone: neither on what else the model held before, nor on data, nor on the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -39,6 +47,7 @@ from timm_ghn.graph.facts import (
     TRANSPOSED_CONVOLUTIONS,
 )
 from timm_ghn.graph.nodes import Layout, Role, Target
+from timm_ghn.graph.norms import keeps_values
 from timm_ghn.graph.trace import Operation, Trace, Value
 
 KERNEL_BAND = 3.0
@@ -50,11 +59,22 @@ NORM_BAND = 10.0
 MAX_CHAIN = 8
 """Layers in a row without a norm layer that are left as they are: more than a block of any kind has."""
 
+MAX_POWER = 2.0
+"""Powers of a stream's values that its branches may compute: products of two of them."""
+
 _NORMS = {"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"}
 _LAYERS = {"linear", *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *PRODUCTS, *ADDED_PRODUCTS}
 _SUMS = {"add"}
 _GATES = {*MULTIPLICATIONS, "div", "addcmul"}
 _STANDARDIZATIONS = {*_NORMS, "std", "var", "std_mean", "var_mean", "norm", "vector_norm", "normalize"}
+_MATRIX_PRODUCTS = {"matmul", "mm", "bmm"}
+_MULTIPLYING = {*_LAYERS, *MULTIPLICATIONS}
+_WEIGHTS = {"softmax", "normalize"}
+_BOUNDED = {
+    *_WEIGHTS, *(_NORMS - {"batch_norm"}), "sigmoid", "hardsigmoid", "tanh", "hardtanh", "relu6", "clamp", "clip",
+    "sign",
+}  # fmt: skip
+_EXPONENTS = {"square": 2.0, "var": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
 
 
 # --- single tensors -------------------------------------------------------------------------------------------------
@@ -97,54 +117,95 @@ def nominal_scale(prediction: Prediction) -> float:
 # --- structure ------------------------------------------------------------------------------------------------------
 
 
+Start = Callable[[str], float | None]
+"""What all elements of a parameter that is kept start from, by its name; None if that is not one known number."""
+
+
+def _unknown(_: str) -> float | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Structure:
     """What the rule reads from a forward pass, by name of parameter.
 
     Attributes:
-        branches: Parameters of layers that end a residual branch without a norm or a learned scale: the number of sums
-            that their stream passes.
+        branches: Parameters of layers that end a residual branch without a norm: the number of sums that their stream
+            passes, times what the branch is multiplied with. So do those of batch norms that end a branch of a stream
+            which is raised to a power.
+        products: Parameters of layers that end a factor of a sum of products of activations: the number of products.
         chains: Parameters of layers: the number of layers on the longest path to them, themselves included, without a
             norm layer.
+        chained: Parameters of layers on paths of more than `MAX_CHAIN` layers without a norm layer.
         standardized: Parameters of which standardized copies are used.
     """
 
-    branches: Mapping[str, int]
+    branches: Mapping[str, float]
+    products: Mapping[str, int]
     chains: Mapping[str, int]
+    chained: frozenset[str]
     standardized: frozenset[str]
 
-    def factors(self, predicted: Iterable[Target]) -> dict[str, float]:
+    def factors(self, predicted: Iterable[Target], block: int) -> dict[str, float]:
         """What predictions are multiplied with, by name; 1 for all others.
 
         Args:
             predicted: Parameters that are predicted and not orthogonalized.
+            block: Channels after which predicted kernels repeat.
         """
-        found = {}
-        for target in predicted:
-            count = self.branches.get(target.name, 1)
-            if target.role is Role.BIAS and self.chains.get(target.name, 0) > MAX_CHAIN:
-                count = max(count, self.chains[target.name])
-            if count > 1:
-                found[target.name] = 1 / count
-        return found
+        divisors = {target.name: self._divisor(target, block) for target in predicted}
+        return {name: 1 / divisor for name, divisor in divisors.items() if divisor > 1}
 
     def needs_orthogonal(self, name: str) -> bool:
         """Whether a layer's weight is orthogonalized wherever it is."""
-        return name in self.standardized and any(self.chains.get(other, 0) > MAX_CHAIN for other in self.standardized)
+        return name in self.standardized and not self.standardized.isdisjoint(self.chained)
+
+    def _divisor(self, target: Target, block: int) -> float:
+        name = target.name
+        divisor = self.branches.get(name, 1.0)
+        phase = math.sqrt(max(_in_channels(target) / block, 1.0)) if target.role is Role.WEIGHT else 1.0
+        if divisor > 1 or name in self.chained:
+            divisor *= phase
+        if target.role is Role.BIAS and self.chains.get(name, 0) > MAX_CHAIN:
+            divisor = max(divisor, self.chains[name])
+        return divisor * self.products.get(name, 1)
+
+
+def _in_channels(target: Target) -> int:
+    """Channels that an output of a predicted kernel sums over."""
+    return target.shape[0 if target.layout is Layout.TRANSPOSED else 1]
 
 
 def describe_factor(factors: Mapping[str, float], name: str) -> str:
     """How a prediction was scaled, for the report; empty if it was not."""
     factor = factors.get(name, 1.0)
-    return "" if factor == 1 else f"divided by {round(1 / factor)}: so many add up without a norm layer"
+    return "" if factor == 1 else f"divided by {1 / factor:.3g}: what adds up in phase without a norm layer"
 
 
-def find_structure(trace: Trace) -> Structure:
-    """Read residual streams and chains without norms from a recorded forward pass."""
-    streams = _Streams(trace)
+def find_structure(trace: Trace, start: Start = _unknown) -> Structure:
+    """Read residual streams, products of activations and chains without norms from a recorded forward pass.
+
+    Args:
+        trace: The forward pass.
+        start: Starting values of the parameters that are kept. Learned scales of unknown size count as small.
+    """
+    streams = _Streams(trace, start)
     for operation in trace.operations:
         streams.add(operation)
     return streams.structure()
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A sum of products of two activations that nothing has normalized yet.
+
+    Attributes:
+        layer: Parameters of the layer that ends one of the factors.
+        count: Number of products in the sum.
+    """
+
+    layer: frozenset[int]
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +216,54 @@ class _Path:
         ancestors: The values that it was computed from, itself among them.
         stream: The values that are the same but for sums, views and elementwise functions, itself among them.
         chain: The residual stream that it belongs to, if it has passed a sum.
-        scale: The parameters that set its scale last; None if a norm layer or a learned scale did.
+        scale: The parameters that set its scale last; None if a norm layer or a learned scale of unknown size did.
+        gain: What learned scales have multiplied it with since.
+        batch_norm: The parameters of the batch norm that set its scale last, if one did.
         length: Layers on the longest path to it since the last norm layer.
+        layers: Their parameters, on all paths.
+        weights: Whether it comes straight from a softmax or a division by a norm, so that it is a mean that it weights.
+        products: Sums of products that it was computed from since the last norm layer.
+        power: By which power it grows if the input does, batch norms being affine as in evaluation.
+        peak: The largest power on the way to it since the last norm layer, or since it left its stream.
     """
 
     ancestors: int
     stream: int
     chain: int | None = None
     scale: frozenset[int] | None = frozenset()
+    gain: float = 1.0
+    batch_norm: frozenset[int] = frozenset()
     length: int = 0
+    layers: int = 0
+    weights: bool = False
+    products: frozenset[_Product] = frozenset()
+    power: float = 1.0
+    peak: float = 1.0
+
+
+@dataclass(slots=True)
+class _Chain:
+    """A residual stream: the number of its sums, and whether a branch raises it to a power that is too high."""
+
+    sums: int = 0
+    is_raised: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The end of a residual branch.
+
+    Attributes:
+        chain: Number of its stream.
+        parameters: Those of its last layer, or of the batch norm after it.
+        gain: What known learned scales multiply it with.
+        is_batch_norm: Whether they are a batch norm's.
+    """
+
+    chain: int
+    parameters: frozenset[int]
+    gain: float
+    is_batch_norm: bool
 
 
 @dataclass(slots=True)
@@ -171,11 +271,15 @@ class _Streams:
     """Follows the values of a forward pass in the order of the operations."""
 
     trace: Trace
+    start: Start
     _paths: dict[int, _Path] = field(default_factory=dict)
     _origins: dict[int, frozenset[int]] = field(default_factory=dict)  # parameters of values without data
-    _sums: list[int] = field(default_factory=list)  # by chain
-    _ends: list[tuple[int, frozenset[int]]] = field(default_factory=list)  # chain, and parameters of a branch's end
+    _views: dict[int, int] = field(default_factory=dict)  # the parameter that a value is but for its shape and type
+    _chains: list[_Chain] = field(default_factory=list)
+    _ends: list[_End] = field(default_factory=list)
+    _products: dict[int, int] = field(default_factory=dict)  # by parameter
     _lengths: dict[int, int] = field(default_factory=dict)  # by parameter
+    _chained: int = 0
     _standardized: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -183,16 +287,14 @@ class _Streams:
             self._paths[index] = _Path(1 << index, 1 << index)
         for index in self.trace.parameters:
             self._origins[index] = frozenset({index})
+            self._views[index] = index
 
     def add(self, operation: Operation) -> None:
         """Follow one operation."""
         data = [self._paths[value.index] for value in operation.inputs if value.index in self._paths]
         learned = self._learned(operation.inputs)
         if not data:
-            if operation.name in _STANDARDIZATIONS:
-                self._standardized |= learned
-            for output in operation.outputs:
-                self._origins[output.index] = learned
+            self._add_constant(operation, learned)
             return
         path = self._next(operation, data, learned)
         for output in operation.outputs:
@@ -201,12 +303,16 @@ class _Streams:
 
     def structure(self) -> Structure:
         """What was found, by name."""
-        branches: dict[str, int] = {}
-        for chain, parameters in self._ends:
-            for name in self._names(parameters):
-                branches[name] = max(branches.get(name, 0), self._sums[chain])
+        branches: dict[str, float] = {}
+        for end in self._ends:
+            chain = self._chains[end.chain]
+            if chain.is_raised or not end.is_batch_norm:
+                for name in self._names(end.parameters):
+                    branches[name] = max(branches.get(name, 0), chain.sums * end.gain)
+        products = {name: count for index, count in self._products.items() for name in self._names({index})}
         chains = {name: length for index, length in self._lengths.items() for name in self._names({index})}
-        return Structure(branches, chains, frozenset(self._names(self._standardized)))
+        chained = self._names(index for index in self._lengths if self._chained >> index & 1)
+        return Structure(branches, products, chains, frozenset(chained), frozenset(self._names(self._standardized)))
 
     def _names(self, parameters: Iterable[int]) -> Iterator[str]:
         return (name for index in parameters for name in self.trace.parameters[index])
@@ -214,45 +320,140 @@ class _Streams:
     def _learned(self, values: Sequence[Value]) -> frozenset[int]:
         return frozenset[int]().union(*(self._origins.get(value.index, ()) for value in values))
 
+    def _add_constant(self, operation: Operation, learned: frozenset[int]) -> None:
+        """Follow an operation on parameters and constants alone."""
+        if operation.name in _STANDARDIZATIONS:
+            self._standardized |= learned
+        for output in operation.outputs:
+            self._origins[output.index] = learned
+            source = self._views.get(operation.inputs[0].index) if operation.inputs else None
+            if source is not None and keeps_values(operation):
+                self._views[output.index] = source
+
     def _next(self, operation: Operation, data: Sequence[_Path], learned: frozenset[int]) -> _Path:
         """The path of an operation's outputs, without the outputs themselves."""
-        ancestors = 0
-        for path in data:
-            ancestors |= path.ancestors
-        length = max(path.length for path in data)
         name = operation.name
+        path = _merged(operation, data)
         if name in _NORMS:
-            return _Path(ancestors, 0, scale=None)
+            batch_norm = learned if name == "batch_norm" else frozenset[int]()
+            return replace(path, scale=None, batch_norm=batch_norm, length=0, layers=0)
         if name == "multi_head_attention_forward":
             last = [operation.argument(11, "out_proj_weight"), operation.argument(12, "out_proj_bias")]
-            return self._layer(ancestors, self._learned([v for v in last if isinstance(v, Value)]), length + 1)
+            return self._layer(replace(path, length=path.length + 1), self._learned(_values(last)))
         if name in _LAYERS and learned:
-            return self._layer(ancestors, learned, length)
+            return self._layer(path, learned)
         if len(data) == 2 and name in _SUMS:
-            return self._sum(data[0], data[1], ancestors, length)
+            return self._sum(data[0], data[1], path)
+        if len(data) == 2 and name in _MATRIX_PRODUCTS:
+            return replace(path, products=path.products | _products(operation, data))
         if len(data) == 1:
-            scale = None if name in _GATES and learned else data[0].scale
-            return _Path(ancestors, data[0].stream, data[0].chain, scale, length)
-        return _Path(ancestors, 0, scale=_union(data), length=length)
+            path = replace(path, stream=data[0].stream, chain=data[0].chain, batch_norm=data[0].batch_norm)
+            if name in _GATES and learned:
+                gain = self._start(operation)
+                return replace(path, scale=None) if gain is None else replace(path, gain=path.gain * gain)
+        return path
 
-    def _layer(self, ancestors: int, learned: frozenset[int], length: int) -> _Path:
+    def _start(self, operation: Operation) -> float | None:
+        """The size of the learned scale that an operation multiplies with, as far as is known."""
+        sources = [self._views.get(value.index) for value in operation.inputs if value.index in self._origins]
+        if operation.name not in MULTIPLICATIONS or len(sources) != 1 or sources[0] is None:
+            return None
+        value = self.start(self.trace.parameters[sources[0]][0])
+        return None if value is None else abs(value)
+
+    def _layer(self, path: _Path, learned: frozenset[int]) -> _Path:
         for index in learned:
-            self._lengths[index] = max(self._lengths.get(index, 0), length + 1)
-        return _Path(ancestors, 0, scale=learned, length=length + 1)
+            self._lengths[index] = max(self._lengths.get(index, 0), path.length + 1)
+        layers = path.layers | sum(1 << index for index in learned)
+        if path.length >= MAX_CHAIN:
+            self._chained |= layers
+        return replace(path, scale=learned, gain=1.0, length=path.length + 1, layers=layers, weights=False)
 
-    def _sum(self, first: _Path, second: _Path, ancestors: int, length: int) -> _Path:
+    def _sum(self, first: _Path, second: _Path, path: _Path) -> _Path:
         if not first.stream & second.ancestors:
             first, second = second, first
         if not first.stream & second.ancestors:
-            return _Path(ancestors, 0, scale=_union([first, second]), length=length)
-        chain = first.chain
-        if chain is None:
-            chain = len(self._sums)
-            self._sums.append(0)
-        self._sums[chain] += 1
-        if second.scale:
-            self._ends.append((chain, second.scale))
-        return _Path(ancestors, first.stream, chain, first.scale, length)
+            return path
+        number = first.chain
+        if number is None:
+            number = len(self._chains)
+            self._chains.append(_Chain())
+        chain = self._chains[number]
+        chain.sums += 1
+        chain.is_raised |= second.peak > MAX_POWER
+        if second.scale or second.batch_norm:
+            parameters = second.scale or second.batch_norm
+            self._ends.append(_End(number, parameters, second.gain, is_batch_norm=not second.scale))
+        for product in second.products:
+            for index in product.layer:
+                self._products[index] = max(self._products.get(index, 1), product.count)
+        return replace(
+            first,
+            ancestors=path.ancestors,
+            chain=number,
+            gain=1.0,
+            length=path.length,
+            layers=path.layers,
+            power=path.power,
+        )
+
+
+def _values(arguments: Sequence[object]) -> list[Value]:
+    return [value for value in arguments if isinstance(value, Value)]
+
+
+def _merged(operation: Operation, data: Sequence[_Path]) -> _Path:
+    """What holds for the output of any operation: a value of its own, made from all of the operands."""
+    ancestors = layers = 0
+    for path in data:
+        ancestors |= path.ancestors
+        layers |= path.layers
+    power = _power(operation, [path.power for path in data])
+    name = operation.name
+    is_bounded = name in _BOUNDED
+    is_divided = name == "div" and len(data) == 2
+    weights = [path.weights for path in data]
+    return _Path(
+        ancestors,
+        stream=0,
+        scale=_union(data),
+        gain=max(path.gain for path in data),
+        layers=layers,
+        length=max(path.length for path in data),
+        weights=name in _WEIGHTS or (any(weights) if name in MULTIPLICATIONS else all(weights)),
+        products=frozenset() if is_bounded or is_divided or name in _NORMS else _all_products(data),
+        power=power,
+        peak=0.0 if is_bounded else max(power, *(path.peak for path in data)),
+    )
+
+
+def _all_products(data: Sequence[_Path]) -> frozenset[_Product]:
+    return frozenset[_Product]().union(*(path.products for path in data))
+
+
+def _products(operation: Operation, data: Sequence[_Path]) -> frozenset[_Product]:
+    """What a sum of products of activations adds up; nothing if one of the factors weights a mean.
+
+    The factor that is scaled is the one with more layers behind it: what ends there serves nothing else.
+    """
+    if any(path.weights for path in data):
+        return frozenset()
+    layer = max(data, key=lambda path: path.length).scale
+    count = operation.inputs[0].shape[-1]
+    return frozenset({_Product(layer, count)}) if layer else frozenset()
+
+
+def _power(operation: Operation, powers: Sequence[float]) -> float:
+    """By which power an output grows with the network's input, given that of the operands that depend on it."""
+    name = operation.name
+    if name in _BOUNDED:
+        return 0.0
+    if name in _MULTIPLYING:
+        return sum(powers)
+    if name == "div" and len(powers) == 2:
+        return powers[0] - powers[1]
+    exponent = operation.argument(1, "exponent") if name == "pow" else _EXPONENTS.get(name, 1.0)
+    return max(powers) * (exponent if isinstance(exponent, (int, float)) else 1.0)
 
 
 def _union(paths: Sequence[_Path]) -> frozenset[int] | None:
