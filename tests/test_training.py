@@ -445,7 +445,7 @@ def test_training_and_exact_resume(
 def test_averaged_weights_are_evaluated_resumed_and_exported(
     images: ImageSet, pools: tuple[ArchitecturePool, ArchitecturePool], tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, steps=8, stop_after=4, average=0.9, schedule="constant", warmup=1)
+    config = replace(CONFIG, steps=8, stop_after=4, average=0.9, schedule="constant", warmup=1, optimizer="muon")
     whole = _trainer(images, pools, tmp_path / "whole", config)
     whole.run()
     assert whole.step == 4

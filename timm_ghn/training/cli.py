@@ -32,6 +32,7 @@ _OVERRIDES = (
     ("minutes", float, "let the schedules follow the clock, and stop after so many minutes"),
     ("meta_batch", int, "architectures a step, over all processes"),
     ("batch_size", int, "images an architecture"),
+    ("optimizer", str, "adamw, or muon: orthogonalized updates of matrices"),
     ("lr", float, "peak learning rate"),
     ("kernels", str, "what the GHN does to the kernels that it emits: raw, normalized or orthogonal"),
     ("easy", str, "task to begin with: pretext (photographs and drawings) or clusters (of the images)"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from timm_ghn.errors import TrainingError
 from timm_ghn.training.architectures import SamplerConfig
+from timm_ghn.training.optimizer import OPTIMIZERS
 
 _COUNTS = (
     "steps",
@@ -42,6 +43,8 @@ class TrainConfig:
             Such a run cannot be repeated exactly.
         meta_batch: Architectures a step, over all processes.
         batch_size: Images that each of them sees, all different.
+        optimizer: "adamw", or "muon" for orthogonalized updates of the GHN's matrices, see
+            `timm_ghn.training.optimizer`.
         lr: Peak learning rate.
         warmup: Steps of linear warm-up.
         schedule: What follows the warm-up: "cosine" to zero at the end of the run, or "constant", for runs whose end is
@@ -96,6 +99,7 @@ class TrainConfig:
     minutes: float | None = None
     meta_batch: int = 8
     batch_size: int = 48
+    optimizer: str = "adamw"
     lr: float = 1e-3
     warmup: int = 200
     schedule: str = "cosine"
@@ -149,6 +153,8 @@ class TrainConfig:
             raise TrainingError("ridge_weight needs batches of at least 2 ways")
         if self.easy not in EASY_TASKS:
             raise TrainingError(f"easy is '{self.easy}', not one of {', '.join(EASY_TASKS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise TrainingError(f"optimizer is '{self.optimizer}', not one of {', '.join(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
             raise TrainingError(f"schedule is '{self.schedule}', not one of {', '.join(SCHEDULES)}")
         if not 0 <= self.average < 1:
@@ -219,20 +225,21 @@ PRESETS: dict[str, TrainConfig] = {
     "orthogonal": TrainConfig(
         steps=8000,
         batch_size=64,
+        optimizer="muon",
         lr=2e-3,
         warmup=30,
         schedule="constant",
         average=0.99,
         easy="pretext",
         easy_ways=0,
-        easy_from=0.05,
-        easy_until=0.2,
+        easy_from=0.3,
+        easy_until=0.5,
         easy_rest=0.3,
         coarse_from=0.3,
         coarse_until=0.8,
         coarse_rest=0.2,
         pool_start=8,
-        pool_full=0.12,
+        pool_full=0.5,
         kernels="orthogonal",
         share=0.5,
         pool_size=722,

@@ -37,6 +37,7 @@ from timm_ghn.training.architectures import ArchitectureSpec, build
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import BatchSampler, ImageSet, Splits, normalize, sample_batch
 from timm_ghn.training.objective import Objective, Score, cluster_images, group_classes, ridge_loss
+from timm_ghn.training.optimizer import make_optimizer
 from timm_ghn.training.pool import ArchitecturePool, PoolMember
 
 logger = logging.getLogger(__name__)
@@ -358,7 +359,7 @@ class Trainer:
         groups = group_classes(splits.train, config.groups, config.seed)
         self.objective = Objective(classes, splits.train_classes, groups, config.smoothing, self.device)
         self.plain_objective = Objective(classes, splits.train_classes, groups, 0.0, self.device)
-        self.optimizer = torch.optim.AdamW(ghn.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = make_optimizer(ghn, config.optimizer, config.lr, config.weight_decay)
         self.sampler = BatchSampler(splits.train)
         limit = min(config.clusters, len(splits.train_classes))
         easy = cluster_images(splits.train, limit, config.seed) if easy is None else easy

@@ -1,0 +1,106 @@
+"""The optimizer of a GHN: AdamW, or orthogonalized updates for its matrices.
+
+The nodes of a network look alike to a decoder: its last hidden features have a mean cosine of 0.9 at the start, so a
+gradient is nearly of rank one, and what an element-wise optimizer learns first, and for long, is one kernel for all
+layers. Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) gives all directions of a matrix's update
+the same size, those that tell nodes apart among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_ghn.ghn.decoder import even_factor
+from timm_ghn.ghn.model import GHN
+
+OPTIMIZERS = ("adamw", "muon")
+
+_RATE = 0.6
+"""Root mean square of a full-rank update at a learning rate of 1. AdamW's is about 0.2; three times that learned faster
+(training accuracy on the pretext after 200 steps 17.2 against 14.9 %, one run each)."""
+
+
+_MOMENTUM = 0.95
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but for matrices: momentum whose singular values are made nearly equal.
+
+    Args:
+        matrices: Parameters that are matrices once all dimensions but the first are flattened.
+        others: All others: AdamW as it is.
+        lr: Learning rate of both.
+        weight_decay: Decoupled weight decay of both.
+        momentum: Nesterov momentum of the matrices.
+    """
+
+    def __init__(
+        self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, weight_decay: float, momentum: float
+    ) -> None:
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "momentum": momentum},
+            {"params": others, "momentum": None},
+        ]
+        super().__init__(groups, lr=lr, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters from their gradients; those of matrices are used up."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["momentum"] is None:
+                continue
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_matrix(parameter, parameter.grad, group)
+                    parameter.grad = None
+        super().step()
+        return loss
+
+    def _step_matrix(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:  # AdamW looks for the number of steps in every state that it loads
+            state.update(step=torch.zeros(()), momentum=torch.zeros_like(parameter))
+        state["step"] += 1
+        average = state["momentum"]
+        average.lerp_(gradient, 1 - group["momentum"])
+        update = orthogonal_update(gradient.lerp(average, group["momentum"]).flatten(1))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update.view_as(parameter), alpha=-group["lr"])
+
+
+def orthogonal_update(gradient: Tensor) -> Tensor:
+    """The direction of a gradient (m, n) with singular values near `_RATE * sqrt(max(m, n))`."""
+    tall = gradient.shape[0] > gradient.shape[1]
+    gram = gradient.T @ gradient if tall else gradient @ gradient.T
+    factor = even_factor(gram[None])[0] * (_RATE * math.sqrt(max(gradient.shape)))
+    update: Tensor = gradient @ factor if tall else factor @ gradient
+    return update
+
+
+def make_optimizer(ghn: GHN, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """The optimizer of a training run.
+
+    Args:
+        ghn: GHN to train.
+        name: "adamw", or "muon" for the matrices of the GNN and of the decoders; tables of embeddings and class layers
+            are AdamW's there too, because most of their rows have no gradient in a step.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(ghn.parameters(), lr=lr, weight_decay=weight_decay)
+    tables = [module for module in ghn.modules() if isinstance(module, nn.Embedding)]
+    sparse: list[nn.Module] = [*tables, ghn.bias_class, ghn.decoder.class_layer_predictor]
+    excluded = {id(parameter) for module in sparse for parameter in module.parameters()}
+    matrices = [p for p in ghn.parameters() if p.ndim > 1 and id(p) not in excluded]
+    chosen = {id(p) for p in matrices}
+    return Muon(matrices, [p for p in ghn.parameters() if id(p) not in chosen], lr, weight_decay, _MOMENTUM)
