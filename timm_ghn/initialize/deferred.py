@@ -87,7 +87,7 @@ class DeferredRandom(TorchFunctionMode):
             return self._defer(subject, _Fill(func, args, kwargs), overwrites=True)
         if name in _VIEWS:
             return func(*args, **kwargs)
-        touched = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and self._is_pending(leaf)]
+        touched = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and self.is_pending(leaf)]
         if touched and all(leaf is subject for leaf in touched) and name.endswith("_") and not name.endswith("__"):
             if name not in _CONSTANT_FILLS or not _is_whole(touched[0]):
                 return self._defer(touched[0], _Fill(func, args, kwargs), overwrites=False)
@@ -117,7 +117,8 @@ class DeferredRandom(TorchFunctionMode):
         fills.append(fill)
         return tensor
 
-    def _is_pending(self, tensor: Tensor) -> bool:
+    def is_pending(self, tensor: Tensor) -> bool:
+        """Whether something was put off for a tensor, so that its values mean nothing yet."""
         return tensor.device.type != "meta" and storage_id(tensor) in self._pending
 
     def _replay_unlabelled(self, tensors: list[Tensor]) -> None:

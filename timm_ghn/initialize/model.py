@@ -101,7 +101,9 @@ def initialize_(
     key = cache_key(_recipe_inputs(recipe, init, hypernetwork, parameters)) if cache and recipe is not None else None
     outcome = _recall(cache, key, parameters, deferred) if cache and key else None
     if outcome is None:
-        plan = make_plan(model, init, hypernetwork, input_size=input_size, example_input=example_input)
+        plan = make_plan(
+            model, init, hypernetwork, input_size=input_size, example_input=example_input, deferred=deferred
+        )
         outcome = _fill(plan, cache, deferred, key, model_name(model))
     facts = outcome.facts if hypernetwork is None else outcome.facts.with_ghn(hypernetwork.name)
     fill_others(model, facts, postprocess_settings(init), deferred, lambda *_: None)

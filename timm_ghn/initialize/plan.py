@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
 from timm_ghn.graph import Graph, Layout, Reading, Role, Target, capture, condense
+from timm_ghn.initialize.deferred import DeferredRandom
 from timm_ghn.initialize.rescale import find_structure
 from timm_ghn.methods import Init, Source
 from timm_ghn.postprocess import PostProcess, WeightLayer, resolve_start_layer, selected_layers, weight_layers
@@ -103,8 +105,17 @@ def make_plan(
     *,
     input_size: Sequence[int] | None = None,
     example_input: Any = None,
+    deferred: DeferredRandom | None = None,
 ) -> Plan:
     """Decide what every parameter gets. The model is not changed, and no values but those of kept scales are read.
+
+    Args:
+        model: The model.
+        init: Settings.
+        hypernetwork: What predicts; None for methods without a GHN.
+        input_size: As of `init_model`.
+        example_input: As of `init_model`.
+        deferred: What was put off while the model was built: values that it is still going to get.
 
     Raises:
         InitError: If L lies outside of the model.
@@ -127,12 +138,13 @@ def make_plan(
         graph = condense(trace, reading=Reading(init.reading))
         targets, reasons = _choose_targets(graph, hypernetwork.model)
         if init.rescale == "auto":
-            structure = find_structure(trace, lambda name: None if name in targets else _constant(parameters[name]))
+            kept = {name: parameter for name, parameter in parameters.items() if name not in targets}
+            structure = find_structure(trace, partial(_start, kept, deferred))
             if init.spec.orthogonal:
                 unscaled = (layer for layer in layers if structure.needs_orthogonal(layer.parameter))
                 processed.update({layer.parameter: layer for layer in unscaled if not layer.is_classifier})
-            kept = (target for name, target in targets.items() if name not in processed)
-            factors = structure.factors(kept, hypernetwork.model.config.max_shape[1])
+            unprocessed = (target for name, target in targets.items() if name not in processed)
+            factors = structure.factors(unprocessed, hypernetwork.model.config.max_shape[1])
     return Plan(init, hypernetwork, graph, parameters, layers, start_layer, targets, reasons, processed, factors)
 
 
@@ -143,8 +155,11 @@ def check_memory(parameters: Mapping[str, nn.Parameter]) -> None:
         raise InitError(f"{on_meta} is on the meta device and has no memory; call model.to_empty(device=...) first")
 
 
-def _constant(parameter: Tensor) -> float | None:
-    """The value of all elements of a parameter; None if they differ, as those of random ones do."""
+def _start(kept: Mapping[str, Tensor], deferred: DeferredRandom | None, name: str) -> float | None:
+    """The value that all elements of a kept parameter have; None if they differ, or get random values later."""
+    parameter = kept.get(name)
+    if parameter is None or (deferred is not None and deferred.is_pending(parameter)):
+        return None
     low, high = (float(value) for value in parameter.detach().aminmax())
     return low if low == high else None
 

@@ -34,6 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 
 import torch
 
@@ -208,6 +209,18 @@ class _Product:
     count: int
 
 
+class _Weights(IntEnum):
+    """Whether a value weights a mean.
+
+    A layer that mixes the heads of weights (talking heads) gives weights again; one behind features that weights were
+    multiplied with does not.
+    """
+
+    NONE = 0
+    APPLIED = 1
+    PURE = 2
+
+
 @dataclass(frozen=True, slots=True)
 class _Path:
     """What is known of a value that depends on the input. Sets of values are bit masks.
@@ -221,7 +234,7 @@ class _Path:
         batch_norm: The parameters of the batch norm that set its scale last, if one did.
         length: Layers on the longest path to it since the last norm layer.
         layers: Their parameters, on all paths.
-        weights: Whether it comes straight from a softmax or a division by a norm, so that it is a mean that it weights.
+        weights: Whether it comes from a softmax or a division by a norm, so that it is a mean that it weights.
         products: Sums of products that it was computed from since the last norm layer.
         power: By which power it grows if the input does, batch norms being affine as in evaluation.
         peak: The largest power on the way to it since the last norm layer, or since it left its stream.
@@ -235,7 +248,7 @@ class _Path:
     batch_norm: frozenset[int] = frozenset()
     length: int = 0
     layers: int = 0
-    weights: bool = False
+    weights: _Weights = _Weights.NONE
     products: frozenset[_Product] = frozenset()
     power: float = 1.0
     peak: float = 1.0
@@ -336,7 +349,7 @@ class _Streams:
         path = _merged(operation, data)
         if name in _NORMS:
             batch_norm = learned if name == "batch_norm" else frozenset[int]()
-            return replace(path, scale=None, batch_norm=batch_norm, length=0, layers=0)
+            return replace(path, scale=None, gain=1.0, batch_norm=batch_norm, length=0, layers=0)
         if name == "multi_head_attention_forward":
             last = [operation.argument(11, "out_proj_weight"), operation.argument(12, "out_proj_bias")]
             return self._layer(replace(path, length=path.length + 1), self._learned(_values(last)))
@@ -345,7 +358,8 @@ class _Streams:
         if len(data) == 2 and name in _SUMS:
             return self._sum(data[0], data[1], path)
         if len(data) == 2 and name in _MATRIX_PRODUCTS:
-            return replace(path, products=path.products | _products(operation, data))
+            products = path.products | _products(operation, data)
+            return replace(path, products=products, weights=_Weights.NONE)
         if len(data) == 1:
             path = replace(path, stream=data[0].stream, chain=data[0].chain, batch_norm=data[0].batch_norm)
             if name in _GATES and learned:
@@ -367,7 +381,8 @@ class _Streams:
         layers = path.layers | sum(1 << index for index in learned)
         if path.length >= MAX_CHAIN:
             self._chained |= layers
-        return replace(path, scale=learned, gain=1.0, length=path.length + 1, layers=layers, weights=False)
+        weights = path.weights if path.weights is _Weights.PURE else _Weights.NONE
+        return replace(path, scale=learned, gain=1.0, length=path.length + 1, layers=layers, weights=weights)
 
     def _sum(self, first: _Path, second: _Path, path: _Path) -> _Path:
         if not first.stream & second.ancestors:
@@ -412,7 +427,6 @@ def _merged(operation: Operation, data: Sequence[_Path]) -> _Path:
     name = operation.name
     is_bounded = name in _BOUNDED
     is_divided = name == "div" and len(data) == 2
-    weights = [path.weights for path in data]
     return _Path(
         ancestors,
         stream=0,
@@ -420,11 +434,20 @@ def _merged(operation: Operation, data: Sequence[_Path]) -> _Path:
         gain=max(path.gain for path in data),
         layers=layers,
         length=max(path.length for path in data),
-        weights=name in _WEIGHTS or (any(weights) if name in MULTIPLICATIONS else all(weights)),
+        weights=_weights(name, [path.weights for path in data]),
         products=frozenset() if is_bounded or is_divided or name in _NORMS else _all_products(data),
         power=power,
         peak=0.0 if is_bounded else max(power, *(path.peak for path in data)),
     )
+
+
+def _weights(name: str, known: Sequence[_Weights]) -> _Weights:
+    """Whether an output weights a mean, given the same of the operands that depend on the input."""
+    if name in _WEIGHTS:
+        return _Weights.PURE
+    if len(known) == 1:
+        return known[0]
+    return _Weights.APPLIED if name in MULTIPLICATIONS and any(known) else min(known)
 
 
 def _all_products(data: Sequence[_Path]) -> frozenset[_Product]:

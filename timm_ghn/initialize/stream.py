@@ -80,7 +80,7 @@ def init_to_folder(
     with torch.device("cpu"), seeded(settings.seed), deferred, memory:
         model = build()
     hypernetwork = find_hypernetwork(settings)
-    plan = make_plan(model, settings, hypernetwork, input_size=input_size_of(model, kwargs))
+    plan = make_plan(model, settings, hypernetwork, input_size=input_size_of(model, kwargs), deferred=deferred)
     facts = Facts.of(plan)
     record_(model, facts.provenance)
     shaping = {key: value for key, value in kwargs.items() if key not in ("dtype", "device")}
