@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,8 @@ from timm_ghn.activations import activation_ratio, measure_activations
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, Prediction, load_ghn
 from timm_ghn.graph import Layout, Role, Target, capture
+from timm_ghn.initialize.deferred import DeferredRandom
+from timm_ghn.initialize.plan import find_hypernetwork, make_plan
 from timm_ghn.initialize.report import Status
 from timm_ghn.initialize.rescale import (
     KERNEL_BAND,
@@ -94,6 +97,10 @@ def structure(model: nn.Module, *size: int, gate: float | None = None) -> Struct
     return find_structure(capture(model, example_input=torch.randn(2, *size)), lambda _: gate)
 
 
+def structure_of(model: nn.Module) -> Structure:
+    return find_structure(capture(model))
+
+
 @pytest.mark.parametrize("end", ["layer", "norm", "gate"])
 def test_branches_without_norm_or_gate_are_counted(end: str) -> None:
     model = nn.Sequential(nn.Linear(4, 8), *(Residual(end) for _ in range(3)), nn.Linear(8, 8), Residual(end))
@@ -137,6 +144,52 @@ def test_sums_of_products_of_activations_are_counted() -> None:
     assert structure(Mixer(normalize=True), 5, 8).products == {}
 
 
+class TalkingHeads(nn.Module):
+    """Softmax attention of 2 heads that a layer mixes before the softmax, and another one after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.before, self.after = nn.Linear(8, 24), nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        weights = self.before((query @ key.transpose(-2, -1)).permute(0, 2, 3, 1)).softmax(-2)
+        mixed = self.after(weights).permute(0, 3, 1, 2) @ value
+        return x + mixed.transpose(1, 2).flatten(2)
+
+
+def test_mixed_heads_of_a_softmax_still_weight_a_mean() -> None:
+    assert structure(TalkingHeads(), 5, 8).products == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "product"),
+    [
+        ("efficientvim_m1", {"stages.0.blocks.0.mixer.out_proj.conv.weight": 49}),
+        ("cait_xxs24_224", {}),
+        ("xcit_nano_12_p16_224", {}),
+        ("lambda_resnet26t", {}),
+        ("coat_lite_tiny", {"serial_blocks1.0.factoratt_crpe.qkv.weight": math.sqrt(8)}),
+    ],
+)
+def test_products_of_real_networks(name: str, product: dict[str, float]) -> None:
+    with torch.device("meta"):
+        found = structure_of(timm.create_model(name))
+    assert product.items() <= found.products.items()
+    assert bool(found.products) == bool(product)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"), [("efficientvit_b3", {2, 3}), ("efficientvit_m0", set()), ("levit_128s", set())]
+)
+def test_only_relu_attention_divides_batch_norms(name: str, stages: set[int]) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    norms = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    divided = norms & structure_of(model).branches.keys()
+    assert {int(norm.split(".")[1]) for norm in divided} == stages
+
+
 def test_a_stream_that_is_raised_to_a_power_divides_the_batch_norms_that_end_its_branches() -> None:
     class Cubic(nn.Module):
         def __init__(self, cubic: bool) -> None:
@@ -178,6 +231,33 @@ def test_biases_of_long_chains_are_divided(length: int) -> None:
     assert found.factors([Target(name, (4, 4), Role.WEIGHT)], 64) == {}
     repeated = found.factors([Target("0.weight", (4, 4), Role.WEIGHT)], 1)
     assert repeated == ({"0.weight": 0.5} if length > MAX_CHAIN else {})
+
+
+class Gated(nn.Module):
+    """A layer, and a residual branch with a scale that starts at 1, or at random."""
+
+    def __init__(self, fill: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.norm, self.layer = nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16)
+        self.gate, self.head = nn.Parameter(torch.ones(1)), nn.Linear(16, 10)
+        with torch.no_grad():
+            fill(self.gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for _ in range(2):
+            x = x + self.layer(self.norm(x)) * self.gate
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(("fill", "factor"), [(nn.init.ones_, 0.5), (nn.init.zeros_, 1.0), (nn.init.normal_, 1.0)])
+def test_a_scale_whose_values_were_put_off_is_unknown(fill: Callable[[Tensor], Tensor], factor: float) -> None:
+    deferred = DeferredRandom(0)
+    with deferred:
+        model = Gated(fill)
+    init = timm_ghn.Init("ghn", ghn="bundled")
+    plan = make_plan(model, init, find_hypernetwork(init), example_input=torch.randn(1, 4, 16), deferred=deferred)
+    assert plan.factors.get("layer.bias", 1.0) == factor
 
 
 @pytest.mark.parametrize("name", ["resnet50", "convnext_base"])
@@ -246,8 +326,9 @@ def test_small_networks_start_sane(name: str) -> None:
     check(name, load_ghn("bundled"), 30.0)
 
 
-def test_residual_streams_of_transformers_stay_near_timms() -> None:
-    check("vit_tiny_patch16_224", load_ghn("bundled"), 10.0)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "efficientvim_m1", "xcit_nano_12_p16_224"])
+def test_residual_streams_of_transformers_stay_near_timms(name: str) -> None:
+    check(name, load_ghn("bundled"), 10.0 if name.startswith("vit") else 30.0)
 
 
 def smallest_of_each_module() -> list[str]:
@@ -267,6 +348,15 @@ def test_every_module_starts_finite() -> None:
         timm_ghn.init_model(model, "ghn-orth", ghn="bundled")
         for batch_statistics in (False, True):
             assert measure_activations(model, batch_statistics=batch_statistics).finite, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["efficientvit_b3", "efficientvit_l2"])
+def test_relu_attention_stays_finite_before_any_training(name: str) -> None:
+    model = timm.create_model(name)
+    timm_ghn.init_model(model, "ghn-orth", ghn="bundled")
+    for batch_statistics in (False, True):
+        assert measure_activations(model, batch_statistics=batch_statistics).finite
 
 
 @pytest.mark.parametrize("name", ["repghostnet_050", "efficientvit_b0", "test_vit"])

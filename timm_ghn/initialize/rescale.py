@@ -20,7 +20,7 @@ standardized when it is used has no scale to correct; where there is such a path
 orthogonalizes does so with all standardized kernels of the network, before L as well.
 
 **Part 4, products of activations.** Where a matrix product of two activations, none of which is a softmax, reaches a
-residual sum unnormalized, the layer that ends one of the factors is divided by the number of terms. And where branches
+residual sum unnormalized, the layer that ends one of the factors is divided by the number of terms, by its root if it ends both. And where branches
 raise a stream to more than its square (ReLU attention: a product of three), so that it overflows while batch norms do
 nothing yet (in evaluation, before any training), the weight and bias of batch norms that end its branches are divided
 by n.
@@ -134,7 +134,8 @@ class Structure:
         branches: Parameters of layers that end a residual branch without a norm: the number of sums that their stream
             passes, times what the branch is multiplied with. So do those of batch norms that end a branch of a stream
             which is raised to a power.
-        products: Parameters of layers that end a factor of a sum of products of activations: the number of products.
+        products: Parameters of layers that end a factor of a sum of products of activations: the number of products;
+            its root if the layer ends both factors.
         chains: Parameters of layers: the number of layers on the longest path to them, themselves included, without a
             norm layer.
         chained: Parameters of layers on paths of more than `MAX_CHAIN` layers without a norm layer.
@@ -142,7 +143,7 @@ class Structure:
     """
 
     branches: Mapping[str, float]
-    products: Mapping[str, int]
+    products: Mapping[str, float]
     chains: Mapping[str, int]
     chained: frozenset[str]
     standardized: frozenset[str]
@@ -201,12 +202,12 @@ class _Product:
     """A sum of products of two activations that nothing has normalized yet.
 
     Attributes:
-        layer: Parameters of the layer that ends one of the factors.
-        count: Number of products in the sum.
+        layer: Parameters of the layer that ends one of the factors, or both of them.
+        divisor: What makes the sum as large as one of the products, when the layer is divided by it.
     """
 
     layer: frozenset[int]
-    count: int
+    divisor: float
 
 
 class _Weights(IntEnum):
@@ -290,7 +291,7 @@ class _Streams:
     _views: dict[int, int] = field(default_factory=dict)  # the parameter that a value is but for its shape and type
     _chains: list[_Chain] = field(default_factory=list)
     _ends: list[_End] = field(default_factory=list)
-    _products: dict[int, int] = field(default_factory=dict)  # by parameter
+    _products: dict[int, float] = field(default_factory=dict)  # by parameter
     _lengths: dict[int, int] = field(default_factory=dict)  # by parameter
     _chained: int = 0
     _standardized: set[int] = field(default_factory=set)
@@ -401,7 +402,7 @@ class _Streams:
             self._ends.append(_End(number, parameters, second.gain, is_batch_norm=not second.scale))
         for product in second.products:
             for index in product.layer:
-                self._products[index] = max(self._products.get(index, 1), product.count)
+                self._products[index] = max(self._products.get(index, 1.0), product.divisor)
         return replace(
             first,
             ancestors=path.ancestors,
@@ -457,13 +458,15 @@ def _all_products(data: Sequence[_Path]) -> frozenset[_Product]:
 def _products(operation: Operation, data: Sequence[_Path]) -> frozenset[_Product]:
     """What a sum of products of activations adds up; nothing if one of the factors weights a mean.
 
-    The factor that is scaled is the one with more layers behind it: what ends there serves nothing else.
+    The factor that is scaled is the one with more layers behind it: what ends there serves nothing else. A layer that
+    ends both of them (queries, keys and values in one) counts twice in every product.
     """
-    if any(path.weights for path in data):
-        return frozenset()
     layer = max(data, key=lambda path: path.length).scale
+    if not layer or any(path.weights for path in data):
+        return frozenset()
     count = operation.inputs[0].shape[-1]
-    return frozenset({_Product(layer, count)}) if layer else frozenset()
+    is_shared = all(path.scale is not None and layer <= path.scale for path in data)
+    return frozenset({_Product(layer, math.sqrt(count) if is_shared else count)})
 
 
 def _power(operation: Operation, powers: Sequence[float]) -> float:
