@@ -20,10 +20,10 @@ standardized when it is used has no scale to correct; where there is such a path
 orthogonalizes does so with all standardized kernels of the network, before L as well.
 
 **Part 4, products of activations.** Where a matrix product of two activations, none of which is a softmax, reaches a
-residual sum unnormalized, the layer that ends one of the factors is divided by the number of terms, by its root if it ends both. And where branches
-raise a stream to more than its square (ReLU attention: a product of three), so that it overflows while batch norms do
-nothing yet (in evaluation, before any training), the weight and bias of batch norms that end its branches are divided
-by n.
+residual sum unnormalized, the layer that ends one of the factors is divided by the number of terms, or by its root if
+it ends both. And where branches raise a stream to more than its square (ReLU attention: a product of three), so that it
+overflows while batch norms do nothing yet (in evaluation, before any training), the weight and bias of batch norms that
+end its branches are divided by n.
 
 Weights that are orthogonalized are left as they are: a Q is a Q. All of it depends on graph, prediction, and the value
 of constant scales alone: neither on what else the model held before, nor on data, nor on the device.
