@@ -179,6 +179,16 @@ def test_products_of_real_networks(name: str, product: dict[str, float]) -> None
     assert bool(found.products) == bool(product)
 
 
+@pytest.mark.parametrize("name", ["convnext_zepto_rms", "eca_resnet33ts"])
+def test_spelled_norms_and_gates_change_nothing(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    targets = [
+        Target(parameter, tuple(p.shape), Role.WEIGHT) for parameter, p in model.named_parameters() if p.ndim > 1
+    ]
+    assert structure_of(model).factors(targets, 64) == {}
+
+
 @pytest.mark.parametrize(
     ("name", "stages"), [("efficientvit_b3", {2, 3}), ("efficientvit_m0", set()), ("levit_128s", set())]
 )

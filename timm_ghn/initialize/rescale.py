@@ -21,9 +21,9 @@ orthogonalizes does so with all standardized kernels of the network, before L as
 
 **Part 4, products of activations.** Where a matrix product of two activations, none of which is a softmax, reaches a
 residual sum unnormalized, the layer that ends one of the factors is divided by the number of terms, or by its root if
-it ends both. And where branches raise a stream to more than its square (ReLU attention: a product of three), so that it
-overflows while batch norms do nothing yet (in evaluation, before any training), the weight and bias of batch norms that
-end its branches are divided by n.
+it ends both; its weight by sqrt(r) as well. And where branches raise a stream to more than its square (ReLU attention:
+a product of three), so that it overflows while batch norms do nothing yet (in evaluation, before any training), the
+weight and bias of batch norms that end its branches are divided by n.
 
 Weights that are orthogonalized are left as they are: a Q is a Q. All of it depends on graph, prediction, and the value
 of constant scales alone: neither on what else the model held before, nor on data, nor on the device.
@@ -46,6 +46,9 @@ from timm_ghn.graph.facts import (
     MULTIPLICATIONS,
     PRODUCTS,
     TRANSPOSED_CONVOLUTIONS,
+    Facts,
+    find_facts,
+    operands,
 )
 from timm_ghn.graph.nodes import Layout, Role, Target
 from timm_ghn.graph.norms import keeps_values
@@ -166,7 +169,7 @@ class Structure:
         name = target.name
         divisor = self.branches.get(name, 1.0)
         phase = math.sqrt(max(_in_channels(target) / block, 1.0)) if target.role is Role.WEIGHT else 1.0
-        if divisor > 1 or name in self.chained:
+        if divisor > 1 or name in self.chained or name in self.products:
             divisor *= phase
         if target.role is Role.BIAS and self.chains.get(name, 0) > MAX_CHAIN:
             divisor = max(divisor, self.chains[name])
@@ -191,7 +194,7 @@ def find_structure(trace: Trace, start: Start = _unknown) -> Structure:
         trace: The forward pass.
         start: Starting values of the parameters that are kept. Learned scales of unknown size count as small.
     """
-    streams = _Streams(trace, start)
+    streams = _Streams(trace, find_facts(trace), start)
     for operation in trace.operations:
         streams.add(operation)
     return streams.structure()
@@ -285,6 +288,7 @@ class _Streams:
     """Follows the values of a forward pass in the order of the operations."""
 
     trace: Trace
+    facts: Facts
     start: Start
     _paths: dict[int, _Path] = field(default_factory=dict)
     _origins: dict[int, frozenset[int]] = field(default_factory=dict)  # parameters of values without data
@@ -305,7 +309,7 @@ class _Streams:
 
     def add(self, operation: Operation) -> None:
         """Follow one operation."""
-        data = [self._paths[value.index] for value in operation.inputs if value.index in self._paths]
+        data = [self._paths[value.index] for value in operands(operation) if value.index in self._paths]
         learned = self._learned(operation.inputs)
         if not data:
             self._add_constant(operation, learned)
@@ -348,9 +352,10 @@ class _Streams:
         """The path of an operation's outputs, without the outputs themselves."""
         name = operation.name
         path = _merged(operation, data)
-        if name in _NORMS:
-            batch_norm = learned if name == "batch_norm" else frozenset[int]()
-            return replace(path, scale=None, gain=1.0, batch_norm=batch_norm, length=0, layers=0)
+        if name in _NORMS or self._is_spelled_norm(operation):
+            normed = replace(path, scale=None, gain=1.0, length=0, layers=0, products=frozenset())
+            is_batch_norm = name == "batch_norm"
+            return replace(normed, batch_norm=learned) if is_batch_norm else replace(normed, power=0.0, peak=0.0)
         if name == "multi_head_attention_forward":
             last = [operation.argument(11, "out_proj_weight"), operation.argument(12, "out_proj_bias")]
             return self._layer(replace(path, length=path.length + 1), self._learned(_values(last)))
@@ -367,6 +372,11 @@ class _Streams:
                 gain = self._start(operation)
                 return replace(path, scale=None) if gain is None else replace(path, gain=path.gain * gain)
         return path
+
+    def _is_spelled_norm(self, operation: Operation) -> bool:
+        """Whether it is the division by a statistic of the activations that ends a norm layer without a function."""
+        is_normalized = self.facts.of(operation.outputs[0]).normalized is not None
+        return is_normalized and not keeps_values(operation)
 
     def _start(self, operation: Operation) -> float | None:
         """The size of the learned scale that an operation multiplies with, as far as is known."""
@@ -436,7 +446,7 @@ def _merged(operation: Operation, data: Sequence[_Path]) -> _Path:
         layers=layers,
         length=max(path.length for path in data),
         weights=_weights(name, [path.weights for path in data]),
-        products=frozenset() if is_bounded or is_divided or name in _NORMS else _all_products(data),
+        products=frozenset() if is_bounded or is_divided else _all_products(data),
         power=power,
         peak=0.0 if is_bounded else max(power, *(path.peak for path in data)),
     )
