@@ -1,8 +1,9 @@
 """The optimizer of a GHN: AdamW, or orthogonalized updates for its matrices.
 
 The nodes of a network look alike to a decoder: its last hidden features are nearly parallel at the start, so a gradient
-is nearly of rank one, and what an element-wise optimizer learns first, and for long, is one kernel for all layers. Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) gives all directions of a matrix's update
-the same size, those that tell nodes apart among them.
+is nearly of rank one, and what an element-wise optimizer learns first, and for long, is one kernel for all layers. Muon
+(Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) gives all directions of a matrix's update the same size,
+those that tell nodes apart among them.
 """
 
 from __future__ import annotations
