@@ -23,7 +23,7 @@ orthogonalizes does so with all standardized kernels of the network, before L as
 residual sum unnormalized, the layer that ends one of the factors is divided by the number of terms, or by its root if
 it ends both; its weight by sqrt(r) as well. And where branches raise a stream to more than its square (ReLU attention:
 a product of three), so that it overflows while batch norms do nothing yet (in evaluation, before any training), the
-weight and bias of batch norms that end its branches are divided by n.
+weight and bias of batch norms that end branches of it, or of a stream that leads to it, are divided by their n.
 
 Weights that are orthogonalized are left as they are: a Q is a Q. All of it depends on graph, prediction, and the value
 of constant scales alone: neither on what else the model held before, nor on data, nor on the device.
@@ -136,7 +136,7 @@ class Structure:
     Attributes:
         branches: Parameters of layers that end a residual branch without a norm: the number of sums that their stream
             passes, times what the branch is multiplied with. So do those of batch norms that end a branch of a stream
-            which is raised to a power.
+            which is raised to a power, or leads to such a stream.
         products: Parameters of layers that end a factor of a sum of products of activations: the number of products;
             its root if the layer ends both factors.
         chains: Parameters of layers: the number of layers on the longest path to them, themselves included, without a
@@ -233,6 +233,7 @@ class _Path:
         ancestors: The values that it was computed from, itself among them.
         stream: The values that are the same but for sums, views and elementwise functions, itself among them.
         chain: The residual stream that it belongs to, if it has passed a sum.
+        streams: All residual streams on the way to it since the last norm layer that is no batch norm.
         scale: The parameters that set its scale last; None if a norm layer or a learned scale of unknown size did.
         gain: What learned scales have multiplied it with since.
         batch_norm: The parameters of the batch norm that set its scale last, if one did.
@@ -247,6 +248,7 @@ class _Path:
     ancestors: int
     stream: int
     chain: int | None = None
+    streams: int = 0
     scale: frozenset[int] | None = frozenset()
     gain: float = 1.0
     batch_norm: frozenset[int] = frozenset()
@@ -256,14 +258,6 @@ class _Path:
     products: frozenset[_Product] = frozenset()
     power: float = 1.0
     peak: float = 1.0
-
-
-@dataclass(slots=True)
-class _Chain:
-    """A residual stream: the number of its sums, and whether a branch raises it to a power that is too high."""
-
-    sums: int = 0
-    is_raised: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +287,8 @@ class _Streams:
     _paths: dict[int, _Path] = field(default_factory=dict)
     _origins: dict[int, frozenset[int]] = field(default_factory=dict)  # parameters of values without data
     _views: dict[int, int] = field(default_factory=dict)  # the parameter that a value is but for its shape and type
-    _chains: list[_Chain] = field(default_factory=list)
+    _sums: list[int] = field(default_factory=list)  # by chain
+    _raised: int = 0  # chains
     _ends: list[_End] = field(default_factory=list)
     _products: dict[int, float] = field(default_factory=dict)  # by parameter
     _lengths: dict[int, int] = field(default_factory=dict)  # by parameter
@@ -323,10 +318,9 @@ class _Streams:
         """What was found, by name."""
         branches: dict[str, float] = {}
         for end in self._ends:
-            chain = self._chains[end.chain]
-            if chain.is_raised or not end.is_batch_norm:
+            if self._raised >> end.chain & 1 or not end.is_batch_norm:
                 for name in self._names(end.parameters):
-                    branches[name] = max(branches.get(name, 0), chain.sums * end.gain)
+                    branches[name] = max(branches.get(name, 0), self._sums[end.chain] * end.gain)
         products = {name: count for index, count in self._products.items() for name in self._names({index})}
         chains = {name: length for index, length in self._lengths.items() for name in self._names({index})}
         chained = self._names(index for index in self._lengths if self._chained >> index & 1)
@@ -355,7 +349,11 @@ class _Streams:
         if name in _NORMS or self._is_spelled_norm(operation):
             normed = replace(path, scale=None, gain=1.0, length=0, layers=0, products=frozenset())
             is_batch_norm = name == "batch_norm"
-            return replace(normed, batch_norm=learned) if is_batch_norm else replace(normed, power=0.0, peak=0.0)
+            return (
+                replace(normed, batch_norm=learned)
+                if is_batch_norm
+                else replace(normed, streams=0, power=0.0, peak=0.0)
+            )
         if name == "multi_head_attention_forward":
             last = [operation.argument(11, "out_proj_weight"), operation.argument(12, "out_proj_bias")]
             return self._layer(replace(path, length=path.length + 1), self._learned(_values(last)))
@@ -402,11 +400,12 @@ class _Streams:
             return path
         number = first.chain
         if number is None:
-            number = len(self._chains)
-            self._chains.append(_Chain())
-        chain = self._chains[number]
-        chain.sums += 1
-        chain.is_raised |= second.peak > MAX_POWER
+            number = len(self._sums)
+            self._sums.append(0)
+        self._sums[number] += 1
+        streams = path.streams | 1 << number
+        if second.peak > MAX_POWER:
+            self._raised |= streams
         if second.scale or second.batch_norm:
             parameters = second.scale or second.batch_norm
             self._ends.append(_End(number, parameters, second.gain, is_batch_norm=not second.scale))
@@ -417,6 +416,7 @@ class _Streams:
             first,
             ancestors=path.ancestors,
             chain=number,
+            streams=streams,
             gain=1.0,
             length=path.length,
             layers=path.layers,
@@ -430,10 +430,11 @@ def _values(arguments: Sequence[object]) -> list[Value]:
 
 def _merged(operation: Operation, data: Sequence[_Path]) -> _Path:
     """What holds for the output of any operation: a value of its own, made from all of the operands."""
-    ancestors = layers = 0
+    ancestors = layers = streams = 0
     for path in data:
         ancestors |= path.ancestors
         layers |= path.layers
+        streams |= path.streams
     power = _power(operation, [path.power for path in data])
     name = operation.name
     is_bounded = name in _BOUNDED
@@ -441,6 +442,7 @@ def _merged(operation: Operation, data: Sequence[_Path]) -> _Path:
     return _Path(
         ancestors,
         stream=0,
+        streams=streams,
         scale=_union(data),
         gain=max(path.gain for path in data),
         layers=layers,
