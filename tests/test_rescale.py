@@ -30,9 +30,9 @@ from timm_ghn.initialize.rescale import (
     Structure,
     bounded,
     bounding_factor,
-    find_structure,
     nominal_scale,
 )
+from timm_ghn.initialize.structure import find_structure
 
 
 @pytest.fixture(scope="module")

@@ -81,19 +81,25 @@ _NORMS = {
 }
 
 
-def condense(trace: Trace, *, reading: Reading = Reading.DEFAULT, max_distance: int = MAX_DISTANCE) -> Graph:
+def condense(
+    trace: Trace,
+    *,
+    reading: Reading = Reading.DEFAULT,
+    max_distance: int = MAX_DISTANCE,
+    facts: Facts | None = None,
+) -> Graph:
     """Build the graph of a recorded forward pass.
 
     Args:
         trace: Recorded operations.
         reading: How squeeze-excite blocks and global poolings are read.
         max_distance: Longest distance of a virtual edge, in hops.
+        facts: What `find_facts` says of the operations, where that is known already.
 
     Raises:
         GraphError: If the output does not depend on the input, or no layer has parameters that a GHN can predict.
     """
-    facts = find_facts(trace)
-    builder = _Builder(trace, facts, reading)
+    builder = _Builder(trace, facts or find_facts(trace), reading)
     for number, operation in enumerate(trace.operations):
         builder.add(number, operation)
     graph = builder.finish(max_distance)

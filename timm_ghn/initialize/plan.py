@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
 from timm_ghn.graph import Graph, Layout, Reading, Role, Target, capture, condense
+from timm_ghn.graph.facts import find_facts
 from timm_ghn.initialize.deferred import DeferredRandom
-from timm_ghn.initialize.rescale import find_structure
+from timm_ghn.initialize.structure import find_structure
 from timm_ghn.methods import Init, Source
 from timm_ghn.postprocess import PostProcess, WeightLayer, resolve_start_layer, selected_layers, weight_layers
 
@@ -135,11 +136,12 @@ def make_plan(
     factors: dict[str, float] = {}
     if hypernetwork is not None:
         trace = capture(model, input_size=input_size, example_input=example_input)
-        graph = condense(trace, reading=Reading(init.reading))
+        facts = find_facts(trace)
+        graph = condense(trace, reading=Reading(init.reading), facts=facts)
         targets, reasons = _choose_targets(graph, hypernetwork.model)
         if init.rescale == "auto":
             kept = {name: parameter for name, parameter in parameters.items() if name not in targets}
-            structure = find_structure(trace, partial(_start, kept, deferred))
+            structure = find_structure(trace, partial(_start, kept, deferred), facts=facts)
             if init.spec.orthogonal:
                 unscaled = (layer for layer in layers if structure.needs_orthogonal(layer.parameter))
                 processed.update({layer.parameter: layer for layer in unscaled if not layer.is_classifier})
