@@ -25,7 +25,18 @@ from typing import Any
 import torch
 
 from timm_ghn.errors import TimmGhnError
-from timm_ghn.finetune import PRESETS, Execution, FineTuneConfig, Grid, Job, ResultStore, load_benchmark, run_jobs, tune
+from timm_ghn.finetune import (
+    PRESETS,
+    Execution,
+    FineTuneConfig,
+    Grid,
+    Job,
+    ResultStore,
+    load_benchmark,
+    part_of,
+    run_jobs,
+    tune,
+)
 from timm_ghn.finetune.data import DATASETS, make_task
 from timm_ghn.finetune.experiment import explained_memory
 from timm_ghn.finetune.measure import measure_throughput
@@ -63,6 +74,12 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument("--data", type=Path, metavar="PATH", help="folder of the data set, or prefix of shards")
     data.add_argument("--download", action="store_true", help="let torchvision download what is missing")
     data.add_argument("--labels", type=int, metavar="N", help="training images a class (default: 100); 0 for all")
+    data.add_argument(
+        "--classes",
+        choices=("all", "trained", "held-out"),
+        default="all",
+        help="those that `timm-ghn train` trains on with its default seed, or the 50 that it holds out",
+    )
     data.add_argument("--stored-size", type=int, metavar="N", help="side that images are kept at (default: 32)")
     how = parser.add_argument_group("training")
     for name, kind, text in _SETTINGS:
@@ -79,7 +96,9 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--together", type=int, default=1, help="runs that take turns on the GPU, each on its own stream")
     run.add_argument("--threads", type=int, help="threads of a CPU; the last digits depend on them")
-    run.add_argument("--evaluate-every", type=int, default=10, metavar="EPOCHS")
+    run.add_argument("--evaluate-every", type=int, default=10, metavar="EPOCHS", help="0: after the last one only")
+    run.add_argument("--evaluate-at", type=int, nargs="+", default=[], metavar="EPOCH", help="further epochs")
+    run.add_argument("--keep-weights", action="store_true", help="keep what runs have learned, for --init-file")
     run.add_argument("--no-capture", action="store_true", help="launch kernels one by one instead of CUDA graphs")
     run.add_argument("--compile", action="store_true", help="compile the network")
     run.add_argument("--measure", action="store_true", help="only measure images/s of the loop and of the bare step")
@@ -132,8 +151,14 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     stored = args.stored_size or (configs[0].image_size if args.dataset == "folder" else 32)
     data = load_benchmark(args.dataset, args.data, size=stored, download=args.download, progress=sys.stderr.isatty())
+    data = part_of(data, args.classes)
     execution = Execution(
-        device=args.device, capture=not args.no_capture, compile=args.compile, evaluate_every=args.evaluate_every
+        device=args.device,
+        capture=not args.no_capture,
+        compile=args.compile,
+        evaluate_every=args.evaluate_every,
+        evaluate_at=tuple(args.evaluate_at),
+        keep_weights=args.keep_weights,
     )
     if args.measure:
         for config in configs[:1]:

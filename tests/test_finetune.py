@@ -31,13 +31,13 @@ from timm_ghn.finetune import Execution, FineTuneConfig, Grid, Job, ResultStore,
 from timm_ghn.finetune import data as data_module
 from timm_ghn.finetune.batches import DeviceImages, epoch_picks
 from timm_ghn.finetune.config import PRESETS, learning_rate
-from timm_ghn.finetune.data import Benchmark, Task, first_of_each_class, make_task, statistics_of
+from timm_ghn.finetune.data import Benchmark, Task, first_of_each_class, make_task, part_of, statistics_of
 from timm_ghn.finetune.experiment import explained_memory
 from timm_ghn.finetune.measure import measure_throughput
 from timm_ghn.finetune.network import build_network
 from timm_ghn.finetune.results import Summary, markdown_table, summarize
 from timm_ghn.finetune.run import Run
-from timm_ghn.training.data import ImageSet
+from timm_ghn.training.data import ImageSet, split
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "finetune.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -130,6 +130,23 @@ def test_tuning_does_not_look_at_the_test_images(benchmark: Benchmark) -> None:
     other = replace(benchmark, test=images(40, 2))
     assert make_task(other, replace(CONFIG, split="validation")).digest == task.digest
     assert make_task(other, CONFIG).digest != make_task(benchmark, CONFIG).digest
+
+
+def test_classes_that_a_ghn_was_trained_on_and_those_that_it_never_saw() -> None:
+    data = Benchmark("many", images(300, 0, classes=12), images(120, 1, classes=12), "made for tests")
+    hidden = split(data.train, held_out=5, seed=0).held_out_classes
+    seen, unseen = part_of(data, "trained", held_out=5), part_of(data, "held-out", held_out=5)
+    assert part_of(data, "all") is data
+    assert unseen.train.classes == unseen.test.classes == tuple(f"class {label}" for label in hidden)
+    assert set(seen.train.classes) | set(unseen.train.classes) == set(data.train.classes)
+    assert len(seen.train) + len(unseen.train) == len(data.train)
+    assert len(seen.test) + len(unseen.test) == 120
+    for part in (seen, unseen):  # images keep the names of their classes
+        for image, label in zip(part.test.images, part.test.labels, strict=True):
+            (index,) = torch.nonzero((data.test.images == image).flatten(1).all(1)).flatten().tolist()
+            assert data.test.classes[int(data.test.labels[index])] == part.test.classes[int(label)]
+    with pytest.raises(FineTuneError, match="cannot hold out 50 of 12 classes"):
+        part_of(data, "held-out")
 
 
 def test_statistics(benchmark: Benchmark) -> None:
@@ -326,6 +343,22 @@ def test_a_finished_run_is_not_made_again(benchmark: Benchmark, tmp_path: Path) 
     assert not store.checkpoint(first.key).exists()
     run_jobs([Job(replace(CONFIG, lr=0.03), 0), Job(CONFIG, 1)], benchmark, store, CPU)
     assert len(store.all()) == 3
+
+
+def test_accuracy_is_measured_after_the_epochs_that_were_asked_for(benchmark: Benchmark, tmp_path: Path) -> None:
+    execution = Execution(evaluate_every=0, evaluate_at=(1, 3))
+    (result,) = run_jobs([Job(CONFIG, 0)], benchmark, ResultStore(tmp_path), execution)
+    assert [point.epoch for point in result.curve if point.accuracy is not None] == [1, 3, 4]
+
+
+def test_weights_of_a_finished_run_are_a_start_for_another(benchmark: Benchmark, tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    (result,) = run_jobs([Job(CONFIG, 0)], benchmark, store, Execution(keep_weights=True))
+    config = replace(CONFIG, init_file=str(store.weights(result.key)), epochs=1, lr=1e-9)
+    (again,) = run_jobs([Job(config, 0)], benchmark, store, CPU)
+    assert not store.weights(again.key).exists()
+    assert again.accuracy == pytest.approx(result.accuracy, abs=0.03)
+    assert again.curve[0].train_loss < 0.9 * result.curve[0].train_loss
 
 
 def test_a_damaged_result_is_made_again(benchmark: Benchmark, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -108,7 +108,7 @@ def _run_group(
                 _logger.info("%s is left to the process that works on it", key)
         _train(active, store, execution, report)
         for key, run, task in active:
-            store.write(_result(key, run, task, data))
+            store.write(_result(key, run, task, data), run.module.state_dict() if execution.keep_weights else None)
     return len(active)
 
 

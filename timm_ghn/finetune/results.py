@@ -18,6 +18,8 @@ from typing import Any
 import timm
 import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import save
+from torch import Tensor
 
 from timm_ghn._version import __version__
 from timm_ghn.errors import FineTuneError
@@ -84,7 +86,7 @@ class ResultStore:
     """A folder of results. Several processes may work on one.
 
     Args:
-        folder: Where `runs/` and `checkpoints/` are.
+        folder: Where `runs/`, `checkpoints/` and `weights/` are.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -98,6 +100,10 @@ class ResultStore:
         """File of an unfinished run."""
         return self.folder / "checkpoints" / f"{key}.pt"
 
+    def weights(self, key: str) -> Path:
+        """File of what a finished run has learned, if it was kept."""
+        return self.folder / "weights" / f"{key}.safetensors"
+
     def read(self, key: str) -> RunResult | None:
         """The result of a run; None if it is not finished or its file is damaged."""
         path = self.path(key)
@@ -109,13 +115,20 @@ class ResultStore:
             _logger.warning("%s is no result and does not count: %s", path, error)
             return None
 
-    def write(self, result: RunResult) -> None:
+    def write(self, result: RunResult, weights: Mapping[str, Tensor] | None = None) -> None:
         """Keep a result, and drop the checkpoint that it came from.
+
+        Args:
+            result: The result.
+            weights: What the run has learned; written first, so that no result is without them.
 
         Raises:
             FineTuneError: If it cannot be written.
         """
         try:
+            if weights is not None:
+                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+                write_atomically(self.weights(result.key), save(tensors, {"format": "pt"}))
             write_atomically(self.path(result.key), json.dumps(result.to_dict(), indent=1).encode())
         except OSError as error:
             raise FineTuneError(f"the result of {result.key} cannot be written: {error}") from error

@@ -37,7 +37,9 @@ class Execution:
         channels_last: Whether images and weights have this memory format.
         capture: Whether steps are replayed as CUDA graphs; only on CUDA.
         compile: Whether the network goes through `torch.compile`.
-        evaluate_every: Epochs between two measurements; the last epoch is always measured.
+        evaluate_every: Epochs between two measurements; 0 for none. The last epoch is always measured.
+        evaluate_at: Further epochs after which to measure.
+        keep_weights: Whether the weights of a finished run are kept beside its result.
         save_seconds: Seconds between two checkpoints.
     """
 
@@ -46,6 +48,8 @@ class Execution:
     capture: bool = True
     compile: bool = False
     evaluate_every: int = 10
+    evaluate_at: tuple[int, ...] = ()
+    keep_weights: bool = False
     save_seconds: float = 60.0
 
 
@@ -189,10 +193,15 @@ class Run:
         progress.epoch += 1
         progress.diverged = not math.isfinite(loss)
         measured: tuple[float | None, float | None] = (None, None)
-        if self.is_done or progress.epoch % self.execution.evaluate_every == 0:
+        if self._is_measured():
             measured = self.evaluate()
         rate = learning_rate(self.config, progress.epoch - 1)
         progress.curve.append(Point(progress.epoch, rate, loss, right, *measured))
+
+    def _is_measured(self) -> bool:
+        """Whether accuracy is measured after the epoch that has just ended."""
+        epoch, every = self.progress.epoch, self.execution.evaluate_every
+        return self.is_done or epoch in self.execution.evaluate_at or (every > 0 and epoch % every == 0)
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
