@@ -212,7 +212,7 @@ def _init_facts(name: str, settings: Settings, size: tuple[int, ...] | None, clo
     with clock.step("timm"), seeded(settings.seed):
         reference = timm.create_model(name)
     with clock.step("activations of timm's weights"):
-        expected = measure_activations(reference, input_size=size, seed=settings.seed, batch_statistics=True)
+        expected = _activations(reference, size, settings.seed)
     del reference
     gc.collect()
     model, report, seconds = _initialized(name, settings, clock)
@@ -250,12 +250,22 @@ def _initialized(name: str, settings: Settings, clock: Clock) -> tuple[nn.Module
     return model, report, {**steps, "construct": construct, "plan": max(clock["plan"] - construct, 0.0)}
 
 
+def _keeps_statistics(model: nn.Module) -> bool:
+    return any(buffer.rpartition(".")[2].startswith("running_") for buffer, _ in model.named_buffers())
+
+
+def _activations(model: nn.Module, size: tuple[int, ...] | None, seed: int) -> Measured:
+    """Activations as in training: of two images where norm layers look at the batch, else of one."""
+    batch = 2 if _keeps_statistics(model) else 1
+    return measure_activations(model, input_size=size, batch=batch, seed=seed, batch_statistics=True)
+
+
 def _compare(model: nn.Module, expected: Measured, size: tuple[int, ...] | None, seed: int) -> Activations:
     """Activations of a model beside those that are expected."""
-    found = measure_activations(model, input_size=size, seed=seed, batch_statistics=True)
+    found = _activations(model, size, seed)
     ratio = activation_ratio(found, expected)
     finite = ratio.finite
-    if any(buffer.rpartition(".")[2].startswith("running_") for buffer, _ in model.named_buffers()):
+    if _keeps_statistics(model):
         finite = finite and measure_activations(model, input_size=size, batch=1, seed=seed).finite
     blocks = sorted(ratio.blocks, key=lambda block: block.ratio)
     return Activations(
