@@ -22,6 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from shards import noisy_images as images
+from shards import write_shard
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
@@ -56,15 +58,6 @@ CONFIG = FineTuneConfig(
     lr=0.02,
 )
 CPU = Execution(evaluate_every=2)
-
-
-def images(count: int, seed: int, size: int = 16, classes: int = 3) -> ImageSet:
-    """Noisy images whose class is their brightest channel, in a shuffled order."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(classes, (count,), generator=generator)
-    pixels = torch.randint(0, 120, (count, 3, size, size), generator=generator)
-    pixels[torch.arange(count), labels % 3] += 90
-    return ImageSet(pixels.to(torch.uint8), labels, tuple(f"class {i}" for i in range(classes)))
 
 
 @pytest.fixture(scope="module")
@@ -545,19 +538,6 @@ def test_a_folder_of_classes(tmp_path: Path, benchmark: Benchmark) -> None:
     (tmp_path / "whole" / "class 1" / "bad.jpg").write_bytes(b"\xff\xd8 no image")
     with pytest.raises(FineTuneError, match=r"cannot decode .*bad\.jpg"):
         load_benchmark("folder", tmp_path / "whole", size=16)
-
-
-def write_shard(path: Path, data: ImageSet) -> None:
-    import io
-
-    files = []
-    for image in data.images:
-        buffer = io.BytesIO()
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95)
-        files.append(np.frombuffer(buffer.getvalue(), np.uint8))
-    offsets = torch.tensor([0, *np.cumsum([len(file) for file in files]).tolist()])
-    tensors = {"jpeg": torch.from_numpy(np.concatenate(files)), "offsets": offsets, "labels": data.labels}
-    save_file(tensors, path, {"classes": " ".join(name.replace(" ", "-") for name in data.classes)})
 
 
 def test_jpeg_shards_are_decoded_once(
