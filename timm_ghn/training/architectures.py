@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -137,6 +137,8 @@ class SamplerConfig:
 
     Attributes:
         families: Weights of the families; a family left out is never drawn.
+        style: "any" draws stems, norms, activations, heads and the rest freely; "common" draws what the popular models
+            of a family have, and varies depth, width and the number of stages (see `COMMON_FAMILIES`).
         input_size: Side of the images in pixels.
         min_macs: Fewest multiply-adds an image.
         max_macs: Most multiply-adds an image.
@@ -147,6 +149,7 @@ class SamplerConfig:
     """
 
     families: Mapping[str, float] = field(default_factory=lambda: dict(FAMILY_WEIGHTS))
+    style: str = "any"
     input_size: int = 32
     min_macs: float = 0.8e6
     max_macs: float = 10e6
@@ -154,10 +157,19 @@ class SamplerConfig:
     max_params: float = 2.5e6
     max_layers: int = 100
 
+    @property
+    def all_families(self) -> Mapping[str, float]:
+        """Every family that can be drawn in this style, those that are left out of training among them."""
+        return {name: w for name, w in FAMILY_WEIGHTS.items() if self.style == "any" or name in COMMON_FAMILIES}
+
     def __post_init__(self) -> None:
         unknown = sorted(set(self.families) - set(FAMILY_WEIGHTS))
         if unknown:
             raise TrainingError(f"unknown families of architectures: {', '.join(unknown)}")
+        if self.style not in ("any", "common"):
+            raise TrainingError(f"style is '{self.style}', not 'any' or 'common'")
+        if self.style == "common" and not self.families.keys() <= COMMON_FAMILIES.keys():
+            raise TrainingError(f"families in the common style are {', '.join(COMMON_FAMILIES)}")
         if not any(weight > 0 for weight in self.families.values()):
             raise TrainingError("no family of architectures has a positive weight")
 
@@ -179,8 +191,9 @@ def sample_architecture(rng: random.Random, config: SamplerConfig | None = None)
     config = config or SamplerConfig()
     names = [name for name, weight in config.families.items() if weight > 0]
     family = rng.choices(names, [config.families[name] for name in names])[0]
+    draw = _draw_common if config.style == "common" else _draw
     for _ in range(_MAX_DRAWS):
-        spec = _draw(rng, family, config.input_size)
+        spec = draw(rng, family, config.input_size)
         with torch.device("meta"):
             model = build(spec, 100)
         if sum(parameter.numel() for parameter in model.parameters()) > config.max_params:
@@ -191,6 +204,68 @@ def sample_architecture(rng: random.Random, config: SamplerConfig | None = None)
         if config.min_macs <= macs <= config.max_macs and outputs <= config.max_outputs:
             return spec
     raise TrainingError(f"no '{family}' architecture has between {config.min_macs:g} and {config.max_macs:g} MACs")
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What the popular models of a family have.
+
+    Attributes:
+        stems: Stems to choose from.
+        stages: Numbers of stages to choose from.
+        style: The rest, as a stage with depth, width, stride and choices to fill in.
+        ratios: Ratios to choose from.
+        kernels: Sides of kernels to choose from.
+        head: Kind of head.
+    """
+
+    stems: tuple[str, ...]
+    stages: tuple[int, ...]
+    style: StageSpec
+    ratios: tuple[float, ...] = (4.0,)
+    kernels: tuple[int, ...] = (3,)
+    head: str = "linear"
+
+
+_MODERN = StageSpec("", 1, 8, 1, norm="ln", act="gelu")
+_STEMS_OF_RESNETS = ("conv3", "conv3s2", "conv7s2_pool", "conv7s2_pool", "deep")
+COMMON_FAMILIES: dict[str, _Common] = {
+    "basic": _Common(_STEMS_OF_RESNETS, (3, 4), StageSpec("basic", 1, 8, 1), (1.0,)),
+    "bottleneck": _Common(_STEMS_OF_RESNETS, (3, 4), StageSpec("bottleneck", 1, 8, 1), (1.0,)),
+    "inverted": _Common(("conv3", "conv3s2"), (3, 4), StageSpec("inverted", 1, 8, 1, act="silu"), (4.0, 6.0), (3, 5)),
+    "convnext": _Common(
+        ("patch2", "patch2", "patch4"), (2, 3, 4), replace(_MODERN, kind="convnext"), (4.0,), (7,), "norm"
+    ),
+    "attention": _Common(
+        ("patch2", "patch4", "patch4"), (1,), replace(_MODERN, kind="attention"), (4.0,), (3,), "norm"
+    ),
+}
+"""The families that can be drawn in the common style."""
+
+
+def _draw_common(rng: random.Random, family: str, input_size: int) -> ArchitectureSpec:
+    common = COMMON_FAMILIES[family]
+    stem = rng.choice(common.stems)
+    stages = rng.choice(common.stages)
+    side = input_size // _STEM_STRIDES[stem]
+    width = stem_width = _draw_width(rng, 32 if family == "attention" else 12, 192 if family == "attention" else 48)
+    style = replace(
+        common.style,
+        ratio=rng.choice(common.ratios),
+        kernel=rng.choice(common.kernels),
+        se=family == "inverted" and rng.random() < 0.5,
+        layer_scale=rng.choice((None, 1.0)) if family == "convnext" else None,
+        pool=rng.random() < 0.2 and family in ("basic", "bottleneck"),
+    )
+    depths = [rng.randint(3, 9)] if stages == 1 else _draw_depths(rng, stages)
+    specs = []
+    for index, depth in enumerate(depths):
+        stride = 2 if index > 0 and side > 2 else 1
+        if index > 0:
+            width = min(256, _round_width(rng, width * 2))
+        side //= stride
+        specs.append(_stage(rng, style, family, depth, width, stride))
+    return ArchitectureSpec(family, stem, stem_width, tuple(specs), "avg", common.head, 0, input_size)
 
 
 def _draw(rng: random.Random, family: str, input_size: int) -> ArchitectureSpec:

@@ -173,9 +173,10 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
 
 
 def _pools(out: Path, config: TrainConfig, workers: int, progress: bool) -> tuple[ArchitecturePool, ArchitecturePool]:
+    every_family = replace(config.sampler, families=config.sampler.all_families)
     held_out = ArchitecturePool.load_or_build(
         out / "pool-evaluation.jsonl.gz",
-        PoolConfig(config.eval_pool_size, config.seed, "evaluation", replace(config.sampler, families=FAMILY_WEIGHTS)),
+        PoolConfig(config.eval_pool_size, config.seed, "evaluation", every_family),
         workers=workers,
         progress=progress,
     )
