@@ -47,7 +47,7 @@ from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.training.cli import new_ghn
 from timm_ghn.training.config import PRESETS
 
-_SMALL = {"stem": "original", "optimizer": "adamw", "weight_decay": 0.05, "batch_size": 48, "epochs": 30, "lr": 2e-3}
+_SMALL = {"stem": "original", "optimizer": "adamw", "weight_decay": 0.05, "batch_size": 48, "epochs": 20, "lr": 2e-3}
 MODELS: dict[str, FineTuneConfig] = {
     "resnet": FineTuneConfig("resnet18", model_kwargs={"channels": (32, 64, 128, 256)}, **_SMALL),
     "convnext": FineTuneConfig(
@@ -62,6 +62,9 @@ MODELS: dict[str, FineTuneConfig] = {
     ),
 }
 """timm models of 1.1 to 2.8 million parameters at 32 x 32; their depths and widths are in no training architecture."""
+
+LRS = {"resnet": (1e-3, 3e-3, 1e-2), "convnext": (3e-4, 1e-3, 3e-3), "vit": (3e-4, 1e-3, 3e-3)}
+"""Learning rates to choose from."""
 
 INITS = ("rand", "orth", "untrained", "ghn", "ghn-orth", "oracle")
 TASKS = ("cifar10", "held-out", "fashion-mnist")
@@ -125,7 +128,7 @@ class Bench:
     def line(self, task: str, model: str, init: str) -> tuple[RunResult, ...]:
         """All seeds of a line of the table, with the learning rate that is best on held-out training images."""
         args, data = self.args, self.data(task)
-        grid = Grid(lrs=tuple(args.lrs), seeds=tuple(args.tune_seeds))
+        grid = Grid(lrs=tuple(args.lrs or LRS[model]), seeds=tuple(args.tune_seeds))
         config = tune(self.config(task, model, init), grid, data, self.store, self.execution)
         if args.tune_only:
             return ()
@@ -177,9 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=tuple(MODELS))
     parser.add_argument("--inits", nargs="+", default=list(INITS), help="methods of init=, untrained, oracle")
     parser.add_argument("--tasks", nargs="+", default=["cifar10"], choices=TASKS)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3])
+    parser.add_argument("--lrs", nargs="+", type=float, help="instead of the model's own grid")
     parser.add_argument("--tune-seeds", nargs="+", type=int, default=[1000])
     parser.add_argument("--tune-only", action="store_true", help="choose learning rates, and no more")
     parser.add_argument("--oracle-epochs", type=int, default=5)
