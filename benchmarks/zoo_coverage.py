@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="names with * and ?; all models by default")
     parser.add_argument("--out", type=Path, default=Path("zoo_coverage.jsonl"), help="results, JSON Lines")
     parser.add_argument("--fresh", action="store_true", help="throw away what --out holds")
+    parser.add_argument("--mixed", action="store_true", help="go on with results of other versions, timm's excepted")
     parser.add_argument("--retry", action="store_true", help="try again what failed in an earlier run")
     parser.add_argument("--table", type=Path, help="write the Markdown page here")
     parser.add_argument("--table-only", action="store_true", help="try nothing, write --table from what --out holds")
@@ -78,7 +79,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
 def work_off(args: argparse.Namespace, plan: Plan, info: RunInfo) -> None:
     """Try everything that is not in the file of results, and append it there."""
     names = select_names(args.patterns)
-    with open_results(args.out, info, fresh=args.fresh) as writer:
+    with open_results(args.out, info, fresh=args.fresh, mixed=args.mixed) as writer:
         known = without_failures(writer.known) if args.retry else writer.known
         stages = 1 + (not plan.graph_only) + len(plan.peers)
         wanted = set(names)
@@ -100,7 +101,7 @@ def write_table(args: argparse.Namespace, plan: Plan, results: Results) -> None:
     entries = [entry for entry in results.entries if entry.name in names]
     latest = {(entry.stage, entry.name): entry for entry in entries}
     peers = [entry for (stage, _), entry in latest.items() if stage in (Stage.PPUDA, Stage.GHN3)]
-    page = markdown(collect(entries, skipped(entries, plan)), results.info, peers)
+    page = markdown(collect(entries, skipped(entries, plan)), results.runs, peers)
     write_atomically(args.table, page.encode())
 
 

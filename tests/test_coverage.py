@@ -319,8 +319,30 @@ def test_results_of_other_versions_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match=f"timm 0.0.1 instead of {timm.__version__}"), open_results(path, INFO):
         pass
     with open_results(path, INFO, fresh=True) as writer:
-        assert writer.known.info is None
+        assert writer.known.runs == ()
     with open_results(path, INFO), pytest.raises(ResultsError, match="another run writes"), open_results(path, INFO):
+        pass
+
+
+def test_versions_of_torch_are_mixed_where_that_is_asked_for(tmp_path: Path, resnet: tuple[Entry, Entry]) -> None:
+    path = tmp_path / "results.jsonl"
+    other = replace(INFO, versions={**INFO.versions, "torch": "2.2.0"}, date="2026-01-01")
+    for _ in range(2):
+        with open_results(path, other) as writer:
+            writer.add(resnet[0])
+    with pytest.raises(ResultsError, match=r"torch 2\.2\.0 instead of .*; begin anew"), open_results(path, INFO):
+        pass
+    with open_results(path, INFO, mixed=True) as writer:
+        assert len(writer.known.entries) == 2
+    runs = read_results(path).runs
+    assert runs == (other, INFO)
+    page = markdown(collect([resnet[0]]), runs)
+    assert "Made by `zoo_coverage.py` on 2026-01-01" in page
+    assert f"Continued by `zoo_coverage.py` on {INFO.date}" in page
+    old = replace(INFO, versions={**INFO.versions, "timm": "0.0.1"})
+    with open_results(tmp_path / "old.jsonl", old):
+        pass
+    with pytest.raises(ResultsError, match=r"timm 0\.0\.1"), open_results(tmp_path / "old.jsonl", INFO, mixed=True):
         pass
 
 
@@ -403,7 +425,7 @@ def test_the_page_counts_and_names_what_is_there(entries: tuple[Entry, ...]) -> 
         Entry(Stage.PPUDA, "test_resnet", "resnet", PeerFacts(2.0, 99, 100)),
         Entry(Stage.PPUDA, "test_vit", "vision_transformer", None, Failure("graph.py", "KeyError", "")),
     ]
-    page = markdown(collect(entries), INFO, peers)
+    page = markdown(collect(entries), [INFO], peers)
     assert "**3 models** in 3 modules" in page
     assert "**Graphs: 2 of 3.**" in page
     assert "**Initialized: 2**" in page
@@ -423,14 +445,14 @@ def test_the_page_counts_and_names_what_is_there(entries: tuple[Entry, ...]) -> 
 
 def test_a_page_of_graphs_says_so(entries: tuple[Entry, ...]) -> None:
     graphs = [entry for entry in entries if entry.stage is Stage.GRAPH]
-    page = markdown(collect(graphs, {"test_vit": "only graphs were asked for"}), None)
+    page = markdown(collect(graphs, {"test_vit": "only graphs were asked for"}))
     assert "Weights were not made in this run" in page
     assert "Activations farthest" not in page
     assert "Graph only" not in page
 
 
 def test_models_that_are_too_large_are_listed(entries: tuple[Entry, ...]) -> None:
-    page = markdown(collect([*entries[:2], entries[2]], {"test_vit": "needs 9 GiB"}), INFO)
+    page = markdown(collect([*entries[:2], entries[2]], {"test_vit": "needs 9 GiB"}), [INFO])
     assert "## Graph only" in page
     assert "| test_vit | 371,240 | needs 9 GiB |" in page
 
@@ -440,7 +462,7 @@ def test_what_is_not_finite_is_the_worst(entries: tuple[Entry, ...]) -> None:
     assert isinstance(init, InitFacts)
     assert init.activations is not None
     infinite = replace(init, activations=replace(init.activations, finite=False, features=math.nan))
-    page = markdown(collect([*entries[:1], replace(entries[1], facts=infinite), *entries[2:]]), INFO)
+    page = markdown(collect([*entries[:1], replace(entries[1], facts=infinite), *entries[2:]]), [INFO])
     worst = page[page.index("### Activations farthest") :].splitlines()[6]
     assert worst.startswith("| test_resnet | no |")
     assert "1 not finite" in page

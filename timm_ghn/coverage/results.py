@@ -67,9 +67,16 @@ class RunInfo:
         """Reads what `dataclasses.asdict` gives."""
         return cls(**{**data, "settings": Settings(**data["settings"])})
 
-    def belongs_to(self, other: RunInfo) -> bool:
-        """Whether results of both may stand side by side."""
-        return (self.versions, self.settings) == (other.versions, other.settings)
+    def belongs_to(self, other: RunInfo, *, mixed: bool = False) -> bool:
+        """Whether results of both may stand side by side: of equal settings, and of equal versions.
+
+        Args:
+            other: The other run.
+            mixed: Whether versions other than timm's may differ.
+        """
+        compared = ("timm",) if mixed else tuple(self.versions)
+        same = all(self.versions.get(name) == other.versions.get(name) for name in compared)
+        return same and self.settings == other.settings
 
 
 def _machine() -> str:
@@ -85,12 +92,12 @@ class Results:
     """What a file of results holds.
 
     Attributes:
-        info: The run that began it; None for an empty file.
+        runs: The runs that wrote it, in order; those that add nothing but their date count once.
         entries: All entries, in order.
         damaged: Number of lines that could not be read.
     """
 
-    info: RunInfo | None
+    runs: tuple[RunInfo, ...]
     entries: tuple[Entry, ...]
     damaged: int = 0
 
@@ -101,19 +108,21 @@ def read_results(path: Path) -> Results:
     Raises:
         OSError: If there is no such file or it cannot be read.
     """
-    info, entries, damaged = None, list[Entry](), 0
+    runs, entries, damaged = list[RunInfo](), list[Entry](), 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip():
             continue
         try:
             data = json.loads(line)
             if "run" in data:
-                info = info or RunInfo.from_dict(data["run"])
+                run = RunInfo.from_dict(data["run"])
+                if not runs or replace(run, command="", date="") != replace(runs[-1], command="", date=""):
+                    runs.append(run)
             else:
                 entries.append(Entry.from_dict(data))
         except (ValueError, KeyError, TypeError, AttributeError):
             damaged += 1
-    return Results(info, tuple(entries), damaged)
+    return Results(tuple(runs), tuple(entries), damaged)
 
 
 class ResultsWriter:
@@ -144,13 +153,14 @@ class ResultsWriter:
 
 
 @contextmanager
-def open_results(path: Path, info: RunInfo, *, fresh: bool = False) -> Iterator[ResultsWriter]:
+def open_results(path: Path, info: RunInfo, *, fresh: bool = False, mixed: bool = False) -> Iterator[ResultsWriter]:
     """Open a file of results for a run, to go on with what is in it.
 
     Args:
         path: The file; it and its folder are created.
         info: The run.
         fresh: Whether what the file holds is thrown away.
+        mixed: Whether what other versions of anything but timm have written counts.
 
     Raises:
         ResultsError: If the file was written with other versions or settings, or another run writes to it now.
@@ -164,9 +174,13 @@ def open_results(path: Path, info: RunInfo, *, fresh: bool = False) -> Iterator[
     try:
         if fresh:
             path.unlink(missing_ok=True)
-        known = read_results(path) if path.exists() else Results(None, ())
-        if known.info is not None and not info.belongs_to(known.info):
-            raise ResultsError(f"{path} was written with {_differences(known.info, info)}; begin anew, or another file")
+        known = read_results(path) if path.exists() else Results((), ())
+        for run in known.runs:
+            if not info.belongs_to(run, mixed=mixed):
+                raise ResultsError(
+                    f"{path} was written with {_differences(run, info)}; begin anew, choose another file, or mix "
+                    "versions (timm's must be the same)"
+                )
         if known.damaged:
             _logger.warning("%s: %d damaged lines are left out and done again", path, known.damaged)
         _end_last_line(path)

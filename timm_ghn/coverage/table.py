@@ -32,16 +32,16 @@ _DASH = "-"
 Row = Sequence[str]
 
 
-def markdown(models: Sequence[Coverage], info: RunInfo | None, peers: Sequence[Entry] = ()) -> str:
+def markdown(models: Sequence[Coverage], runs: Sequence[RunInfo] = (), peers: Sequence[Entry] = ()) -> str:
     """The whole page.
 
     Args:
         models: Coverage of each model.
-        info: The run; None if that is not known.
+        runs: The runs that it comes from.
         peers: What other packages did with the same models.
     """
     sections = [
-        ["# Every model in timm", "", *_origin(info)],
+        ["# Every model in timm", "", *_origin(runs)],
         _summary(models),
         _peer_section(peers),
         ["## By module", "", _LEGEND, "", *_markdown_table(_MODULE_COLUMNS, _module_rows(models))],
@@ -126,13 +126,16 @@ def _line(cells: Row) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def _origin(info: RunInfo | None) -> list[str]:
-    if info is None:
-        return []
-    versions = ", ".join(f"{name} {version}" for name, version in info.versions.items())
-    return [
-        f"Made by `{info.command}` on {info.date}: {info.machine}, {info.cores} cores, one thread a model; {versions}."
-    ]
+def _origin(runs: Sequence[RunInfo]) -> list[str]:
+    """A sentence for each run."""
+    lines: list[str] = []
+    for run in runs:
+        versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+        begun = "Made by" if not lines else "Continued by"
+        lines += [
+            f"{begun} `{run.command}` on {run.date}: {run.machine}, {run.cores} cores, one thread a model; {versions}."
+        ]
+    return lines
 
 
 def _summary(models: Sequence[Coverage]) -> list[str]:
