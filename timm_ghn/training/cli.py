@@ -34,6 +34,7 @@ _OVERRIDES = (
     ("batch_size", int, "images an architecture"),
     ("optimizer", str, "adamw, or muon: orthogonalized updates of matrices"),
     ("lr", float, "peak learning rate"),
+    ("cooldown", float, "share of the run at its end over which a constant learning rate falls to zero"),
     ("kernels", str, "what the GHN does to the kernels that it emits: raw, normalized or orthogonal"),
     ("easy", str, "task to begin with: pretext (photographs and drawings) or clusters (of the images)"),
     ("pool_size", int, "distinct architectures to train on"),

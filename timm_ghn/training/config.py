@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -49,6 +50,7 @@ class TrainConfig:
         warmup: Steps of linear warm-up.
         schedule: What follows the warm-up: "cosine" to zero at the end of the run, or "constant", for runs whose end is
             open (use it with `average`).
+        cooldown: Share of the run at its end over which a constant learning rate falls linearly to zero.
         average: Decay, for each step, of a running average of the weights, which is what is evaluated and exported;
             0 for none.
         weight_decay: AdamW's.
@@ -103,6 +105,7 @@ class TrainConfig:
     lr: float = 1e-3
     warmup: int = 200
     schedule: str = "cosine"
+    cooldown: float = 0.0
     average: float = 0.0
     weight_decay: float = 1e-4
     clip: float = 5.0
@@ -157,6 +160,8 @@ class TrainConfig:
             raise TrainingError(f"optimizer is '{self.optimizer}', not one of {', '.join(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
             raise TrainingError(f"schedule is '{self.schedule}', not one of {', '.join(SCHEDULES)}")
+        if not 0 <= self.cooldown <= 1:
+            raise TrainingError(f"cooldown is a share of the run, from 0 to 1, not {self.cooldown}")
         if not 0 <= self.average < 1:
             raise TrainingError(f"average must be at least 0 and less than 1, not {self.average}")
         if not self.lr > 0:
@@ -181,6 +186,12 @@ class TrainConfig:
             return cls(**{**data, "sampler": SamplerConfig(**data["sampler"])})
         except (KeyError, TypeError) as error:
             raise TrainingError(f"not a training configuration: {error}") from error
+
+    def rate_factor(self, progress: float) -> float:
+        """What the peak learning rate is multiplied with at a share of the run, after the warm-up."""
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return min(1.0, (1 - progress) / self.cooldown) if self.cooldown else 1.0
 
     def coarse_weight(self, progress: float) -> float:
         """Weight of the groups of classes at a share of the run."""
@@ -249,12 +260,13 @@ PRESETS: dict[str, TrainConfig] = {
         sampler=SamplerConfig(max_macs=5e6, max_outputs=1.6e5, max_layers=30),
     ),
     "common": TrainConfig(
-        steps=6000,
+        steps=4000,
         batch_size=64,
         optimizer="muon",
         lr=2e-3,
         warmup=30,
         schedule="constant",
+        cooldown=0.25,
         average=0.99,
         easy="pretext",
         easy_ways=0,

@@ -402,8 +402,7 @@ class Trainer:
     def learning_rate(self, progress: float) -> float:
         """Warm-up over steps, then the schedule of the configuration."""
         warm = min(1.0, (self.step + 1) / max(1, self.config.warmup))
-        decay = 1.0 if self.config.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * progress))
-        return self.config.lr * warm * decay
+        return self.config.lr * warm * self.config.rate_factor(progress)
 
     # One step
 
