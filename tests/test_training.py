@@ -279,6 +279,35 @@ def test_bad_specifications(monkeypatch: pytest.MonkeyPatch) -> None:
         SamplerConfig(families={"transformerish": 1.0})
     with pytest.raises(TrainingError, match="MACs"):
         sample_architecture(random.Random(0), SamplerConfig(min_macs=1, max_macs=2))
+    with pytest.raises(TrainingError, match="style is 'odd', not 'any' or 'common'"):
+        SamplerConfig(style="odd")
+    with pytest.raises(TrainingError, match="families in the common style are basic, bottleneck"):
+        SamplerConfig(style="common", families={"dense": 1.0})
+
+
+def test_common_architectures_are_those_of_popular_models() -> None:
+    config = PRESETS["common"].sampler
+    assert config.all_families.keys() == config.families.keys()
+    specs = [
+        sample_architecture(random.Random(f"{family} {i}"), replace(config, families={family: 1.0}))
+        for family in config.families
+        for i in range(2)
+    ]
+    assert {spec.family for spec in specs} == set(config.families)
+    for spec in specs:
+        kinds = {stage.kind for stage in spec.stages}
+        assert kinds == {spec.family}
+        widths = [stage.width for stage in spec.stages]
+        assert widths == sorted(widths)
+        is_modern = spec.family in ("convnext", "attention")
+        assert {(stage.norm, stage.act) for stage in spec.stages} <= (
+            {("ln", "gelu")} if is_modern else {("bn", "relu"), ("bn", "silu")}
+        )
+        assert spec.stem.startswith("patch") == is_modern
+        with torch.device("meta"):
+            macs, outputs = count_macs(build(spec, 10), 32)
+        assert macs <= config.max_macs
+        assert outputs <= config.max_outputs
 
 
 @pytest.mark.slow
@@ -608,6 +637,16 @@ def test_configuration_is_json_able_and_checked() -> None:
         TrainConfig(schedule="linear")
     with pytest.raises(TrainingError, match="average must be"):
         TrainConfig(average=1.0)
+    with pytest.raises(TrainingError, match="cooldown is a share of the run"):
+        TrainConfig(cooldown=1.5)
+
+
+def test_a_constant_rate_cools_down_to_zero() -> None:
+    config = TrainConfig(schedule="constant", cooldown=0.25)
+    assert [config.rate_factor(progress) for progress in (0, 0.75, 0.875, 1)] == pytest.approx([1, 1, 0.5, 0])
+    assert TrainConfig(schedule="constant").rate_factor(1) == 1
+    cosine = TrainConfig()
+    assert [cosine.rate_factor(progress) for progress in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
 
 
 def test_curriculum_moves_from_groups_to_classes() -> None:

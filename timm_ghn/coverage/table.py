@@ -19,6 +19,7 @@ from timm_ghn.coverage.records import (
     Stage,
 )
 from timm_ghn.coverage.results import RunInfo
+from timm_ghn.graph.condense import TIED
 
 LISTED = 10
 """Models in a list of the worst ones."""
@@ -372,6 +373,11 @@ def _skipped_section(models: Sequence[Coverage]) -> list[str]:
     return ["## Graph only", "", intro, "", *_markdown_table(("model", "parameters", "why"), rows)]
 
 
+def _without_name(reason: str) -> str:
+    """A reason without the name of the one parameter that it is about."""
+    return f"{TIED}another parameter" if reason.startswith(TIED) else reason
+
+
 def _reason_section(models: Sequence[Coverage]) -> list[str]:
     """What is not predicted, over all models."""
     tensors: Counter[str] = Counter()
@@ -380,9 +386,10 @@ def _reason_section(models: Sequence[Coverage]) -> list[str]:
     graphs = _graphs(models)
     for _, facts in graphs:
         for kept in facts.kept:
-            tensors[kept.what] += kept.tensors
-            affected[kept.what] += 1
-            shares[kept.what] += kept.elements / max(facts.parameters, 1)  # type: ignore[assignment]
+            what = _without_name(kept.what)
+            tensors[what] += kept.tensors
+            shares[what] += kept.elements / max(facts.parameters, 1)  # type: ignore[assignment]
+        affected.update({_without_name(kept.what) for kept in facts.kept})
     rows = [
         [what, f"{affected[what]:,}", f"{tensors[what]:,}", f"{100 * share / len(graphs):.3f} %"]
         for what, share in shares.most_common()

@@ -66,6 +66,9 @@ class Reading(str, Enum):
     PPUDA = "ppuda"
 
 
+TIED = "tied to "
+"""What the reason for a parameter that shares its values with a predicted one begins with; the other's name follows."""
+
 _MAX_POOLS = {"max_pool1d", "max_pool2d", "max_pool3d"}
 _AVG_POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d"}
 _SUMS = {"add", "sub", "addcmul", "index_add"}
@@ -467,7 +470,7 @@ class _Builder:
                 continue
             default = "not on a path from the input to the output" if name in called else _UNCALLED
             reason = self._reasons.get(name, default)
-            rows.append((name, f"tied to {tied[name]}" if name in tied else reason))
+            rows.append((name, f"{TIED}{tied[name]}" if name in tied else reason))
         return tuple(rows)
 
 
