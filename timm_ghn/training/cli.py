@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from timm_ghn.errors import TrainingError
+from timm_ghn.ghn.checkpoint import read
 from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.ghn.model import GHN
 from timm_ghn.graph.graph import Graph
@@ -60,6 +61,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of checkpoints and metrics")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="bundled", help="configuration to start from")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="begin with the weights of this GHN")
+    parser.add_argument("--start-step", type=int, default=0, metavar="N", help="step of the schedules to begin at")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     parser.add_argument("--workers", type=int, default=1, help="processes that record graphs before training")
     parser.add_argument("--hid", type=int, default=32, help="size of the GHN's node features")
@@ -111,7 +114,8 @@ def run_train(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     _join_group(device)
     try:
-        trainer = prepare(args.images, config, args.out, device, hid=args.hid, workers=args.workers, resume=args.resume)
+        beginning = Beginning(args.start, args.start_step, resume=args.resume, hid=args.hid)
+        trainer = prepare(args.images, config, args.out, device, beginning, workers=args.workers)
         result = trainer.run()
         if trainer.rank == 0:
             if args.export is not None:
@@ -131,22 +135,38 @@ def _join_group(device: torch.device) -> None:
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What a run begins with.
+
+    Attributes:
+        ghn: File of a GHN; None for a new one.
+        step: Step of the schedules.
+        resume: Whether it goes on from the checkpoint in its folder instead, if there is one.
+        hid: Size of a new GHN's node features.
+    """
+
+    ghn: Path | None = None
+    step: int = 0
+    resume: bool = False
+    hid: int = 32
+
+
 def prepare(
     images: Sequence[str | Path],
     config: TrainConfig,
     out: Path,
     device: torch.device,
+    beginning: Beginning,
     *,
-    hid: int = 32,
     workers: int = 1,
-    resume: bool = False,
 ) -> Trainer:
     """Load images and architectures, and make or restore the trainer.
 
     Raises:
         TrainingError: If images are missing, or the folder holds another run.
     """
-    _check_folder(out, config, resume)
+    _check_folder(out, config, beginning.resume)
     rank = dist.get_rank() if dist.is_initialized() else 0
     data = load_images(images, config.sampler.input_size, progress=rank == 0)
     splits = split(data, held_out=config.held_out_classes, validation=config.validation, seed=config.seed)
@@ -155,7 +175,7 @@ def prepare(
     pool, eval_pool = _pools(out, config, workers, rank == 0)
     if rank == 0 and dist.is_initialized():
         dist.barrier()
-    return make_trainer(config, splits, pool, eval_pool, out, device, hid=hid, resume=resume)
+    return make_trainer(config, splits, pool, eval_pool, out, device, beginning)
 
 
 def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
@@ -227,14 +247,23 @@ def make_trainer(
     eval_pool: ArchitecturePool,
     out: Path,
     device: torch.device,
-    *,
-    hid: int = 32,
-    resume: bool = False,
+    beginning: Beginning,
 ) -> Trainer:
-    """A trainer with a new GHN at a good scale, or with that of the folder's checkpoint."""
-    shape = GHNConfig(num_classes=len(splits.train.classes), hid=hid, kernels=config.kernels)
-    ghn = new_ghn(shape, config, [member.graph for member in pool[:32]]).to(device)
-    trainer = Trainer(ghn, config, splits, pool, eval_pool, out, device, easy_images(config))
-    if resume:
+    """A trainer with a new GHN at a good scale, or with that of a file or of the folder's checkpoint.
+
+    Raises:
+        CheckpointError: If the file is no GHN.
+        TrainingError: If it is one of another kind.
+    """
+    if beginning.ghn is not None:
+        ghn = read(beginning.ghn)
+        if ghn.config.kernels != config.kernels:
+            raise TrainingError(f"{beginning.ghn} has '{ghn.config.kernels}' kernels, the run '{config.kernels}' ones")
+    else:
+        shape = GHNConfig(num_classes=len(splits.train.classes), hid=beginning.hid, kernels=config.kernels)
+        ghn = new_ghn(shape, config, [member.graph for member in pool[:32]])
+    trainer = Trainer(ghn.to(device), config, splits, pool, eval_pool, out, device, easy_images(config))
+    trainer.step = beginning.step
+    if beginning.resume:
         trainer.resume()
     return trainer
