@@ -122,7 +122,7 @@ class Bench:
         path = self.args.out / "untrained.safetensors"
         if not path.exists():
             shape = GHNConfig(num_classes=load_ghn(self.args.ghn).config.num_classes, kernels="orthogonal")
-            write_safetensors(new_ghn(shape, PRESETS["orthogonal"], []), path)
+            write_safetensors(new_ghn(shape, PRESETS["bundled"], []), path)
         return path
 
     def line(self, task: str, model: str, init: str) -> tuple[RunResult, ...]:

@@ -219,47 +219,6 @@ def _ramp(progress: float, start: float, stop: float, rest: float) -> float:
 
 PRESETS: dict[str, TrainConfig] = {
     "bundled": TrainConfig(
-        lr=1e-3,
-        warmup=50,
-        easy_from=0.2,
-        easy_until=0.6,
-        easy_rest=0.3,
-        coarse_from=0.3,
-        coarse_until=0.8,
-        coarse_rest=0.1,
-        norm_penalty=0.1,
-        correlation_penalty=0.3,
-        share=0.5,
-        pool_size=722,
-        sampler=SamplerConfig(max_macs=5e6, max_outputs=1.6e5, max_layers=30),
-    ),
-    "orthogonal": TrainConfig(
-        steps=8000,
-        batch_size=64,
-        optimizer="muon",
-        lr=2e-3,
-        warmup=30,
-        schedule="constant",
-        average=0.99,
-        easy="pretext",
-        easy_ways=0,
-        easy_from=0.3,
-        easy_until=0.5,
-        easy_rest=0.3,
-        coarse_from=0.3,
-        coarse_until=0.8,
-        coarse_rest=0.2,
-        pool_start=8,
-        pool_full=0.5,
-        kernels="orthogonal",
-        share=0.5,
-        pool_size=722,
-        eval_every=250,
-        save_every=50,
-        log_every=20,
-        sampler=SamplerConfig(max_macs=5e6, max_outputs=1.6e5, max_layers=30),
-    ),
-    "common": TrainConfig(
         steps=4000,
         batch_size=64,
         optimizer="muon",
@@ -296,4 +255,4 @@ PRESETS: dict[str, TrainConfig] = {
         TrainConfig(), steps=20, warmup=5, pool_size=16, eval_pool_size=4, eval_every=10, save_every=10, log_every=5
     ),
 }
-"""Named configurations of `timm-ghn train`: that of the bundled file, its successor, and one to try the command."""
+"""Named configurations of `timm-ghn train`: that of the bundled file, and one to try the command."""
