@@ -23,6 +23,7 @@ from timm_ghn.postprocess import (
     WeightLayer,
     correlation_std,
     default_start_layer,
+    is_pointwise,
     layer_generator,
     orthogonal_factor,
     orthogonalize_,
@@ -658,6 +659,26 @@ def test_default_start_layer_is_that_of_the_paper(name: str, count: int, start: 
     assert len(layers) == count
     assert resolve_start_layer(layers) == start
     assert resolve_start_layer(layers, 0.69 if name == "resnet50" else 0.83) == start
+
+
+@pytest.mark.parametrize(
+    ("name", "pointwise"),
+    [
+        ("vit_base_patch16_224", True),
+        ("swin_tiny_patch4_window7_224", True),
+        ("mixer_b16_224", True),
+        ("convnext_base", False),
+        ("resnet50", False),
+        ("efficientnet_b0", False),
+        ("coatnet_0_rw_224", False),
+        ("poolformer_s12", False),
+    ],
+)
+def test_networks_of_matrices_are_processed_from_the_first_layer(name: str, pointwise: bool) -> None:
+    layers = layers_of(name)
+    assert is_pointwise(layers) == pointwise
+    assert (resolve_start_layer(layers) == 1) == pointwise
+    assert resolve_start_layer(layers, 0.5) in (len(layers) // 2, len(layers) // 2 + 1)
 
 
 @given(st.integers(1, 2000))

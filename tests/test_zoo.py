@@ -22,7 +22,7 @@ from zoo import MODULES, count_smallest_model, kept_count, models_of, on_meta, s
 from timm_ghn.ghn import GHN
 from timm_ghn.graph import Graph, Role, to_graph
 from timm_ghn.graph.facts import LOOKED_UP
-from timm_ghn.postprocess import default_start_layer, resolve_start_layer, selected_layers, weight_layers
+from timm_ghn.postprocess import default_start_layer, is_pointwise, resolve_start_layer, selected_layers, weight_layers
 
 LARGE = 30_000_000
 """Number of parameters from which a model is not given memory of its own, or its values not compared."""
@@ -79,7 +79,7 @@ def check_layers(model: nn.Module, graph: Graph) -> None:
     layers = weight_layers(model)
     start = resolve_start_layer(layers)
     count = len(layers)
-    assert 1 <= start == default_start_layer(count) <= count
+    assert 1 <= start == (1 if is_pointwise(layers) else default_start_layer(count)) <= count
     assert min(2, count) <= count + 1 - start <= max(2, math.ceil(count / 3))
     classifier = {target.name for target in graph.targets if target.role is Role.CLASS_WEIGHT}
     assert classifier & {layer.parameter for layer in layers} <= {lay.parameter for lay in layers if lay.is_classifier}

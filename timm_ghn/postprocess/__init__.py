@@ -3,7 +3,13 @@
 `layers` says which weights are concerned, `noise` is Eq. 1, `orthogonal` is Eq. 2, and `run` applies both.
 """
 
-from timm_ghn.postprocess.layers import WeightLayer, default_start_layer, resolve_start_layer, weight_layers
+from timm_ghn.postprocess.layers import (
+    WeightLayer,
+    default_start_layer,
+    is_pointwise,
+    resolve_start_layer,
+    weight_layers,
+)
 from timm_ghn.postprocess.noise import Correlation, correlation_std, layer_generator
 from timm_ghn.postprocess.orthogonal import orthogonal_factor
 from timm_ghn.postprocess.run import (
@@ -23,6 +29,7 @@ __all__ = [
     "WeightLayer",
     "correlation_std",
     "default_start_layer",
+    "is_pointwise",
     "layer_generator",
     "orthogonal_factor",
     "orthogonalize_",

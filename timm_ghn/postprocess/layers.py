@@ -32,6 +32,7 @@ class WeightLayer:
         is_classifier: Whether it belongs to the classifier, which is counted but never changed.
         kernel: Shape of one kernel, where each row of the weight is the flattened kernel of an expert (CondConv);
             empty where the weight is one kernel.
+        side: Longest side of the kernel; 1 for a layer that looks at single positions.
     """
 
     number: int
@@ -39,6 +40,7 @@ class WeightLayer:
     module: str
     is_classifier: bool = False
     kernel: tuple[int, ...] = ()
+    side: int = 1
 
 
 def weight_layers(model: nn.Module) -> tuple[WeightLayer, ...]:
@@ -73,9 +75,13 @@ def weight_layers(model: nn.Module) -> tuple[WeightLayer, ...]:
         if id(before) in classifier and weight.shape == before.shape:
             classifier.add(id(weight))
     return tuple(
-        WeightLayer(number, parameter, module_name, id(weight) in classifier, kernel)
+        WeightLayer(number, parameter, module_name, id(weight) in classifier, kernel, _side(kernel or weight.shape))
         for number, (parameter, module_name, weight, kernel) in enumerate(found, start=1)
     )
+
+
+def _side(kernel: Sequence[int]) -> int:
+    return max(kernel[2:], default=1)
 
 
 def _weights(module: nn.Module, module_name: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -130,6 +136,15 @@ def default_start_layer(num_layers: int) -> int:
     return max(1, num_layers + 1 - max(2, processed))  # at least the classifier and one layer before it
 
 
+POINTWISE = 0.1
+"""Share of layers with kernels larger than 1 below which a network counts as one of matrices: a ViT, not a ConvNeXt."""
+
+
+def is_pointwise(layers: Sequence[WeightLayer]) -> bool:
+    """Whether hardly any layer looks at more than one position, as in transformers and mixers."""
+    return sum(layer.side > 1 for layer in layers) < POINTWISE * len(layers)
+
+
 def resolve_start_layer(
     layers: Sequence[WeightLayer], start_layer: int | float | str | None = None, default: int | float | None = None
 ) -> int:
@@ -140,7 +155,8 @@ def resolve_start_layer(
         start_layer: The number of a layer from 1; or a share of the number of layers, a float in (0, 1], rounded
             (0.69 gives 37 of 54, 0.83 gives 94 of 113); or the name of a module or parameter, for its first layer; or
             None for the default.
-        default: What None stands for, as a number or share; None for `default_start_layer`.
+        default: What None stands for, as a number or share; None for `default_start_layer`, and for 1 in networks of
+            matrices (`is_pointwise`), whose early layers hold no features that are worth more than their rank.
 
     Raises:
         InitError: There are no layers, or the number, share or name lies outside of the network.
@@ -150,7 +166,7 @@ def resolve_start_layer(
         raise InitError("the model has no convolutional or fully-connected weights to post-process")
     chosen = default if start_layer is None else start_layer
     if chosen is None:
-        return default_start_layer(count)
+        return 1 if is_pointwise(layers) else default_start_layer(count)
     if isinstance(chosen, str):
         return _first_layer_of(layers, chosen)
     if isinstance(chosen, int) and not isinstance(chosen, bool) and 1 <= chosen <= count:
