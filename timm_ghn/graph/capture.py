@@ -180,6 +180,7 @@ class _Recorder(TorchFunctionMode):
         self._operations: list[Operation] = []
         self._current: dict[int, Value] = {}  # by id of the tensor
         self._kept: list[Tensor] = []  # so that no id is used twice
+        self._wholes: dict[int, Tensor] = {}  # what a view was taken from, by id of the view
         self._results = Results()
         self._count = 0
         self._inputs: frozenset[int] = frozenset()
@@ -227,17 +228,27 @@ class _Recorder(TorchFunctionMode):
                 self._results.keep(key, result, (*args, *kwargs.values()))
             changed = [args[0]] if name == "setitem" else list(_tensors(result))
             if changed:
-                outputs = tuple(self._new_value(tensor) for tensor in self._with_bases(changed, args))
+                outputs = tuple(self._new_value(tensor) for tensor in self._with_wholes(changed, args, kwargs))
                 self._operations.append(Operation(name, recorded_args, recorded_kwargs, tuple(inputs), outputs))
         return result
 
-    @staticmethod
-    def _with_bases(changed: list[Tensor], args: tuple[Any, ...]) -> list[Tensor]:
-        """What changed, and the tensors that a view which was written into belongs to."""
-        first = args[0] if args else None
-        if isinstance(first, Tensor) and first._base is not None and any(first is tensor for tensor in changed):
-            return [*changed, first._base]
-        return changed
+    def _with_wholes(self, changed: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """What changed, and the tensors that a view which was written into is a view of."""
+        views = [tensor for tensor in changed if tensor._base is not None]
+        if not views:
+            return changed
+        operands = list(_tensors([*args, *kwargs.values()]))
+        for view in views:
+            base = view._base
+            if not any(view is operand for operand in operands):  # a new one
+                whole = next((operand for operand in operands if operand is base or operand._base is base), None)
+                if whole is not None:
+                    self._wholes[id(view)] = whole
+        wholes = []
+        written = operands[0] if operands and any(operands[0] is view for view in views) else None
+        while written is not None and (written := self._wholes.get(id(written))) is not None:
+            wholes.append(written)
+        return [*changed, *wholes]
 
     def _replace(self, item: Any, inputs: list[Value]) -> Any:
         if isinstance(item, Tensor):

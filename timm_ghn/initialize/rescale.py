@@ -45,7 +45,10 @@ KERNEL_BAND = 3.0
 """Largest factor between the root mean square of a predicted kernel and its nominal scale that is left as it is."""
 
 NORM_BAND = 10.0
-"""The same for weights of norm layers."""
+"""The same for weights of norm layers that are too large."""
+
+SMALLEST_NORM = 1e-3
+"""Root mean square of weights of norm layers that is left as it is: residual branches may start near zero."""
 
 MAX_CHAIN = 8
 """Layers in a row without a norm layer that are left as they are: more than a block of any kind has."""
@@ -70,7 +73,7 @@ def bounding_factor(prediction: Prediction) -> float:
     if role in (Role.WEIGHT, Role.CLASS_WEIGHT):
         is_sane = nominal / KERNEL_BAND <= rms <= nominal * KERNEL_BAND
     elif role is Role.NORM_WEIGHT:
-        is_sane = nominal / NORM_BAND <= rms <= nominal * NORM_BAND
+        is_sane = SMALLEST_NORM <= rms <= nominal * NORM_BAND
     else:  # what is added may be as small as it likes
         is_sane = rms <= nominal * KERNEL_BAND
     return 1.0 if is_sane else nominal / rms
