@@ -2,8 +2,9 @@
 
 **Part 1, single tensors.** GHNs aim at a nominal scale: kernels at `sqrt(2 / fan-in)` (`sqrt(1 / fan-in)` for
 depthwise and wide ones), norm weights, biases and tables of positions at about 1 or less. A tensor whose root mean
-square lies within a band around it is left as it is; one outside is brought back to the nominal scale. A GHN that was
-trained well stays within the band, so that nothing is changed.
+square lies within a band around it is left as it is; one outside is brought back to the nominal scale. Weights of norm
+layers may be small, as those that end residual branches are in trained networks. A GHN that was trained well stays
+within the bands, so that nothing is changed.
 
 Parts 2 and 3 are about sums. A GHN gives similar layers similar weights, and a kernel with more channels than a block
 repeats it. So terms that would be independent with random weights have the same direction: n of them add up to n times
