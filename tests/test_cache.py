@@ -184,7 +184,7 @@ def test_entries_say_what_made_them(three: list[str], settings: timm_ghn.Init) -
     assert [info.made["seed"] for info in infos] == [0, 1, 2]
     made = infos[0].made
     assert (made["model"], made["method"], made["version"]) == ("test_vit", "ghn-orth", timm_ghn.__version__)
-    assert (made["start_layer"], made["num_layers"]) == (18, 26)
+    assert (made["start_layer"], made["num_layers"]) == (1, 26)
     assert all(info.size == info.path.stat().st_size and not info.problem for info in infos)
 
 
@@ -283,7 +283,7 @@ def test_the_command_lists_verifies_and_removes(three: list[str], capsys: pytest
     out = capsys.readouterr().out
     assert out.splitlines()[1].startswith(three[0][:12])
     assert "1 d ago   test_vit  ghn-orth" in out
-    assert "3 entries, 3.0 MB" in out
+    assert "3 entries, 4.5 MB" in out
     assert run("ls", "--json") == 0
     assert [info["key"] for info in json.loads(capsys.readouterr().out)] == three
     assert run("verify") == 0

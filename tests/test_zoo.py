@@ -80,7 +80,8 @@ def check_layers(model: nn.Module, graph: Graph) -> None:
     start = resolve_start_layer(layers)
     count = len(layers)
     assert 1 <= start == (1 if is_pointwise(layers) else default_start_layer(count)) <= count
-    assert min(2, count) <= count + 1 - start <= max(2, math.ceil(count / 3))
+    processed = count + 1 - start
+    assert processed == count if is_pointwise(layers) else min(2, count) <= processed <= max(2, math.ceil(count / 3))
     classifier = {target.name for target in graph.targets if target.role is Role.CLASS_WEIGHT}
     assert classifier & {layer.parameter for layer in layers} <= {lay.parameter for lay in layers if lay.is_classifier}
     for chosen in (None, 1):

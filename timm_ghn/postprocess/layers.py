@@ -136,8 +136,8 @@ def default_start_layer(num_layers: int) -> int:
     return max(1, num_layers + 1 - max(2, processed))  # at least the classifier and one layer before it
 
 
-POINTWISE = 0.1
-"""Share of layers with kernels larger than 1 below which a network counts as one of matrices: a ViT, not a ConvNeXt."""
+POINTWISE = 0.07
+"""Share of layers with kernels larger than 1 below which a network counts as one of matrices: a ViT, not a MaxViT."""
 
 
 def is_pointwise(layers: Sequence[WeightLayer]) -> bool:
