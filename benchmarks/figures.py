@@ -188,8 +188,11 @@ def draw_curves(data: Mapping[str, Mapping[str, Mapping[str, list[float]]]]) -> 
         axes[1][column].xaxis.get_major_locator().set_params(integer=True)
     axes[0][0].set_ylabel("training loss (nats)")
     axes[1][0].set_ylabel("test accuracy (%)")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    drawn = [zip(*reversed(column.get_legend_handles_labels()), strict=True) for column in axes[0]]
+    handles = {label: handle for pairs in drawn for label, handle in pairs}  # a model may lack some initializations
+    figure.legend(
+        [handles[init] for init in inits], inits, loc="outside lower center", ncols=min(6, len(inits)), frameon=False
+    )
     return figure
 
 
