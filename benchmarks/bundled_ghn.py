@@ -20,7 +20,7 @@ import logging
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,8 +140,9 @@ def marks(epochs: int) -> tuple[int, ...]:
     return tuple(math.ceil(share * epochs) for share in MARKS)
 
 
-def row(task: str, model: str, init: str, results: Sequence[RunResult], reference: Sequence[RunResult]) -> str:
-    """A line of the Markdown table."""
+def row(task: str, model: str, init: str, done: Mapping[str, Sequence[RunResult]]) -> str:
+    """A line of the Markdown table, from the results of all initializations so far."""
+    results = done[init]
     epochs = results[0].config.epochs
     cells = []
     for mark in marks(epochs):
@@ -149,26 +150,28 @@ def row(task: str, model: str, init: str, results: Sequence[RunResult], referenc
                   if point.epoch == mark and point.accuracy is not None]  # fmt: skip
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         cells.append(f"{statistics.fmean(values):.1f} ± {spread:.1f}")
-    difference = "-"
-    if reference and reference is not results:
-        found = compare(summarize(results)[0], summarize(reference)[0])
-        difference = f"{100 * found.difference:+.1f} (p = {found.p_value:.2g})"
-    return f"| {task} | {model} | {init} | {results[0].config.lr:g} | {' | '.join(cells)} | {difference} |"
+    for reference in ("rand", "orth"):
+        if reference == init or reference not in done:
+            cells.append("-")
+            continue
+        found = compare(summarize(results)[0], summarize(done[reference])[0])
+        cells.append(f"{100 * found.difference:+.1f} (p = {found.p_value:.2g})")
+    return f"| {task} | {model} | {init} | {results[0].config.lr:g} | {' | '.join(cells)} |"
 
 
 def run(args: argparse.Namespace) -> None:
     """Make all runs, and print a line of the table as soon as its runs are there."""
     bench = Bench(args)
-    print("| task | model | init | lr | after 10 % | 30 % | all epochs | less rand, paired by seed |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| task | model | init | lr | after 10 % | 30 % | all epochs | less rand, paired by seed | less orth |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for task in args.tasks:
         for model in args.models:
-            reference: Sequence[RunResult] = ()
+            done: dict[str, Sequence[RunResult]] = {}
             for init in args.inits:
                 results = bench.line(task, model, init)
-                reference = results if init == "rand" else reference
                 if results:
-                    print(row(task, model, init, results, reference), flush=True)
+                    done[init] = results
+                    print(row(task, model, init, done), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -190,7 +190,7 @@ def measure_activations(
     twin.eval()
     if batch_statistics:
         for module in twin.modules():
-            module.training = _keeps_statistics(module)
+            module.training = keeps_statistics(module)
     recorder = _Recorder(twin)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     failure: Exception | None = None
@@ -247,7 +247,8 @@ def _twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def _keeps_statistics(module: nn.Module) -> bool:
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a module itself, not one inside of it, keeps running statistics."""
     return any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False))
 
 

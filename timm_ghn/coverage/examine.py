@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from timm_ghn.activations import Activations as Measured
-from timm_ghn.activations import BlockRatio, activation_ratio, measure_activations
+from timm_ghn.activations import BlockRatio, activation_ratio, keeps_statistics, measure_activations
 from timm_ghn.coverage.clock import Clock, ClockedGHN
 from timm_ghn.coverage.flops import multiplications
 from timm_ghn.coverage.records import (
@@ -251,7 +251,7 @@ def _initialized(name: str, settings: Settings, clock: Clock) -> tuple[nn.Module
 
 
 def _keeps_statistics(model: nn.Module) -> bool:
-    return any(buffer.rpartition(".")[2].startswith("running_") for buffer, _ in model.named_buffers())
+    return any(keeps_statistics(module) for module in model.modules())
 
 
 def _activations(model: nn.Module, size: tuple[int, ...] | None, seed: int) -> Measured:
