@@ -704,7 +704,7 @@ def test_command_trains_and_exports(tmp_path: Path, shard: Path) -> None:
     assert content_hash(read(tmp_path / "again.safetensors")) == content_hash(ghn)
     assert (tmp_path / "ghn.safetensors").stat().st_size < 10e6
     line[1] = str(tmp_path / "more")
-    line += ["--start", str(tmp_path / "ghn.safetensors"), "--start-step", "1"]
+    line += ["--from-ghn", str(tmp_path / "ghn.safetensors"), "--from-step", "1"]
     with pytest.raises(TrainingError, match="has 'raw' kernels, the run 'orthogonal' ones"):
         run_train(_arguments(*line, "--kernels", "orthogonal"))
     assert run_train(_arguments(*line)) == 0

@@ -61,8 +61,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of checkpoints and metrics")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="bundled", help="configuration to start from")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--start", type=Path, metavar="FILE", help="begin with the weights of this GHN")
-    parser.add_argument("--start-step", type=int, default=0, metavar="N", help="step of the schedules to begin at")
+    parser.add_argument("--from-ghn", type=Path, metavar="FILE", help="begin with the weights of this GHN")
+    parser.add_argument("--from-step", type=int, default=0, metavar="N", help="step of the schedules to begin at")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     parser.add_argument("--workers", type=int, default=1, help="processes that record graphs before training")
     parser.add_argument("--hid", type=int, default=32, help="size of the GHN's node features")
@@ -114,7 +114,7 @@ def run_train(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     _join_group(device)
     try:
-        beginning = Beginning(args.start, args.start_step, resume=args.resume, hid=args.hid)
+        beginning = Beginning(args.from_ghn, args.from_step, resume=args.resume, hid=args.hid)
         trainer = prepare(args.images, config, args.out, device, beginning, workers=args.workers)
         result = trainer.run()
         if trainer.rank == 0:
