@@ -15,7 +15,6 @@ import zipfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -219,7 +218,7 @@ def _build(config: GHNConfig, tensors: Any, name: str, metadata: Mapping[str, st
     ghn = _empty(config)
     copies = {key: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for key, tensor in tensors.items()}
     ghn.load_state_dict(copies, assign=True)
-    ghn.info = GHNInfo(name, content_hash(ghn), MappingProxyType(dict(metadata)))
+    ghn.info = GHNInfo(name, content_hash(ghn), dict(metadata))
     return ghn.eval()
 
 

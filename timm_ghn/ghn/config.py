@@ -5,7 +5,6 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from types import MappingProxyType
 from typing import Any
 
 from timm_ghn.errors import CheckpointError
@@ -141,7 +140,7 @@ class GHNInfo:
 
     name: str
     hash: str
-    metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def _check_size(name: str, value: object, maximum: int) -> None:

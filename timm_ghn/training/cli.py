@@ -257,6 +257,7 @@ def make_trainer(
     """
     if beginning.ghn is not None:
         ghn = read(beginning.ghn)
+        ghn.info = None  # of the file; training makes another GHN of it
         if ghn.config.kernels != config.kernels:
             raise TrainingError(f"{beginning.ghn} has '{ghn.config.kernels}' kernels, the run '{config.kernels}' ones")
     else:
