@@ -5,28 +5,38 @@
 
 Tasks: CIFAR-10 with 100 labels a class, Fashion-MNIST with as many, and 20 labels of each of the 50 classes of
 Tiny-ImageNet that the GHN never saw. Learning rates are chosen for each initialization on held-out training images of
-the task (5,000 of CIFAR-10), never on its test images. Beside the methods of `init=` there are two that bound them:
+the task (5,000 of CIFAR-10), never on its test images. `--inits` takes the methods of `init=`, with settings after an @
+(`ghn-orth@noise=0`, `ghn-orth@start_layer=0.5`), and:
 
 - `untrained`: GHN-orth by a GHN as it is before its first step, the floor;
-- `oracle`: the same network trained directly, with all labels, on the images that the GHN was trained on.
+- `oracle`: the same network trained directly, with all labels, on the images that the GHN was trained on;
+- `oracle-orth`: the oracle, post-processed as predicted weights are;
+- `noise-only`: predicted weights with the noise of post-processing, without orthogonalization.
 
-Results are files in `--out`; what is there is not computed again, and several processes may share the folder.
+Results are files in `--out`; what is there is not computed again, and several processes may share the folder (a line of
+the table belongs to one of them). `--table` computes nothing and prints all lines that are there.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import json
 import logging
 import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_model
 
+import timm_ghn
 from timm_ghn.errors import TimmGhnError
+from timm_ghn.files.paths import write_atomically
 from timm_ghn.finetune import (
     Benchmark,
     Execution,
@@ -42,7 +52,8 @@ from timm_ghn.finetune import (
     summarize,
     tune,
 )
-from timm_ghn.ghn import GHNConfig, load_ghn
+from timm_ghn.finetune.network import build_network
+from timm_ghn.ghn import GHNConfig, content_hash, load_ghn
 from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.training.cli import new_ghn
 from timm_ghn.training.config import PRESETS
@@ -67,10 +78,31 @@ LRS = {"resnet": (1e-3, 3e-3, 1e-2), "convnext": (3e-4, 1e-3, 3e-3), "vit": (3e-
 """Learning rates to choose from."""
 
 INITS = ("rand", "orth", "untrained", "ghn", "ghn-orth", "oracle")
+FILES = ("oracle", "oracle-orth", "noise-only")
+"""Those of `--inits` whose weights are made first, and kept in a file."""
 TASKS = ("cifar10", "held-out", "fashion-mnist")
 MARKS = (0.1, 0.3, 1.0)
 """Shares of the epochs after which accuracy is measured."""
 _SHARDS = "tinyimagenet32"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A finished line of the table.
+
+    Attributes:
+        task: What was learned.
+        model: Key of `MODELS`.
+        init: As given to `--inits`.
+        ghn: Name of the GHN's file, and the first digits of its hash; empty without one.
+        keys: Names of the runs, one a seed.
+    """
+
+    task: str
+    model: str
+    init: str
+    ghn: str
+    keys: tuple[str, ...]
 
 
 class Bench:
@@ -84,7 +116,7 @@ class Bench:
         self.args = args
         self.store = ResultStore(args.out)
         self.images: dict[str, Benchmark] = {}
-        self.execution = Execution(evaluate_every=0, evaluate_at=marks(args.epochs))
+        self.execution = Execution(device=args.device, evaluate_every=0, evaluate_at=marks(args.epochs))
 
     def data(self, task: str) -> Benchmark:
         """Images of a task; "oracle" for those of the classes that the GHN was trained on."""
@@ -99,21 +131,35 @@ class Bench:
     def config(self, task: str, model: str, init: str) -> FineTuneConfig:
         """Settings of the runs of one line, before the learning rate is chosen."""
         labels = 20 if task == "held-out" else 100
-        config = replace(MODELS[model], epochs=self.args.epochs, labels_per_class=labels)
-        if init == "oracle":
-            return replace(config, init="rand", init_file=str(self.oracle(model)))
-        if init == "untrained":
-            return replace(config, init="ghn-orth", ghn=str(self.untrained()))
-        if init in ("ghn", "ghn-orth"):
-            return replace(config, init=init, ghn=self.args.ghn)
-        return replace(config, init=init)
+        base = replace(MODELS[model], epochs=self.args.epochs, labels_per_class=labels)
+        method, settings = parse_init(init)
+        if method in FILES:
+            return replace(base, init="rand", init_file=str(self.weights(base, model, method)))
+        if method == "untrained":
+            return replace(base, init="ghn-orth", ghn=str(self.untrained()), **settings)
+        ghn = self.args.ghn if method in ("ghn", "ghn-orth") else None
+        return replace(base, init=method, ghn=ghn, **settings)
+
+    def weights(self, base: FineTuneConfig, model: str, method: str) -> Path:
+        """File of the weights that a line starts from."""
+        if method == "oracle":
+            return self.oracle(model)
+        predicted = method == "noise-only"
+        name = f"{method}-{content_hash(load_ghn(self.args.ghn))[:12]}" if predicted else method
+        path = self.args.out / f"{name}-{model}.safetensors"
+        if not path.exists():
+            start = {"init": "ghn", "ghn": self.args.ghn} if predicted else {"init_file": str(self.oracle(model))}
+            module = build_network(replace(base, **start), self.data("cifar10").num_classes, 0).module
+            timm_ghn.orthogonalize_(module, orthogonal=not predicted)
+            save_model(module, str(path))
+        return path
 
     def oracle(self, model: str) -> Path:
         """File of a network trained directly on the GHN's images."""
         config = replace(
             MODELS[model], init="rand", labels_per_class=None, epochs=self.args.oracle_epochs, batch_size=64
         )
-        execution = Execution(evaluate_every=0, keep_weights=True)
+        execution = Execution(device=self.args.device, evaluate_every=0, keep_weights=True)
         (result,) = run_jobs([Job(config, 0)], self.data("oracle"), self.store, execution)
         return self.store.weights(result.key)
 
@@ -129,10 +175,42 @@ class Bench:
         """All seeds of a line of the table, with the learning rate that is best on held-out training images."""
         args, data = self.args, self.data(task)
         grid = Grid(lrs=tuple(args.lrs or LRS[model]), seeds=tuple(args.tune_seeds))
-        config = tune(self.config(task, model, init), grid, data, self.store, self.execution)
+        config = self.config(task, model, init)
+        config = tune(config, grid, data, self.store, self.execution, together=args.together)
         if args.tune_only:
             return ()
-        return run_jobs([Job(config, seed) for seed in range(args.seeds)], data, self.store, self.execution)
+        jobs = [Job(config, seed) for seed in range(args.seeds)]
+        results = run_jobs(jobs, data, self.store, self.execution, together=args.together)
+        if len(results) == len(jobs):
+            self.keep(Line(task, model, init, ghn_label(config.ghn), tuple(result.key for result in results)))
+        return results
+
+    def keep(self, line: Line) -> None:
+        """Write down which runs make up a line."""
+        text = json.dumps(asdict(line), indent=1)
+        write_atomically(self.store.folder / "lines" / f"{line.keys[0]}.json", text.encode())
+
+    def lines(self) -> dict[Line, tuple[RunResult, ...]]:
+        """All finished lines of the folder, with their runs."""
+        found = {}
+        for path in sorted((self.store.folder / "lines").glob("*.json")):
+            values = json.loads(path.read_text())
+            line = Line(**{**values, "keys": tuple(values["keys"])})
+            results = [self.store.read(key) for key in line.keys]
+            found[line] = tuple(result for result in results if result is not None)
+        return found
+
+
+def ghn_label(ghn: str | None) -> str:
+    """How a table names a GHN."""
+    return f"{Path(ghn).stem} ({content_hash(load_ghn(ghn))[:12]})" if ghn is not None else ""
+
+
+def parse_init(text: str) -> tuple[str, dict[str, Any]]:
+    """`ghn-orth@noise=0@start_layer=1` as the method and its settings."""
+    method, *settings = text.split("@")
+    pairs = (setting.partition("=") for setting in settings)
+    return method, {name: ast.literal_eval(value) for name, _, value in pairs}
 
 
 def marks(epochs: int) -> tuple[int, ...]:
@@ -140,9 +218,14 @@ def marks(epochs: int) -> tuple[int, ...]:
     return tuple(math.ceil(share * epochs) for share in MARKS)
 
 
-def row(task: str, model: str, init: str, done: Mapping[str, Sequence[RunResult]]) -> str:
+HEADER = """\
+| task | model | init | GHN | lr | after 10 % | 30 % | all epochs | less rand, paired by seed | less orth |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def row(line: Line, done: Mapping[str, Sequence[RunResult]]) -> str:
     """A line of the Markdown table, from the results of all initializations so far."""
-    results = done[init]
+    results = done[line.init]
     epochs = results[0].config.epochs
     cells = []
     for mark in marks(epochs):
@@ -151,19 +234,51 @@ def row(task: str, model: str, init: str, done: Mapping[str, Sequence[RunResult]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         cells.append(f"{statistics.fmean(values):.1f} ± {spread:.1f}")
     for reference in ("rand", "orth"):
-        if reference == init or reference not in done:
+        if reference == line.init or reference not in done:
             cells.append("-")
             continue
         found = compare(summarize(results)[0], summarize(done[reference])[0])
         cells.append(f"{100 * found.difference:+.1f} (p = {found.p_value:.2g})")
-    return f"| {task} | {model} | {init} | {results[0].config.lr:g} | {' | '.join(cells)} |"
+    name = f"{line.task} | {line.model} | {line.init} | {line.ghn or '-'}"
+    return f"| {name} | {results[0].config.lr:g} | {' | '.join(cells)} |"
+
+
+def print_table(bench: Bench) -> None:
+    """Print all lines that are there, and write their runs as JSON Lines if asked to."""
+    lines = {line: results for line, results in bench.lines().items() if results[0].config.epochs == bench.args.epochs}
+    order = [*INITS, *sorted({line.init for line in lines} - set(INITS))]
+    places = sorted(lines, key=lambda line: (TASKS.index(line.task), line.model, order.index(line.init), line.ghn))
+    print(HEADER)
+    for line in places:
+        others = {other.init: lines[other] for other in lines if (other.task, other.model) == (line.task, line.model)}
+        print(row(line, {**others, line.init: lines[line]}))
+    if bench.args.jsonl is not None:
+        rows = [record(line, result) for line in places for result in lines[line]]
+        write_atomically(bench.args.jsonl, "".join(f"{json.dumps(values)}\n" for values in rows).encode())
+
+
+def record(line: Line, result: RunResult) -> dict[str, Any]:
+    """What is published of a run."""
+    measured = {point.epoch: point.accuracy for point in result.curve if point.accuracy is not None}
+    return {
+        **{name: value for name, value in asdict(line).items() if name != "keys"},
+        "lr": result.config.lr,
+        "seed": result.seed,
+        "epochs": result.config.epochs,
+        "accuracy": measured,
+        "seconds": round(result.seconds, 1),
+        "data": result.data["digest"],
+        **{name: result.environment.get(name) for name in ("torch", "timm", "device", "commit")},
+    }
 
 
 def run(args: argparse.Namespace) -> None:
     """Make all runs, and print a line of the table as soon as its runs are there."""
     bench = Bench(args)
-    print("| task | model | init | lr | after 10 % | 30 % | all epochs | less rand, paired by seed | less orth |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    if args.table:
+        print_table(bench)
+        return
+    print(HEADER, flush=True)
     for task in args.tasks:
         for model in args.models:
             done: dict[str, Sequence[RunResult]] = {}
@@ -171,17 +286,18 @@ def run(args: argparse.Namespace) -> None:
                 results = bench.line(task, model, init)
                 if results:
                     done[init] = results
-                    print(row(task, model, init, done), flush=True)
+                    line = Line(task, model, init, ghn_label(results[0].config.ghn), ())
+                    print(row(line, done), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status is 2 after an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the JPEG shards")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets, or of JPEG shards")
     parser.add_argument("--out", type=Path, default=Path("results/bundled"), help="folder of results")
     parser.add_argument("--ghn", default="bundled", help="file or name of the GHN")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=tuple(MODELS))
-    parser.add_argument("--inits", nargs="+", default=list(INITS), help="methods of init=, untrained, oracle")
+    parser.add_argument("--inits", nargs="+", default=list(INITS), metavar="INIT", help="see above")
     parser.add_argument("--tasks", nargs="+", default=["cifar10"], choices=TASKS)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=5)
@@ -189,7 +305,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tune-seeds", nargs="+", type=int, default=[1000])
     parser.add_argument("--tune-only", action="store_true", help="choose learning rates, and no more")
     parser.add_argument("--oracle-epochs", type=int, default=5)
+    parser.add_argument("--table", action="store_true", help="compute nothing, print the lines of --epochs in --out")
+    parser.add_argument("--jsonl", type=Path, metavar="FILE", help="with --table: write the runs of the lines there")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--together", type=int, default=1, help="runs that take turns on the GPU")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     torch.set_num_threads(args.threads)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from shards import noisy_images, write_shard
 
 from timm_ghn.finetune import FineTuneConfig, ResultStore
@@ -36,7 +39,7 @@ def test_every_line_of_the_table(
     assert bundled_ghn.main([*map(str, command), "--tasks", "cifar10"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     assert [line.split(" | ")[2] for line in lines] == list(bundled_ghn.INITS)
-    assert lines[0].endswith("| - |")
+    assert lines[0].endswith("| - | - |")
     assert all("(p = " in line for line in lines[1:])
     runs = ResultStore(data / "out").all()
     # two trials and a seed a line, and the oracle itself
@@ -60,6 +63,37 @@ def test_classes_that_the_ghn_never_saw(
     assert run.data["classes"] == 50
     assert run.data["train"] == 1000
     assert "| held-out | tiny | ghn-orth |" in capsys.readouterr().out
+
+
+def test_variants_and_the_table_of_what_is_there(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bundled_ghn, "MODELS", {"tiny": FineTuneConfig("test_resnet", stem="original", batch_size=100)})
+    out = data / "out"
+    command = ["--data", data, "--out", out, "--models", "tiny", "--epochs", "1", "--seeds", "2", "--lrs", "1e-3"]
+    inits = ["orth", "ghn-orth@noise=0@start_layer=1", "ghn-orth@start_layer=0.5", "noise-only", "oracle-orth"]
+    assert bundled_ghn.main([*map(str, command), "--oracle-epochs", "1", "--inits", *inits]) == 0
+    printed = capsys.readouterr().out.splitlines()[2:]
+    runs = [run for run in ResultStore(out).all() if run.data["name"] == "cifar10"]
+    assert len(runs) == 2 * len(inits)
+    settings = {(run.config.noise, run.config.start_layer) for run in runs if run.config.init == "ghn-orth"}
+    assert settings == {(0, 1), (None, 0.5)}
+
+    # Noise alone leaves the singular values of the predicted weights; the oracle's became orthogonal.
+    noisy, oracle = load_file(next(out.glob("noise-only-*"))), load_file(next(out.glob("oracle-orth-*")))
+    last = next(name for name in reversed(noisy) if noisy[name].ndim == 4 and noisy[name].shape[2] > 1)
+    for weights, expected in ((noisy, False), (oracle, True)):
+        matrix = weights[last].flatten(1)
+        gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+        assert torch.allclose(gram, torch.eye(len(gram)), atol=1e-4) == expected
+
+    assert bundled_ghn.main([*map(str, command), "--table", "--jsonl", str(data / "runs.jsonl")]) == 0
+    again = capsys.readouterr().out.splitlines()[2:]
+    assert sorted(again) == sorted(printed)
+    rows = [json.loads(line) for line in (data / "runs.jsonl").read_text().splitlines()]
+    assert [(row["init"], row["seed"]) for row in rows[:2]] == [("orth", 0), ("orth", 1)]
+    assert len(rows) == 2 * len(inits)
+    assert {row["accuracy"]["1"] for row in rows} == {run.accuracy for run in runs}
 
 
 def test_missing_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

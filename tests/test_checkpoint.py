@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -74,6 +75,14 @@ def test_safetensors_keep_weights_config_hash_and_metadata(ghn: GHN, tmp_path: P
     assert loaded.info.metadata["card"] == "trained on nothing"
     assert loaded.info.hash == content_hash(ghn)
     assert os.listdir(path.parent) == ["ghn.pt"]
+
+
+def test_a_ghn_that_was_read_can_be_copied_and_pickled(ghn: GHN, tmp_path: Path) -> None:
+    write_safetensors(ghn, tmp_path / "ghn.safetensors", {"step": "7"})
+    found = read(tmp_path / "ghn.safetensors")
+    for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert other.info == found.info
+        assert content_hash(other) == content_hash(found)
 
 
 def test_every_caller_gets_a_ghn_of_its_own_and_changed_files_are_read_again(ghn: GHN, tmp_path: Path) -> None:

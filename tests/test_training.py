@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from timm_ghn.errors import TrainingError
@@ -296,7 +297,8 @@ def test_common_architectures_are_those_of_popular_models() -> None:
     assert {spec.family for spec in specs} == set(config.families)
     for spec in specs:
         kinds = {stage.kind for stage in spec.stages}
-        assert kinds == {spec.family}
+        is_vit = spec.family == "attention"
+        assert kinds == {"vit" if is_vit else spec.family}
         widths = [stage.width for stage in spec.stages]
         assert widths == sorted(widths)
         is_modern = spec.family in ("convnext", "attention")
@@ -306,8 +308,18 @@ def test_common_architectures_are_those_of_popular_models() -> None:
         assert spec.stem.startswith("patch") == is_modern
         with torch.device("meta"):
             macs, outputs = count_macs(build(spec, 10), 32)
-        assert macs <= config.max_macs
+        assert macs <= config.max_macs * (3 if is_vit else 1)
         assert outputs <= config.max_outputs
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_vision_transformers_are_timms(pool: str) -> None:
+    spec = ArchitectureSpec("attention", "patch8", 48, (StageSpec("vit", 3, 48, 1, norm="ln", act="gelu"),), pool)
+    model = build(spec, 7)
+    assert isinstance(model, VisionTransformer)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    predicted = {target.name for target in architecture_graph(spec, 7).targets}
+    assert {name for name, _ in model.named_parameters()} - predicted == ({"cls_token"} if pool == "token" else set())
 
 
 @pytest.mark.slow

@@ -115,16 +115,18 @@ class CapturedStep:
 
     def _capture(self, picks: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         place = picks.clone()
-        before = _snapshot(self._step)
-        for _ in range(_WARM_UPS):
-            self._step(place)
-        _restore(self._step, before)
-        self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
-        self._step.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-            self._step(place)
+        # Afterwards the generators are as before, so that the first replay draws what an uncaptured step would.
+        with torch.random.fork_rng(devices=[place.device]):
+            before = _snapshot(self._step)
+            for _ in range(_WARM_UPS):
+                self._step(place)
+            _restore(self._step, before)
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
+            self._step.optimizer.zero_grad(set_to_none=True)
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                self._step(place)
         return graph, place
 
 

@@ -26,6 +26,7 @@ from timm.models.densenet import DenseBlock, DenseTransition
 from timm.models.metaformer import MetaFormerBlock, Pooling
 from timm.models.mlp_mixer import MixerBlock
 from timm.models.vision_transformer import Block as AttentionBlock
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -51,7 +52,8 @@ _TOKEN_KINDS = ("attention", "mixer")
 _WIDTHS = tuple(range(8, 257, 8))
 _STEMS = ("conv3", "conv3s2", "conv5", "conv7s2", "conv7s2_pool", "patch2", "patch4", "deep")
 _STEM_STRIDES = {
-    "conv3": 1, "conv3s2": 2, "conv5": 1, "conv7s2": 2, "conv7s2_pool": 4, "patch2": 2, "patch4": 4, "deep": 2,
+    "conv3": 1, "conv3s2": 2, "conv5": 1, "conv7s2": 2, "conv7s2_pool": 4, "patch2": 2, "patch4": 4, "patch8": 8,
+    "deep": 2,
 }  # fmt: skip
 
 
@@ -60,7 +62,7 @@ class StageSpec:
     """A run of equal blocks.
 
     Attributes:
-        kind: Kind of block: a family other than `hybrid`.
+        kind: Kind of block: a family other than `hybrid`; or "vit", the whole of timm's VisionTransformer.
         depth: Number of blocks.
         width: Channels of its output.
         stride: 1 or 2, applied where the stage begins.
@@ -94,10 +96,10 @@ class ArchitectureSpec:
 
     Attributes:
         family: What it was drawn as: the key that `FAMILY_WEIGHTS` weighs and that can be held out.
-        stem: Kind of stem: one of conv3, conv3s2, conv5, conv7s2, conv7s2_pool, patch2, patch4, deep.
+        stem: Kind of stem: one of conv3, conv3s2, conv5, conv7s2, conv7s2_pool, patch2, patch4, patch8, deep.
         stem_width: Channels of its output.
         stages: The body.
-        pool: Pooling of the head: avg, max or catavgmax.
+        pool: Pooling of the head: avg, max or catavgmax; token for the class token of a "vit".
         head: "linear", "norm" (normalization between pooling and classifier), "mlp" (and a hidden layer) or "conv"
             (a 1x1 convolution before pooling).
         head_width: Channels of that hidden layer or convolution.
@@ -141,7 +143,7 @@ class SamplerConfig:
             of a family have, and varies depth, width and the number of stages (see `COMMON_FAMILIES`).
         input_size: Side of the images in pixels.
         min_macs: Fewest multiply-adds an image.
-        max_macs: Most multiply-adds an image.
+        max_macs: Most multiply-adds an image; three times as many in a "vit", whose matrix products are faster.
         max_outputs: Most elements in the outputs of convolutions and linear layers an image (small networks are bound
             by memory traffic).
         max_params: Most parameters.
@@ -176,6 +178,8 @@ class SamplerConfig:
 
 _MAX_DRAWS = 500
 """Draws after which a sampler gives up."""
+_VIT_MACS = 3
+"""See `SamplerConfig.max_macs`."""
 
 
 def sample_architecture(rng: random.Random, config: SamplerConfig | None = None) -> ArchitectureSpec:
@@ -201,7 +205,8 @@ def sample_architecture(rng: random.Random, config: SamplerConfig | None = None)
         if sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules()) > config.max_layers:
             continue
         macs, outputs = count_macs(model, spec.input_size)
-        if config.min_macs <= macs <= config.max_macs and outputs <= config.max_outputs:
+        most = config.max_macs * (_VIT_MACS if spec.stages[0].kind == "vit" else 1)
+        if config.min_macs <= macs <= most and outputs <= config.max_outputs:
             return spec
     raise TrainingError(f"no '{family}' architecture has between {config.min_macs:g} and {config.max_macs:g} MACs")
 
@@ -217,6 +222,7 @@ class _Common:
         ratios: Ratios to choose from.
         kernels: Sides of kernels to choose from.
         head: Kind of head.
+        pools: Poolings to choose from.
     """
 
     stems: tuple[str, ...]
@@ -225,6 +231,7 @@ class _Common:
     ratios: tuple[float, ...] = (4.0,)
     kernels: tuple[int, ...] = (3,)
     head: str = "linear"
+    pools: tuple[str, ...] = ("avg",)
 
 
 _MODERN = StageSpec("", 1, 8, 1, norm="ln", act="gelu")
@@ -237,7 +244,7 @@ COMMON_FAMILIES: dict[str, _Common] = {
         ("patch2", "patch2", "patch4"), (2, 3, 4), replace(_MODERN, kind="convnext"), (4.0,), (7,), "norm"
     ),
     "attention": _Common(
-        ("patch2", "patch4", "patch4"), (1,), replace(_MODERN, kind="attention"), (4.0,), (3,), "norm"
+        ("patch4", "patch8"), (1,), replace(_MODERN, kind="vit"), (4.0,), (3,), "norm", ("token", "avg")
     ),
 }
 """The families that can be drawn in the common style."""
@@ -264,8 +271,10 @@ def _draw_common(rng: random.Random, family: str, input_size: int) -> Architectu
         if index > 0:
             width = min(256, _round_width(rng, width * 2))
         side //= stride
-        specs.append(_stage(rng, style, family, depth, width, stride))
-    return ArchitectureSpec(family, stem, stem_width, tuple(specs), "avg", common.head, 0, input_size)
+        specs.append(_stage(rng, style, style.kind, depth, width, stride))
+    return ArchitectureSpec(
+        family, stem, stem_width, tuple(specs), rng.choice(common.pools), common.head, 0, input_size
+    )
 
 
 def _draw(rng: random.Random, family: str, input_size: int) -> ArchitectureSpec:
@@ -366,7 +375,7 @@ def _stage(rng: random.Random, style: StageSpec, kind: str, depth: int, width: i
         width = max(32, width // 4 * 4)
     elif kind == "grouped":
         width = max(16, width // 16 * 16)
-    elif kind == "attention":
+    elif kind in ("attention", "vit"):
         width = max(32, width // 16 * 16)
     elif kind == "mixer":
         width = max(16, width // 8 * 8)
@@ -425,6 +434,8 @@ def build(spec: ArchitectureSpec, num_classes: int) -> nn.Module:
     """
     if spec.stem not in _STEM_STRIDES:
         raise TrainingError(f"unknown stem '{spec.stem}'")
+    if spec.stages[0].kind == "vit":
+        return _build_vit(spec, num_classes)
     stem = _build_stem(spec)
     side = spec.input_size // _STEM_STRIDES[spec.stem]
     width = spec.stem_width
@@ -448,6 +459,23 @@ def build(spec: ArchitectureSpec, num_classes: int) -> nn.Module:
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
     return model
+
+
+def _build_vit(spec: ArchitectureSpec, num_classes: int) -> nn.Module:
+    stage = spec.stages[0]
+    return VisionTransformer(
+        img_size=spec.input_size,
+        patch_size=_STEM_STRIDES[spec.stem],
+        num_classes=num_classes,
+        global_pool=cast(Any, spec.pool),
+        class_token=spec.pool == "token",
+        embed_dim=stage.width,
+        depth=stage.depth,
+        num_heads=stage.width // (32 if stage.width % 32 == 0 else 16),
+        mlp_ratio=stage.ratio,
+        init_values=stage.layer_scale,
+        act_layer=_act_layer(stage.act),
+    )
 
 
 def _norm_layer(name: str) -> type[nn.Module]:

@@ -128,11 +128,16 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def _join_group(device: torch.device) -> None:
-    """Join the process group if torchrun started this process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    """Join the process group if torchrun started this process. More processes than GPUs share them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+        if int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus:  # NCCL wants a GPU for each process
+            backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
 
 
 @dataclass(frozen=True)
