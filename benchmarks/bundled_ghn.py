@@ -35,7 +35,7 @@ import torch
 from safetensors.torch import save_model
 
 import timm_ghn
-from timm_ghn.errors import TimmGhnError
+from timm_ghn.cli.common import exit_status
 from timm_ghn.files.paths import write_atomically
 from timm_ghn.finetune import (
     Benchmark,
@@ -313,12 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     torch.set_num_threads(args.threads)
-    try:
-        run(args)
-    except (TimmGhnError, OSError) as error:
-        print(f"bundled_ghn.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("bundled_ghn.py", lambda: run(args))
 
 
 if __name__ == "__main__":

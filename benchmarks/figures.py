@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 import timm_ghn
-from timm_ghn.errors import FineTuneError, MissingDependencyError, TimmGhnError
+from timm_ghn.cli.common import exit_status
+from timm_ghn.errors import FineTuneError, MissingDependencyError
 from timm_ghn.files.paths import write_atomically
 from timm_ghn.finetune import ResultStore, RunResult, Summary, compare, load_benchmark, summarize
 from timm_ghn.finetune.config import PRESETS
@@ -445,12 +446,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 2 after an error."""
     args = make_parser().parse_args(argv)
-    try:
-        args.handler(args)
-    except (TimmGhnError, OSError) as error:
-        print(f"figures.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("figures.py", lambda: args.handler(args))
 
 
 if __name__ == "__main__":

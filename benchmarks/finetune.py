@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from timm_ghn.errors import TimmGhnError
+from timm_ghn.cli.common import add_model_kwargs, exit_status
 from timm_ghn.finetune import (
     PRESETS,
     Execution,
@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what")
     what.add_argument("--preset", choices=sorted(PRESETS), help="an experiment of the paper")
     what.add_argument("--model", metavar="NAME", help="timm model")
-    what.add_argument("--model-kwargs", nargs="+", default=[], type=_key_value, metavar="KEY=VALUE")
+    add_model_kwargs(what)
     what.add_argument("--inits", nargs="+", default=list(INITS), metavar="INIT", help="methods, or 'pretrained'")
     what.add_argument("--start-layer", type=_literal, metavar="L", help="number, share, or name of a module")
     what.add_argument("--stem", choices=("auto", "adjusted", "original"), help="adjust the first layers (up to 64 px)")
@@ -111,13 +111,6 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def _key_value(text: str) -> tuple[str, Any]:
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return name, _literal(value)
 
 
 def make_configs(args: argparse.Namespace) -> list[FineTuneConfig]:
@@ -191,12 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("timm_ghn").setLevel(logging.INFO)
-    try:
-        run(args)
-    except (TimmGhnError, OSError) as error:
-        print(f"finetune.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("finetune.py", lambda: run(args))
 
 
 if __name__ == "__main__":

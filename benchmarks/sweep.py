@@ -28,7 +28,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from timm_ghn.errors import FineTuneError, MissingDependencyError, TimmGhnError
+from timm_ghn.cli.common import add_model_kwargs, exit_status
+from timm_ghn.errors import FineTuneError, MissingDependencyError
 from timm_ghn.files.paths import write_atomically
 from timm_ghn.finetune import Execution, FineTuneConfig, Job, ResultStore, load_benchmark
 from timm_ghn.finetune.data import DATASETS
@@ -207,7 +208,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, _, kind, text in _AXES:
         needed = name in ("models", "inits")
         parser.add_argument(f"--{name.replace('_', '-')}", nargs="+", type=kind, required=needed, help=text)
-    parser.add_argument("--model-kwargs", nargs="+", default=[], type=_key_value, metavar="KEY=VALUE")
+    add_model_kwargs(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--stem", choices=("auto", "adjusted", "original"), default="auto")
@@ -228,28 +229,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _key_value(text: str) -> tuple[str, Any]:
-    import ast
-
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep; the exit status is 1 if a trial failed, 2 if nothing could be run."""
     args = make_parser().parse_args(argv)
-    try:
-        configs = list(configurations(args))
-        # Missing data are told once, here; decoded images are then in the cache for all trials.
-        load_benchmark(args.dataset, args.data, size=args.stored_size, progress=sys.stderr.isatty())
-    except (TimmGhnError, OSError) as error:
-        print(f"sweep.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return exit_status("sweep.py", lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run all trials, and print and write what they came to."""
+    configs = list(configurations(args))
+    # Missing data are told once, here; decoded images are then in the cache for all trials.
+    load_benchmark(args.dataset, args.data, size=args.stored_size, progress=sys.stderr.isatty())
     trials = [{"config": config.to_dict(), "seed": seed} for config in configs for seed in args.seeds]
     device = "cuda" if args.gpus_per_trial else args.device
     data = None if args.data is None else str(Path(args.data).expanduser().resolve())

@@ -6,19 +6,15 @@ What a command needs is imported when it runs, so that `--help` is immediate.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 from timm_ghn._version import __version__
 from timm_ghn.cli import cache, coverage, doctor, ghns, graph, init, push, run, train
-from timm_ghn.cli.common import PROGRAM, CommandError, logging_to_stderr
+from timm_ghn.cli.common import PROGRAM, CommandError, exit_status, logging_to_stderr
 from timm_ghn.errors import TimmGhnError
 
-_logger = logging.getLogger(__name__)
-
-FAILED, INTERRUPTED = 2, 130
 _COMMANDS = {
     "init": init,
     "graph": graph,
@@ -49,17 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A script that `run` runs fails as it would without us.
     expected = (CommandError,) if args.command == "run" else (TimmGhnError, OSError)
     own_logging = args.command in _OWN_LOGGING and not args.verbose
-    try:
+
+    def handle() -> int:
         with nullcontext() if own_logging else logging_to_stderr(args.verbose):
             handler: Callable[[argparse.Namespace], int] = args.handler
             return handler(args)
-    except expected as error:
-        _logger.debug("where it failed", exc_info=True)
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+
+    return exit_status(PROGRAM, handle, expected)
 
 
 def make_parser(*, with_train: bool = False) -> argparse.ArgumentParser:

@@ -6,7 +6,8 @@ import argparse
 import ast
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +17,42 @@ PROGRAM = "timm-ghn"
 METHODS = ("ghn-orth", "ghn", "orth", "rand")
 
 
+FAILED, INTERRUPTED = 2, 130
+
+_logger = logging.getLogger(__name__)
+
+
 class CommandError(TimmGhnError):
     """A command cannot do what was asked."""
 
 
-def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
+def exit_status(
+    program: str,
+    command: Callable[[], int | None],
+    expected: tuple[type[Exception], ...] = (TimmGhnError, OSError),
+) -> int:
+    """Run a command; what a user can mend becomes one line on stderr.
+
+    Args:
+        program: What the line begins with.
+        command: Returns an exit status, or None for 0.
+        expected: Exceptions that are told in a line; others are raised.
+
+    Returns:
+        The command's status, 2 after an error, 130 after an interruption.
+    """
+    try:
+        return command() or 0
+    except expected as error:
+        _logger.debug("where it failed", exc_info=True)
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def add_model_kwargs(parser: argparse._ActionsContainer) -> None:
     """Declare --model-kwargs KEY=VALUE ..., whose values are Python literals or text."""
     parser.add_argument(
         "--model-kwargs",
