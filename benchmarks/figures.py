@@ -2,6 +2,7 @@
 
     python benchmarks/figures.py tables --results results                    # tables 1 and 2 as Markdown
     python benchmarks/figures.py curves --results results --out docs/curves  # figure 4: training and test curves
+    python benchmarks/figures.py steps --runs docs/results-small.jsonl --bundled-steps 10000 --out docs/steps
     python benchmarks/figures.py correlations --models resnet50 convnext_base --out docs/correlations   # figure 2
     python benchmarks/figures.py graphs --models resnet50 convnext_base --out docs/graphs               # figure 3
     python benchmarks/figures.py embeddings --count 200 --data ../shared/data/tinyimagenet32 --out docs/embeddings
@@ -15,9 +16,10 @@ import argparse
 import io
 import json
 import random
+import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,10 +149,19 @@ def curves(results: Sequence[RunResult]) -> dict[str, dict[str, dict[str, list[f
 
     Returns:
         By model and initialization: "epoch", "train_loss", "test_epoch", "accuracy" and "accuracy_std".
+
+    Raises:
+        FineTuneError: If a model has results of one initialization with different settings.
     """
     groups: dict[tuple[str, str], list[RunResult]] = defaultdict(list)
     for result in results:
-        groups[result.config.model, result.config.starts_from].append(result)
+        runs = groups[result.config.model, result.config.starts_from]
+        if runs and (runs[0].config, runs[0].data) != (result.config, result.data):
+            raise FineTuneError(
+                f"{result.config.model} from {result.config.starts_from} has results with different settings; keep one "
+                "experiment a folder"
+            )
+        runs.append(result)
     found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(dict)
     for (model, init), runs in groups.items():
         shortest = min(len(run.curve) for run in runs)
@@ -195,6 +206,74 @@ def draw_curves(data: Mapping[str, Mapping[str, Mapping[str, list[float]]]]) -> 
         [handles[init] for init in inits], inits, loc="outside lower center", ncols=min(6, len(inits)), frameon=False
     )
     return figure
+
+
+# --- gain against training steps of the GHN -------------------------------------------------------------------------
+
+
+def gains(rows: Iterable[Mapping[str, Any]], bundled_steps: int) -> dict[str, dict[str, Any]]:
+    """What GHN-orth comes to from GHNs of different numbers of training steps, beside what needs none.
+
+    Args:
+        rows: Runs on CIFAR-10, as `bundled_ghn.py --table --jsonl` writes them. GHNs are told by the names of their
+            files: "steps-04000" is one of 4,000 steps.
+        bundled_steps: Training steps of the bundled GHN.
+
+    Returns:
+        For each model: "steps", "accuracy" and "std", from few to many steps, and "levels", the mean accuracy of other
+        initializations.
+    """
+    groups: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    for row in rows:
+        if row["task"] != "cifar10":
+            continue
+        accuracy = float(row["accuracy"][str(row["epochs"])])
+        name = row["ghn"].partition(" ")[0]
+        if row["init"] == "ghn-orth" and (name == "bundled" or name.startswith("steps-")):
+            steps = bundled_steps if name == "bundled" else int(name.removeprefix("steps-"))
+            groups[row["model"], "ghn-orth", steps].append(accuracy)
+        elif row["init"] in ("rand", "orth", "untrained", "oracle"):
+            groups[row["model"], row["init"], 0].append(accuracy)
+    found: dict[str, dict[str, Any]] = defaultdict(lambda: {"steps": [], "accuracy": [], "std": [], "levels": {}})
+    for (model, init, steps), values in sorted(groups.items()):
+        if init != "ghn-orth":
+            found[model]["levels"][init] = statistics.fmean(values)
+            continue
+        found[model]["steps"].append(steps)
+        found[model]["accuracy"].append(statistics.fmean(values))
+        found[model]["std"].append(statistics.stdev(values) if len(values) > 1 else 0.0)
+    return dict(found)
+
+
+def draw_gains(data: Mapping[str, Mapping[str, Any]]) -> Any:
+    """A column for each model; bars are one standard deviation."""
+    figure, axes = pyplot().subplots(
+        1, len(data), figsize=(3.4 * len(data) + 0.6, 3.2), squeeze=False, layout="constrained"
+    )
+    styles = {"rand": ":", "orth": "--", "untrained": "-.", "oracle": "-"}
+    for axis, (model, line) in zip(axes[0], data.items(), strict=True):
+        accuracy, spread = (100 * torch.tensor(line[name]) for name in ("accuracy", "std"))
+        axis.errorbar(
+            line["steps"], accuracy, spread, color=COLORS[0], marker="o", markersize=3.5, capsize=2, label="ghn-orth"
+        )
+        for init, style in styles.items():
+            if init in line["levels"]:
+                axis.axhline(100 * line["levels"][init], color="0.35", linestyle=style, linewidth=1, label=init)
+        axis.set_title(model)
+        axis.set_xlabel("training steps of the GHN")
+        axis.set_xlim(left=0)
+    axes[0][0].set_ylabel("test accuracy (%)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def plot_gains(args: argparse.Namespace) -> None:
+    """What GHN-orth gains with the training steps of the GHN."""
+    rows = [json.loads(line) for line in args.runs.read_text().splitlines()]
+    data = gains(rows, args.bundled_steps)
+    if not data:
+        raise FineTuneError(f"{args.runs} has no runs on CIFAR-10 from GHNs of known numbers of steps")
+    write_figure(draw_gains(data), data, args.out)
 
 
 # --- figure 2: correlations -----------------------------------------------------------------------------------------
@@ -428,6 +507,9 @@ def make_parser() -> argparse.ArgumentParser:
     models = ["resnet50", "convnext_base"]
     for name, handler, out in (("tables", tables, None), ("curves", plot_curves, "curves")):
         add(name, handler, out).add_argument("--results", type=Path, default=Path("results"))
+    command = add("steps", plot_gains, "steps")
+    command.add_argument("--runs", type=Path, required=True, help="JSON Lines of bundled_ghn.py --table")
+    command.add_argument("--bundled-steps", type=int, required=True, help="training steps of the bundled GHN")
     command = add("correlations", plot_correlations, "correlations")
     command.add_argument("--models", nargs="+", default=models)
     command.add_argument("--inits", nargs="+", default=["rand", "ghn", "ghn-orth"], help="methods, or 'pretrained'")

@@ -288,7 +288,7 @@ def test_bad_specifications(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_common_architectures_are_those_of_popular_models() -> None:
     config = PRESETS["bundled"].sampler
-    assert config.all_families.keys() == config.families.keys()
+    assert set(config.all_families) == set(config.families)
     specs = [
         sample_architecture(random.Random(f"{family} {i}"), replace(config, families={family: 1.0}))
         for family in config.families

@@ -160,9 +160,9 @@ class SamplerConfig:
     max_layers: int = 100
 
     @property
-    def all_families(self) -> Mapping[str, float]:
+    def all_families(self) -> tuple[str, ...]:
         """Every family that can be drawn in this style, those that are left out of training among them."""
-        return {name: w for name, w in FAMILY_WEIGHTS.items() if self.style == "any" or name in COMMON_FAMILIES}
+        return tuple(FAMILY_WEIGHTS) if self.style == "any" else tuple(COMMON_FAMILIES)
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.families) - set(FAMILY_WEIGHTS))

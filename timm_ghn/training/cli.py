@@ -199,7 +199,8 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
 
 
 def _pools(out: Path, config: TrainConfig, workers: int, progress: bool) -> tuple[ArchitecturePool, ArchitecturePool]:
-    every_family = replace(config.sampler, families=config.sampler.all_families)
+    # Evaluation has as many architectures of each family.
+    every_family = replace(config.sampler, families=dict.fromkeys(config.sampler.all_families, 1.0))
     held_out = ArchitecturePool.load_or_build(
         out / "pool-evaluation.jsonl.gz",
         PoolConfig(config.eval_pool_size, config.seed, "evaluation", every_family),
