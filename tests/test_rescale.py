@@ -19,7 +19,7 @@ import timm_ghn
 from timm_ghn.activations import activation_ratio, measure_activations
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, Prediction, load_ghn
-from timm_ghn.graph import Layout, Role, Target, capture
+from timm_ghn.graph import Layout, Role, Target, capture, to_graph
 from timm_ghn.initialize.deferred import DeferredRandom
 from timm_ghn.initialize.plan import find_hypernetwork, make_plan
 from timm_ghn.initialize.report import Status
@@ -31,6 +31,7 @@ from timm_ghn.initialize.rescale import (
     Structure,
     bounded,
     bounding_factor,
+    gaining_norms,
     nominal_scale,
 )
 from timm_ghn.initialize.structure import find_structure
@@ -65,6 +66,29 @@ def test_scales_end_within_the_band_and_stay_where_they_are_within(exponent: flo
     assert bounded(result) is result
     if 1.01 * low < math.exp(exponent) < 0.99 * high:
         assert result is made
+
+
+@given(st.floats(-30, 30))
+def test_norms_that_multiply_what_follows_have_at_least_the_nominal_scale(exponent: float) -> None:
+    made = prediction(math.exp(exponent), Role.NORM_WEIGHT, (8,))
+    result = bounded(made, gains=True)
+    assert 0.998 <= float(result.block.square().mean().sqrt()) <= NORM_BAND * 1.001
+    assert bounded(result, gains=True) is result
+    if 1 <= math.exp(exponent) < 0.99 * NORM_BAND:
+        assert result is made
+
+
+def test_layer_norms_gain_unless_they_end_a_branch() -> None:
+    def gaining(name: str) -> frozenset[str]:
+        with torch.device("meta"):
+            return gaining_norms(to_graph(timm.create_model(name)))
+
+    vit = gaining("test_vit")
+    assert {"blocks.0.norm1.weight", "blocks.0.norm2.weight", "norm.weight"} <= vit
+    assert not gaining("test_resnet")
+    swin = gaining("swinv2_tiny_window8_256")  # its norms end the branches
+    assert "norm.weight" in swin
+    assert not {name for name in swin if ".blocks." in name}
 
 
 def test_nominal_scales() -> None:

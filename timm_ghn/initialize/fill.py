@@ -110,7 +110,7 @@ def _predicted(plan: Plan, deferred: DeferredRandom, finished: Finished) -> Iter
         if not bool(torch.isfinite(prediction.block).all()):
             raise InitError(f"the GHN predicts values for {name} that are not finite; it was not trained well enough")
         if plan.init.rescale == "auto":
-            prediction = bounded(prediction)
+            prediction = bounded(prediction, name in plan.gaining)
         prediction = _scaled(prediction, plan.factors.get(name, 1.0))
         parameter = _claim(plan, deferred, name)
         layer = plan.processed.get(name)

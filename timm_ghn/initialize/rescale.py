@@ -4,7 +4,9 @@
 depthwise and wide ones), norm weights, biases and tables of positions at about 1 or less. A tensor whose root mean
 square lies within a band around it is left as it is; one outside is brought back to the nominal scale. Weights of norm
 layers may be small, as those that end residual branches are in trained networks. A GHN that was trained well stays
-within the bands, so that nothing is changed.
+within the bands, so that nothing is changed. But a layer norm that does not end a branch multiplies all that follows it
+up to the next norm, where orthogonalized weights have a scale of their own: its weights may be too small for that, and
+those below 1 are brought to 1.
 
 Parts 2 and 3 are about sums. A GHN gives similar layers similar weights, and a kernel with more channels than a block
 repeats it. So terms that would be independent with random weights have the same direction: n of them add up to n times
@@ -40,7 +42,8 @@ import torch
 
 from timm_ghn.ghn import Prediction
 from timm_ghn.ghn.layout import repeats
-from timm_ghn.graph.nodes import Layout, Role, Target
+from timm_ghn.graph.graph import Graph
+from timm_ghn.graph.nodes import Layout, Op, Role, Target
 
 KERNEL_BAND = 3.0
 """Largest factor between the root mean square of a predicted kernel and its nominal scale that is left as it is."""
@@ -58,14 +61,28 @@ MAX_CHAIN = 8
 # --- single tensors -------------------------------------------------------------------------------------------------
 
 
-def bounded(prediction: Prediction) -> Prediction:
-    """Part 1 of the rule: the prediction itself, or one of nominal scale if its scale is out of the band."""
-    factor = bounding_factor(prediction)
+def gaining_norms(graph: Graph) -> frozenset[str]:
+    """Weights of layer norms that do not end a branch: the output of each goes to more than sums."""
+    readers: dict[int, set[Op]] = {}
+    for source, target in graph.edges:
+        readers.setdefault(source, set()).add(graph.nodes[target].op)
+    nodes = [node for index, node in enumerate(graph.nodes) if node.op is Op.LN and readers.get(index) != {Op.SUM}]
+    return frozenset(target.name for node in nodes for target in node.targets if target.role is Role.NORM_WEIGHT)
+
+
+def bounded(prediction: Prediction, gains: bool = False) -> Prediction:
+    """Part 1 of the rule: the prediction itself, or one of nominal scale if its scale is out of the band.
+
+    Args:
+        prediction: Any prediction.
+        gains: Whether it is one of `gaining_norms`.
+    """
+    factor = bounding_factor(prediction, gains)
     return prediction if factor == 1 else replace(prediction, block=prediction.block * factor)
 
 
-def bounding_factor(prediction: Prediction) -> float:
-    """What a prediction is multiplied with so that its scale is sane; 1 for most."""
+def bounding_factor(prediction: Prediction, gains: bool = False) -> float:
+    """What a prediction is multiplied with so that its scale is sane; 1 for most. Arguments as of `bounded`."""
     rms = float(torch.linalg.vector_norm(prediction.block, dtype=torch.float64)) / math.sqrt(prediction.block.numel())
     nominal = nominal_scale(prediction)
     if rms == 0 or not math.isfinite(rms):
@@ -74,7 +91,7 @@ def bounding_factor(prediction: Prediction) -> float:
     if role in (Role.WEIGHT, Role.CLASS_WEIGHT):
         is_sane = nominal / KERNEL_BAND <= rms <= nominal * KERNEL_BAND
     elif role is Role.NORM_WEIGHT:
-        is_sane = SMALLEST_NORM <= rms <= nominal * NORM_BAND
+        is_sane = (0.999 * nominal if gains else SMALLEST_NORM) <= rms <= nominal * NORM_BAND
     else:  # what is added may be as small as it likes
         is_sane = rms <= nominal * KERNEL_BAND
     return 1.0 if is_sane else nominal / rms
