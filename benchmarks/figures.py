@@ -16,6 +16,7 @@ import argparse
 import io
 import json
 import random
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -211,59 +212,69 @@ def draw_curves(data: Mapping[str, Mapping[str, Mapping[str, list[float]]]]) -> 
 # --- gain against training steps of the GHN -------------------------------------------------------------------------
 
 
+_GHN = re.compile(r"(?:bundled|steps-(?P<steps>\d+))(?:, (?P<note>[^(]*))? \(")
+
+
 def gains(rows: Iterable[Mapping[str, Any]], bundled_steps: int) -> dict[str, dict[str, Any]]:
     """What GHN-orth comes to from GHNs of different numbers of training steps, beside what needs none.
 
     Args:
-        rows: Runs on CIFAR-10, as `bundled_ghn.py --table --jsonl` writes them. GHNs are told by the names of their
-            files: "steps-04000" is one of 4,000 steps.
+        rows: Runs on CIFAR-10, as `bundled_ghn.py --table --jsonl` writes them. GHNs are told by their labels:
+            "steps-04000 (hash)" is one of 4,000 steps; what stands between, after a comma, is another line.
         bundled_steps: Training steps of the bundled GHN.
 
     Returns:
-        For each model: "steps", "accuracy" and "std", from few to many steps, and "levels", the mean accuracy of other
-        initializations.
+        For each model: "lines", by what tells them apart, of "steps", "accuracy" and "std", from few to many steps; and
+        "levels", the mean accuracy of other initializations.
     """
-    groups: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    points: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    others: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
         if row["task"] != "cifar10":
             continue
-        accuracy = float(row["accuracy"][str(row["epochs"])])
-        name = row["ghn"].partition(" ")[0]
-        if row["init"] == "ghn-orth" and (name == "bundled" or name.startswith("steps-")):
-            steps = bundled_steps if name == "bundled" else int(name.removeprefix("steps-"))
-            groups[row["model"], "ghn-orth", steps].append(accuracy)
-        elif row["init"] in ("rand", "orth", "untrained", "oracle"):
-            groups[row["model"], row["init"], 0].append(accuracy)
-    found: dict[str, dict[str, Any]] = defaultdict(lambda: {"steps": [], "accuracy": [], "std": [], "levels": {}})
-    for (model, init, steps), values in sorted(groups.items()):
-        if init != "ghn-orth":
+        accuracy, ghn = float(row["accuracy"][str(row["epochs"])]), _GHN.match(row["ghn"])
+        if row["init"] == "ghn-orth" and ghn:
+            points[row["model"], (ghn["note"] or "").strip(), int(ghn["steps"] or bundled_steps)].append(accuracy)
+        elif row["init"] in _LEVELS:
+            others[row["model"], row["init"]].append(accuracy)
+    found: dict[str, dict[str, Any]] = {}
+    for (model, note, steps), values in sorted(points.items()):
+        lines = found.setdefault(model, {"lines": {}, "levels": {}})["lines"]
+        line = lines.setdefault(note, {"steps": [], "accuracy": [], "std": []})
+        line["steps"].append(steps)
+        line["accuracy"].append(statistics.fmean(values))
+        line["std"].append(statistics.stdev(values) if len(values) > 1 else 0.0)
+    for (model, init), values in others.items():
+        if model in found:
             found[model]["levels"][init] = statistics.fmean(values)
-            continue
-        found[model]["steps"].append(steps)
-        found[model]["accuracy"].append(statistics.fmean(values))
-        found[model]["std"].append(statistics.stdev(values) if len(values) > 1 else 0.0)
-    return dict(found)
+    return found
+
+
+_LEVELS = {"rand": ":", "orth": "--", "untrained": "-.", "oracle": "-"}
+"""Initializations that are drawn as levels, and how."""
 
 
 def draw_gains(data: Mapping[str, Mapping[str, Any]]) -> Any:
     """A column for each model; bars are one standard deviation."""
-    figure, axes = pyplot().subplots(
-        1, len(data), figsize=(3.4 * len(data) + 0.6, 3.2), squeeze=False, layout="constrained"
-    )
-    styles = {"rand": ":", "orth": "--", "untrained": "-.", "oracle": "-"}
-    for axis, (model, line) in zip(axes[0], data.items(), strict=True):
-        accuracy, spread = (100 * torch.tensor(line[name]) for name in ("accuracy", "std"))
-        axis.errorbar(
-            line["steps"], accuracy, spread, color=COLORS[0], marker="o", markersize=3.5, capsize=2, label="ghn-orth"
-        )
-        for init, style in styles.items():
-            if init in line["levels"]:
-                axis.axhline(100 * line["levels"][init], color="0.35", linestyle=style, linewidth=1, label=init)
-        axis.set_title(model)
+    size = (3.4 * len(data) + 0.6, 3.2)
+    figure, axes = pyplot().subplots(1, len(data), figsize=size, squeeze=False, layout="constrained")
+    notes = sorted({note for model in data.values() for note in model["lines"]})
+    for axis, (name, model) in zip(axes[0], data.items(), strict=True):
+        for note, line in model["lines"].items():
+            accuracy, spread = (100 * torch.tensor(line[key]) for key in ("accuracy", "std"))
+            style = {"color": COLORS[notes.index(note)], "marker": "o", "markersize": 3.5, "capsize": 2}
+            axis.errorbar(line["steps"], accuracy, spread, label=f"ghn-orth, {note}" if note else "ghn-orth", **style)
+        for init, style in _LEVELS.items():
+            if init in model["levels"]:
+                axis.axhline(100 * model["levels"][init], color="0.35", linestyle=style, linewidth=1, label=init)
+        axis.set_title(name)
         axis.set_xlabel("training steps of the GHN")
         axis.set_xlim(left=0)
     axes[0][0].set_ylabel("test accuracy (%)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    handles: dict[str, Any] = {}
+    for axis in axes[0]:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
