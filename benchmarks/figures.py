@@ -451,7 +451,7 @@ def embeddings(args: argparse.Namespace) -> None:
     ]
     for name, (x, y) in zip(args.models, places[len(specs) :], strict=True):
         rows.append({"name": name, "family": None, "accuracy": None, "x": float(x), "y": float(y)})
-    label = f"accuracy of a linear classifier on frozen features (%), {args.shots} labels a class"
+    label = f"linear probe (%), {args.shots} labels a class"
     numbers = {"ghn": ghn.info.name if ghn.info else None, "shares": shares.tolist(), "accuracy": label, "points": rows}
     write_figure(draw_embeddings(rows, shares.tolist(), label), numbers, args.out)
 
