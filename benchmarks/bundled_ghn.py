@@ -20,22 +20,21 @@ the table belongs to one of them). `--table` computes nothing and prints all lin
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import logging
 import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import save
 
 import timm_ghn
-from timm_ghn.cli.common import exit_status
+from timm_ghn.cli.common import exit_status, key_value
 from timm_ghn.files.paths import write_atomically
 from timm_ghn.finetune import (
     Benchmark,
@@ -151,7 +150,7 @@ class Bench:
             start = {"init": "ghn", "ghn": self.args.ghn} if predicted else {"init_file": str(self.oracle(model))}
             module = build_network(replace(base, **start), self.data("cifar10").num_classes, 0).module
             timm_ghn.orthogonalize_(module, orthogonal=not predicted)
-            save_model(module, str(path))
+            write_atomically(path, save(module.state_dict(), {"format": "pt"}))
         return path
 
     def oracle(self, model: str) -> Path:
@@ -171,19 +170,22 @@ class Bench:
             write_safetensors(new_ghn(shape, PRESETS["bundled"], []), path)
         return path
 
-    def line(self, task: str, model: str, init: str) -> tuple[RunResult, ...]:
-        """All seeds of a line of the table, with the learning rate that is best on held-out training images."""
+    def line(self, task: str, model: str, init: str) -> tuple[Line, tuple[RunResult, ...]]:
+        """All seeds of a line of the table, with the learning rate that is best on held-out training images.
+
+        Returns:
+            The line, and its runs: none with `--tune-only`, not all if other processes work on some.
+        """
         args, data = self.args, self.data(task)
         grid = Grid(lrs=tuple(args.lrs or LRS[model]), seeds=tuple(args.tune_seeds))
         config = self.config(task, model, init)
         config = tune(config, grid, data, self.store, self.execution, together=args.together)
-        if args.tune_only:
-            return ()
-        jobs = [Job(config, seed) for seed in range(args.seeds)]
+        jobs = [] if args.tune_only else [Job(config, seed) for seed in range(args.seeds)]
         results = run_jobs(jobs, data, self.store, self.execution, together=args.together)
-        if len(results) == len(jobs):
-            self.keep(Line(task, model, init, ghn_label(config.ghn), tuple(result.key for result in results)))
-        return results
+        line = Line(task, model, init, ghn_label(config.ghn), tuple(result.key for result in results))
+        if results and len(results) == len(jobs):
+            self.keep(line)
+        return line, results
 
     def keep(self, line: Line) -> None:
         """Write down which runs make up a line."""
@@ -196,8 +198,9 @@ class Bench:
         for path in sorted((self.store.folder / "lines").glob("*.json")):
             values = json.loads(path.read_text())
             line = Line(**{**values, "keys": tuple(values["keys"])})
-            results = [self.store.read(key) for key in line.keys]
-            found[line] = tuple(result for result in results if result is not None)
+            results = tuple(result for key in line.keys if (result := self.store.read(key)) is not None)
+            if len(results) == len(line.keys):
+                found[line] = results
         return found
 
 
@@ -209,8 +212,19 @@ def ghn_label(ghn: str | None) -> str:
 def parse_init(text: str) -> tuple[str, dict[str, Any]]:
     """`ghn-orth@noise=0@start_layer=1` as the method and its settings."""
     method, *settings = text.split("@")
-    pairs = (setting.partition("=") for setting in settings)
-    return method, {name: ast.literal_eval(value) for name, _, value in pairs}
+    return method, dict(key_value(setting) for setting in settings)
+
+
+def known_init(text: str) -> str:
+    """A value of `--inits` whose settings can be read.
+
+    Raises:
+        argparse.ArgumentTypeError: If they cannot.
+    """
+    unknown = set(parse_init(text)[1]) - {entry.name for entry in fields(FineTuneConfig)}
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no setting {', '.join(sorted(unknown))}")
+    return text
 
 
 def marks(epochs: int) -> tuple[int, ...]:
@@ -283,10 +297,9 @@ def run(args: argparse.Namespace) -> None:
         for model in args.models:
             done: dict[str, Sequence[RunResult]] = {}
             for init in args.inits:
-                results = bench.line(task, model, init)
+                line, results = bench.line(task, model, init)
                 if results:
                     done[init] = results
-                    line = Line(task, model, init, ghn_label(results[0].config.ghn), ())
                     print(row(line, done), flush=True)
 
 
@@ -297,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/bundled"), help="folder of results")
     parser.add_argument("--ghn", default="bundled", help="file or name of the GHN")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=tuple(MODELS))
-    parser.add_argument("--inits", nargs="+", default=list(INITS), metavar="INIT", help="see above")
+    parser.add_argument("--inits", nargs="+", type=known_init, default=list(INITS), metavar="INIT", help="see above")
     parser.add_argument("--tasks", nargs="+", default=["cifar10"], choices=TASKS)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=5)

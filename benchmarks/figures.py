@@ -2,7 +2,7 @@
 
     python benchmarks/figures.py tables --results results                    # tables 1 and 2 as Markdown
     python benchmarks/figures.py curves --results results --out docs/curves  # figure 4: training and test curves
-    python benchmarks/figures.py steps --runs docs/results-small.jsonl --bundled-steps 10000 --out docs/steps
+    python benchmarks/figures.py steps --runs docs/results-small.jsonl --bundled-steps 8531 --out docs/steps
     python benchmarks/figures.py correlations --models resnet50 convnext_base --out docs/correlations   # figure 2
     python benchmarks/figures.py graphs --models resnet50 convnext_base --out docs/graphs               # figure 3
     python benchmarks/figures.py embeddings --count 200 --data ../shared/data/tinyimagenet32 --out docs/embeddings
@@ -201,12 +201,18 @@ def draw_curves(data: Mapping[str, Mapping[str, Mapping[str, list[float]]]]) -> 
         axes[1][column].xaxis.get_major_locator().set_params(integer=True)
     axes[0][0].set_ylabel("training loss (nats)")
     axes[1][0].set_ylabel("test accuracy (%)")
-    drawn = [zip(*reversed(column.get_legend_handles_labels()), strict=True) for column in axes[0]]
-    handles = {label: handle for pairs in drawn for label, handle in pairs}  # a model may lack some initializations
-    figure.legend(
-        [handles[init] for init in inits], inits, loc="outside lower center", ncols=min(6, len(inits)), frameon=False
-    )
+    common_legend(figure, axes[0])
     return figure
+
+
+def common_legend(figure: Any, axes: Iterable[Any]) -> None:
+    """One legend below all axes, of every label once: some may be missing in each."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=min(6, len(handles)), frameon=False
+    )
 
 
 # --- gain against training steps of the GHN -------------------------------------------------------------------------
@@ -264,17 +270,14 @@ def draw_gains(data: Mapping[str, Mapping[str, Any]]) -> Any:
             accuracy, spread = (100 * torch.tensor(line[key]) for key in ("accuracy", "std"))
             style = {"color": COLORS[notes.index(note)], "marker": "o", "markersize": 3.5, "capsize": 2}
             axis.errorbar(line["steps"], accuracy, spread, label=f"ghn-orth, {note}" if note else "ghn-orth", **style)
-        for init, style in _LEVELS.items():
+        for init, dashes in _LEVELS.items():
             if init in model["levels"]:
-                axis.axhline(100 * model["levels"][init], color="0.35", linestyle=style, linewidth=1, label=init)
+                axis.axhline(100 * model["levels"][init], color="0.35", linestyle=dashes, linewidth=1, label=init)
         axis.set_title(name)
         axis.set_xlabel("training steps of the GHN")
         axis.set_xlim(left=0)
     axes[0][0].set_ylabel("test accuracy (%)")
-    handles: dict[str, Any] = {}
-    for axis in axes[0]:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, frameon=False)
+    common_legend(figure, axes[0])
     return figure
 
 

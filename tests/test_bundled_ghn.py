@@ -95,6 +95,21 @@ def test_variants_and_the_table_of_what_is_there(
     assert len(rows) == 2 * len(inits)
     assert {row["accuracy"]["1"] for row in rows} == {run.accuracy for run in runs}
 
+    # A line of which a run is gone is left out.
+    ResultStore(out).path(runs[0].key).unlink()
+    assert bundled_ghn.main([*map(str, command), "--table"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(inits) - 1
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [("ghn-orth@noise", "'noise' is not of the form KEY=VALUE"), ("ghn-orth@nois=0", "there is no setting nois")],
+)
+def test_settings_that_cannot_be_read(init: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bundled_ghn.main(["--inits", init])
+    assert message in capsys.readouterr().err
+
 
 def test_missing_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bundled_ghn.main(["--data", str(tmp_path), "--out", str(tmp_path), "--inits", "rand"]) == 2

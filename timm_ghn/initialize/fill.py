@@ -18,7 +18,7 @@ from timm_ghn.initialize.deferred import DeferredRandom, derived_seed
 from timm_ghn.initialize.plan import Plan
 from timm_ghn.initialize.provenance import Facts
 from timm_ghn.initialize.report import Status
-from timm_ghn.initialize.rescale import bounded
+from timm_ghn.initialize.rescale import bounded, gaining_norms
 from timm_ghn.postprocess import PostProcess, WeightLayer, postprocess_many, single_threaded, weight_layers
 
 Finished = Callable[[str, Prediction | None], None]
@@ -103,6 +103,7 @@ def _predicted(plan: Plan, deferred: DeferredRandom, finished: Finished) -> Iter
     """Write what needs no post-processing, and hand out the rest in float32 (the noise is lost in 16 bits)."""
     if plan.hypernetwork is None or plan.graph is None:
         return
+    gaining = gaining_norms(plan.graph)
     for prediction in plan.hypernetwork.model.predict(plan.graph):
         name = prediction.target.name
         if name not in plan.targets:
@@ -110,7 +111,7 @@ def _predicted(plan: Plan, deferred: DeferredRandom, finished: Finished) -> Iter
         if not bool(torch.isfinite(prediction.block).all()):
             raise InitError(f"the GHN predicts values for {name} that are not finite; it was not trained well enough")
         if plan.init.rescale == "auto":
-            prediction = bounded(prediction, name in plan.gaining)
+            prediction = bounded(prediction, name in gaining)
         prediction = _scaled(prediction, plan.factors.get(name, 1.0))
         parameter = _claim(plan, deferred, name)
         layer = plan.processed.get(name)

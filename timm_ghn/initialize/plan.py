@@ -15,7 +15,6 @@ from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
 from timm_ghn.graph import Graph, Layout, Reading, Role, Target, capture, condense
 from timm_ghn.graph.facts import find_facts
 from timm_ghn.initialize.deferred import DeferredRandom
-from timm_ghn.initialize.rescale import gaining_norms
 from timm_ghn.initialize.structure import find_structure
 from timm_ghn.methods import Init, Source
 from timm_ghn.postprocess import PostProcess, WeightLayer, resolve_start_layer, selected_layers, weight_layers
@@ -51,7 +50,6 @@ class Plan:
         reasons: Why a parameter is not predicted, by name.
         processed: Layers that are post-processed, by the name of their weight.
         factors: What a prediction is multiplied with before it is post-processed, by name; 1 for all others.
-        gaining: Weights of norms whose scale multiplies what follows (`gaining_norms`).
     """
 
     init: Init
@@ -64,7 +62,6 @@ class Plan:
     reasons: Mapping[str, str]
     processed: Mapping[str, WeightLayer]
     factors: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    gaining: frozenset[str] = frozenset()
 
     @property
     def postprocess(self) -> PostProcess:
@@ -137,14 +134,12 @@ def make_plan(
     targets: dict[str, Target] = {}
     reasons: dict[str, str] = {}
     factors: dict[str, float] = {}
-    gaining: frozenset[str] = frozenset()
     if hypernetwork is not None:
         trace = capture(model, input_size=input_size, example_input=example_input)
         facts = find_facts(trace)
         graph = condense(trace, reading=Reading(init.reading), facts=facts)
         targets, reasons = _choose_targets(graph, hypernetwork.model)
         if init.rescale == "auto":
-            gaining = gaining_norms(graph)
             kept = {name: parameter for name, parameter in parameters.items() if name not in targets}
             structure = find_structure(trace, partial(_start, kept, deferred), facts=facts)
             if init.spec.orthogonal:
@@ -152,9 +147,7 @@ def make_plan(
                 processed.update({layer.parameter: layer for layer in unscaled if not layer.is_classifier})
             unprocessed = (target for name, target in targets.items() if name not in processed)
             factors = structure.factors(unprocessed, hypernetwork.model.config.max_shape[1])
-    return Plan(
-        init, hypernetwork, graph, parameters, layers, start_layer, targets, reasons, processed, factors, gaining
-    )
+    return Plan(init, hypernetwork, graph, parameters, layers, start_layer, targets, reasons, processed, factors)
 
 
 def check_memory(parameters: Mapping[str, nn.Parameter]) -> None:
