@@ -177,7 +177,7 @@ class Bench:
             The line, and its runs: none with `--tune-only`, not all if other processes work on some.
         """
         args, data = self.args, self.data(task)
-        grid = Grid(lrs=tuple(args.lrs or LRS[model]), seeds=tuple(args.tune_seeds))
+        grid = Grid(tuple(args.lrs or LRS[model]), tuple(args.weight_decays), tuple(args.tune_seeds))
         config = self.config(task, model, init)
         config = tune(config, grid, data, self.store, self.execution, together=args.together)
         jobs = [] if args.tune_only else [Job(config, seed) for seed in range(args.seeds)]
@@ -315,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--lrs", nargs="+", type=float, help="instead of the model's own grid")
+    parser.add_argument("--weight-decays", nargs="+", type=float, default=[], help="tuned as well (default: 0.05)")
     parser.add_argument("--tune-seeds", nargs="+", type=int, default=[1000])
     parser.add_argument("--tune-only", action="store_true", help="choose learning rates, and no more")
     parser.add_argument("--oracle-epochs", type=int, default=5)

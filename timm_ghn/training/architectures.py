@@ -143,7 +143,7 @@ class SamplerConfig:
             of a family have, and varies depth, width and the number of stages (see `COMMON_FAMILIES`).
         input_size: Side of the images in pixels.
         min_macs: Fewest multiply-adds an image.
-        max_macs: Most multiply-adds an image; three times as many in a "vit", whose matrix products are faster.
+        max_macs: Most multiply-adds an image; common "attention" networks may have three times as many.
         max_outputs: Most elements in the outputs of convolutions and linear layers an image (small networks are bound
             by memory traffic).
         max_params: Most parameters.
@@ -178,8 +178,6 @@ class SamplerConfig:
 
 _MAX_DRAWS = 500
 """Draws after which a sampler gives up."""
-_VIT_MACS = 3
-"""See `SamplerConfig.max_macs`."""
 
 
 def sample_architecture(rng: random.Random, config: SamplerConfig | None = None) -> ArchitectureSpec:
@@ -195,9 +193,10 @@ def sample_architecture(rng: random.Random, config: SamplerConfig | None = None)
     config = config or SamplerConfig()
     names = [name for name, weight in config.families.items() if weight > 0]
     family = rng.choices(names, [config.families[name] for name in names])[0]
-    draw = _draw_common if config.style == "common" else _draw
+    common = COMMON_FAMILIES[family] if config.style == "common" else None
+    allowance = common.macs if common is not None else 1.0
     for _ in range(_MAX_DRAWS):
-        spec = draw(rng, family, config.input_size)
+        spec = _draw_common(rng, family, common, config.input_size) if common else _draw(rng, family, config.input_size)
         with torch.device("meta"):
             model = build(spec, 100)
         if sum(parameter.numel() for parameter in model.parameters()) > config.max_params:
@@ -205,8 +204,7 @@ def sample_architecture(rng: random.Random, config: SamplerConfig | None = None)
         if sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules()) > config.max_layers:
             continue
         macs, outputs = count_macs(model, spec.input_size)
-        most = config.max_macs * (_VIT_MACS if spec.stages[0].kind == "vit" else 1)
-        if config.min_macs <= macs <= most and outputs <= config.max_outputs:
+        if config.min_macs <= macs <= allowance * config.max_macs and outputs <= config.max_outputs:
             return spec
     raise TrainingError(f"no '{family}' architecture has between {config.min_macs:g} and {config.max_macs:g} MACs")
 
@@ -223,6 +221,11 @@ class _Common:
         kernels: Sides of kernels to choose from.
         head: Kind of head.
         pools: Poolings to choose from.
+        widths: Range of the stem's width.
+        layer_scales: Initial layer scales to choose from.
+        se: Probability of squeeze-and-excitation.
+        pooled: Probability that strided stages pool.
+        macs: Multiply-adds allowed, as a multiple of `SamplerConfig.max_macs`.
     """
 
     stems: tuple[str, ...]
@@ -232,37 +235,65 @@ class _Common:
     kernels: tuple[int, ...] = (3,)
     head: str = "linear"
     pools: tuple[str, ...] = ("avg",)
+    widths: tuple[int, int] = (12, 48)
+    layer_scales: tuple[float | None, ...] = (None,)
+    se: float = 0.0
+    pooled: float = 0.0
+    macs: float = 1.0
 
 
 _MODERN = StageSpec("", 1, 8, 1, norm="ln", act="gelu")
-_STEMS_OF_RESNETS = ("conv3", "conv3s2", "conv7s2_pool", "conv7s2_pool", "deep")
+_BASIC = _Common(
+    stems=("conv3", "conv3s2", "conv7s2_pool", "conv7s2_pool", "deep"),
+    stages=(3, 4),
+    style=StageSpec("basic", 1, 8, 1),
+    ratios=(1.0,),
+    pooled=0.2,
+)
 COMMON_FAMILIES: dict[str, _Common] = {
-    "basic": _Common(_STEMS_OF_RESNETS, (3, 4), StageSpec("basic", 1, 8, 1), (1.0,)),
-    "bottleneck": _Common(_STEMS_OF_RESNETS, (3, 4), StageSpec("bottleneck", 1, 8, 1), (1.0,)),
-    "inverted": _Common(("conv3", "conv3s2"), (3, 4), StageSpec("inverted", 1, 8, 1, act="silu"), (4.0, 6.0), (3, 5)),
+    "basic": _BASIC,
+    "bottleneck": replace(_BASIC, style=StageSpec("bottleneck", 1, 8, 1)),
+    "inverted": _Common(
+        stems=("conv3", "conv3s2"),
+        stages=(3, 4),
+        style=StageSpec("inverted", 1, 8, 1, act="silu"),
+        ratios=(4.0, 6.0),
+        kernels=(3, 5),
+        se=0.5,
+    ),
     "convnext": _Common(
-        ("patch2", "patch2", "patch4"), (2, 3, 4), replace(_MODERN, kind="convnext"), (4.0,), (7,), "norm"
+        stems=("patch2", "patch2", "patch4"),
+        stages=(2, 3, 4),
+        style=replace(_MODERN, kind="convnext"),
+        kernels=(7,),
+        head="norm",
+        layer_scales=(None, 1.0),
     ),
     "attention": _Common(
-        ("patch4", "patch8"), (1,), replace(_MODERN, kind="vit"), (4.0,), (3,), "norm", ("token", "avg")
+        stems=("patch4", "patch8"),
+        stages=(1,),
+        style=replace(_MODERN, kind="vit"),
+        head="norm",
+        pools=("token", "avg"),
+        widths=(32, 192),
+        macs=3.0,  # matrix products are faster than convolutions
     ),
 }
 """The families that can be drawn in the common style."""
 
 
-def _draw_common(rng: random.Random, family: str, input_size: int) -> ArchitectureSpec:
-    common = COMMON_FAMILIES[family]
+def _draw_common(rng: random.Random, family: str, common: _Common, input_size: int) -> ArchitectureSpec:
     stem = rng.choice(common.stems)
     stages = rng.choice(common.stages)
     side = input_size // _STEM_STRIDES[stem]
-    width = stem_width = _draw_width(rng, 32 if family == "attention" else 12, 192 if family == "attention" else 48)
+    width = stem_width = _draw_width(rng, *common.widths)
     style = replace(
         common.style,
         ratio=rng.choice(common.ratios),
         kernel=rng.choice(common.kernels),
-        se=family == "inverted" and rng.random() < 0.5,
-        layer_scale=rng.choice((None, 1.0)) if family == "convnext" else None,
-        pool=rng.random() < 0.2 and family in ("basic", "bottleneck"),
+        se=common.se > 0 and rng.random() < common.se,
+        layer_scale=rng.choice(common.layer_scales) if len(common.layer_scales) > 1 else common.layer_scales[0],
+        pool=rng.random() < common.pooled,
     )
     depths = [rng.randint(3, 9)] if stages == 1 else _draw_depths(rng, stages)
     specs = []
