@@ -240,35 +240,67 @@ HEADER = """\
 def row(line: Line, done: Mapping[str, Sequence[RunResult]]) -> str:
     """A line of the Markdown table, from the results of all initializations so far."""
     results = done[line.init]
-    epochs = results[0].config.epochs
-    cells = []
-    for mark in marks(epochs):
-        values = [100 * point.accuracy for result in results for point in result.curve
-                  if point.epoch == mark and point.accuracy is not None]  # fmt: skip
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        cells.append(f"{statistics.fmean(values):.1f} ± {spread:.1f}")
+    measured = (f"{mean:.1f} ± {spread:.1f}" for mean, spread in accuracies(results))
+    compared = []
     for reference in ("rand", "orth"):
         if reference == line.init or reference not in done:
-            cells.append("-")
-            continue
-        found = compare(summarize(results)[0], summarize(done[reference])[0])
-        cells.append(f"{100 * found.difference:+.1f} (p = {found.p_value:.2g})")
-    name = f"{line.task} | {line.model} | {line.init} | {line.ghn or '-'}"
-    return f"| {name} | {results[0].config.lr:g} | {' | '.join(cells)} |"
+            compared.append("-")
+        else:
+            found = compare(summarize(results)[0], summarize(done[reference])[0])
+            compared.append(f"{100 * found.difference:+.1f} (p = {found.p_value:.2g})")
+    cells = (line.task, line.model, line.init, line.ghn or "-", f"{results[0].config.lr:g}", *measured, *compared)
+    return f"| {' | '.join(cells)} |"
 
 
-def print_table(bench: Bench) -> None:
-    """Print all lines that are there, and write their runs as JSON Lines if asked to."""
-    lines = {line: results for line, results in bench.lines().items() if results[0].config.epochs == bench.args.epochs}
-    order = [*INITS, *sorted({line.init for line in lines} - set(INITS))]
-    places = sorted(lines, key=lambda line: (TASKS.index(line.task), line.model, order.index(line.init), line.ghn))
+def accuracies(results: Sequence[RunResult]) -> list[tuple[float, float]]:
+    """Mean and standard deviation over seeds, in percent, after each share of the epochs."""
+    found = []
+    for mark in marks(results[0].config.epochs):
+        values = [100 * point.accuracy for result in results for point in result.curve
+                  if point.epoch == mark and point.accuracy is not None]  # fmt: skip
+        found.append((statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
+    return found
+
+
+def print_tables(bench: Bench) -> None:
+    """Print all lines that are there, then a table of their ends for each task; write their runs if asked to."""
+    found = {line: results for line, results in bench.lines().items() if results[0].config.epochs == bench.args.epochs}
+    places = sorted(found, key=lambda line: (TASKS.index(line.task), line.model, *place(line.init, line.ghn)))
+    lines = {line: found[line] for line in places}
     print(HEADER)
-    for line in places:
-        others = {other.init: lines[other] for other in lines if (other.task, other.model) == (line.task, line.model)}
-        print(row(line, {**others, line.init: lines[line]}))
+    for line in lines:
+        print(row(line, {**references(lines, line), line.init: lines[line]}))
+    for task in dict.fromkeys(line.task for line in lines):
+        print(f"\n{task}\n\n{ends({line: results for line, results in lines.items() if line.task == task})}")
     if bench.args.jsonl is not None:
-        rows = [record(line, result) for line in places for result in lines[line]]
+        rows = [record(line, result) for line in lines for result in lines[line]]
         write_atomically(bench.args.jsonl, "".join(f"{json.dumps(values)}\n" for values in rows).encode())
+
+
+def place(init: str, ghn: str) -> tuple[int, str, str]:
+    """Where a line stands in a table: what every table has comes first."""
+    return (INITS.index(init) if init in INITS else len(INITS), init, ghn)
+
+
+def references(lines: Mapping[Line, Sequence[RunResult]], line: Line) -> dict[str, Sequence[RunResult]]:
+    """The results of the other initializations of a line's network on its task."""
+    return {other.init: lines[other] for other in lines if (other.task, other.model) == (line.task, line.model)}
+
+
+def ends(lines: Mapping[Line, Sequence[RunResult]]) -> str:
+    """Accuracies after the last epoch as a Markdown table, networks side by side, with the difference to orth."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for line, results in lines.items():
+        mean, spread = accuracies(results)[-1]
+        orth = references(lines, line).get("orth")
+        gain = f" ({mean - accuracies(orth)[-1][0]:+.1f})" if orth and line.init != "orth" else ""
+        cells.setdefault((line.init, line.ghn or "-"), {})[line.model] = f"{mean:.1f} ± {spread:.1f}{gain}"
+    head = f"| init | GHN | {' | '.join(MODELS)} |\n|---|---|{'---|' * len(MODELS)}"
+    rows = (
+        (*key, *(cells[key].get(model, "-") for model in MODELS)) for key in sorted(cells, key=lambda key: place(*key))
+    )
+    body = (f"| {' | '.join(values)} |" for values in rows)
+    return "\n".join((head, *body))
 
 
 def record(line: Line, result: RunResult) -> dict[str, Any]:
@@ -290,7 +322,7 @@ def run(args: argparse.Namespace) -> None:
     """Make all runs, and print a line of the table as soon as its runs are there."""
     bench = Bench(args)
     if args.table:
-        print_table(bench)
+        print_tables(bench)
         return
     print(HEADER, flush=True)
     for task in args.tasks:
