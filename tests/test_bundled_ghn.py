@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -88,8 +89,17 @@ def test_variants_and_the_table_of_what_is_there(
         assert torch.allclose(gram, torch.eye(len(gram)), atol=1e-4) == expected
 
     assert bundled_ghn.main([*map(str, command), "--table", "--jsonl", str(data / "runs.jsonl")]) == 0
-    again = capsys.readouterr().out.splitlines()[2:]
-    assert sorted(again) == sorted(printed)
+    again, ends = capsys.readouterr().out.split("\ncifar10\n\n")
+    assert sorted(again.splitlines()[2:]) == sorted(printed)
+    head, _, *rows = ends.splitlines()
+    assert head == "| init | GHN | tiny |"
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == ["orth", *sorted(set(inits) - {"orth"})]
+    orth = 50 * sum(run.accuracy for run in runs if run.config.init == "orth")
+    cells = [row.split(" | ")[2] for row in rows]
+    assert cells[0].startswith(f"{orth:.1f} ± ")
+    for cell in cells[1:]:
+        mean, gain = re.fullmatch(r"(.+) ± .+ \((.+)\) \|", cell).groups()
+        assert float(mean) - orth == pytest.approx(float(gain), abs=0.1)
     rows = [json.loads(line) for line in (data / "runs.jsonl").read_text().splitlines()]
     assert [(row["init"], row["seed"]) for row in rows[:2]] == [("orth", 0), ("orth", 1)]
     assert len(rows) == 2 * len(inits)
@@ -98,7 +108,8 @@ def test_variants_and_the_table_of_what_is_there(
     # A line of which a run is gone is left out.
     ResultStore(out).path(runs[0].key).unlink()
     assert bundled_ghn.main([*map(str, command), "--table"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2 + len(inits) - 1
+    again, _ = capsys.readouterr().out.split("\ncifar10\n\n")
+    assert len(again.splitlines()) == 2 + len(inits) - 1
 
 
 @pytest.mark.parametrize(
