@@ -699,8 +699,9 @@ def test_cuda_agrees_with_the_cpu(benchmark: Benchmark) -> None:
 
 
 @needs_cuda
-def test_runs_on_streams_agree_with_runs_alone(benchmark: Benchmark, tmp_path: Path) -> None:
-    jobs = [Job(CONFIG, seed) for seed in range(3)]
+@pytest.mark.parametrize("config", [CONFIG, WITH_DROPS], ids=["sgd", "adamw, dropout"])
+def test_runs_on_streams_agree_with_runs_alone(benchmark: Benchmark, config: FineTuneConfig, tmp_path: Path) -> None:
+    jobs = [Job(config, seed) for seed in range(3)]
     execution = Execution("cuda", evaluate_every=1)
     alone = run_jobs(jobs, benchmark, ResultStore(tmp_path / "alone"), execution)
     together = run_jobs(jobs, benchmark, ResultStore(tmp_path / "together"), execution, together=3)

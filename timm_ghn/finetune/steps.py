@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,7 @@ class CapturedStep:
         self._step = step
         self._stream = stream
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._draws = False
 
     def __call__(self, picks: Tensor) -> None:
         """Update the network on a batch."""
@@ -111,15 +113,32 @@ class CapturedStep:
             self._graphs[size] = self._capture(picks)
         graph, place = self._graphs[size]
         place.copy_(picks)
-        graph.replay()
+        with self._in_turn():
+            graph.replay()
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Keep a step that draws random numbers apart from those of other runs.
+
+        The graphs of a device read seed and offset from the same two tensors, which every replay of them writes.
+        """
+        if not self._draws:
+            yield
+            return
+        common = torch.cuda.default_stream(self._stream.device)
+        self._stream.wait_stream(common)
+        yield
+        common.wait_stream(self._stream)
 
     def _capture(self, picks: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         place = picks.clone()
         # Afterwards the generators are as before, so that the first replay draws what an uncaptured step would.
         with torch.random.fork_rng(devices=[place.device]):
             before = _snapshot(self._step)
+            generator = torch.cuda.get_rng_state(place.device)
             for _ in range(_WARM_UPS):
                 self._step(place)
+            self._draws = not torch.equal(torch.cuda.get_rng_state(place.device), generator)
             _restore(self._step, before)
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
