@@ -16,6 +16,7 @@ from torch import Tensor
 from timm_ghn.errors import GraphError
 from timm_ghn.ghn import GHN, GHNConfig, Prediction, layout
 from timm_ghn.ghn import model as model_module
+from timm_ghn.ghn.decoder import Tiles
 from timm_ghn.ghn.features import channel_sizes, kernel_sizes, shape_4d
 from timm_ghn.ghn.gnn import GatedGNN
 from timm_ghn.graph.graph import Graph, Layout, Node, Op, Role, Target
@@ -326,7 +327,7 @@ def test_no_graph_is_refused(small: GHN) -> None:
 def whole_block(ghn: GHN, node: Node) -> Tensor:
     """The unscaled block of max_shape that the node's features decode to."""
     features = ghn.embed_nodes(chain(node))[1:]
-    return ghn.decoder(features, ghn.config.max_shape)[0]
+    return ghn.decoder(features, Tiles(range(1), range(1), ghn.config.max_shape))[0, 0, 0]
 
 
 @pytest.mark.parametrize("decoder", ["conv", "mlp"])

@@ -9,12 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from timm_ghn.errors import CheckpointError
+from timm_ghn.errors import CheckpointError, TrainingError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
 from timm_ghn.ghn.checkpoint import write_safetensors
-from timm_ghn.ghn.decoder import ConvDecoder, condition
+from timm_ghn.ghn.decoder import ConvDecoder, Tiles, condition, join, tilings
+from timm_ghn.graph import to_graph
 from timm_ghn.training.architectures import SamplerConfig
+from timm_ghn.training.cli import with_tiles
 from timm_ghn.training.pool import PoolConfig, PoolMember, draw_member
 
 SHAPES = [(2, 24, 3, 3, 3), (3, 64, 64, 1, 1), (1, 48, 1, 7, 7), (2, 16, 64, 1, 1), (2, 1, 8, 1, 1)]
@@ -111,15 +114,70 @@ def test_cut_layers_have_the_gradients_of_the_whole_block() -> None:
     x = torch.randn(2, 8)
     blocks = [(8, 4, 3, 3), (4, 8, 1, 1), (8, 8, 5, 5)]
     parts = decoder.cut(blocks)
-    sum(decoder(x, block, parts[block]).square().sum() for block in blocks).backward()  # type: ignore[union-attr]
+    first = [Tiles(range(1), range(1), block) for block in blocks]
+    sum(decoder(x, tiles, parts[tiles.block]).square().sum() for tiles in first).backward()  # type: ignore[union-attr]
     found = [parameter.grad.clone() for parameter in decoder.parameters() if parameter.grad is not None]
     decoder.zero_grad()
-    whole = decoder(x, (8, 8, 5, 5))
+    whole = decoder(x, Tiles(range(1), range(1), (8, 8, 5, 5)))[:, 0, 0]
     sum(whole[:, :k, :c, :h, :w].square().sum() for k, c, h, w in blocks).backward()  # type: ignore[union-attr]
     expected = [parameter.grad for parameter in decoder.parameters() if parameter.grad is not None]
     assert len(found) == len(expected) > 4
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_tiles_cover_a_kernel_once() -> None:
+    numbers = torch.arange(20 * 11).view(1, 20, 11, 1, 1).float()
+    found = tilings((20, 11, 1, 1), (8, 8, 3, 3))
+    assert [tiles.block[:2] for tiles in found] == [(8, 8), (8, 3), (4, 8), (4, 3)]
+    parts = []
+    for tiles in found:
+        k, c = tiles.block[:2]
+        rows = [[numbers[:, 8 * a : 8 * a + k, 8 * b : 8 * b + c] for b in tiles.columns] for a in tiles.rows]
+        parts.append(torch.stack([torch.stack(row, 1) for row in rows], 1))
+    assert torch.equal(join(parts, found), numbers)
+    (whole,) = tilings((8, 8, 3, 3), (8, 8, 3, 3))
+    assert whole.is_first
+
+
+@pytest.mark.parametrize("kernels", ["raw", "orthogonal"])
+def test_blocks_of_a_large_kernel_differ_by_their_place(kernels: str) -> None:
+    torch.manual_seed(0)
+    plain = GHN(GHNConfig(max_shape=(8, 8, 3, 3), num_classes=4, hid=8, kernels=kernels))
+    tiled = with_tiles(plain, 3, seed=0)
+    assert with_tiles(plain, 1, seed=0) is plain
+    assert tiled.config.largest_kernel == (24, 24, 3, 3)
+    network = nn.Sequential(nn.Conv2d(3, 20, 3), nn.ReLU(), nn.Conv2d(20, 30, 3), nn.Flatten(), nn.Linear(30 * 16, 4))
+    graph = to_graph(network, input_size=(3, 8, 8))
+    before, after = plain([graph])[0], tiled([graph])[0]
+    for name in ("0.weight", "2.weight"):
+        torch.testing.assert_close(before[name][:8, :8], after[name][:8, :8])  # as in a small kernel
+        assert torch.equal(before[name][8:16], before[name][:8])
+        assert not torch.allclose(after[name][8:16], after[name][:8], atol=1e-3)
+    assert torch.equal(after["2.weight"][24:], after["2.weight"][:6])  # beyond three blocks it repeats
+    assert not torch.allclose(after["2.weight"][:, 8:16], after["2.weight"][:, :8], atol=1e-3)
+    for prediction in tiled.predict(graph):
+        torch.testing.assert_close(
+            prediction.materialize(), after[prediction.target.name].detach(), rtol=1e-3, atol=1e-4
+        )
+    sum(tensor.square().sum() for tensor in after.values() if tensor.ndim == 2).backward()  # type: ignore[union-attr]
+    gradient = tiled.get_parameter("decoder.in_codes.weight").grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+
+
+def test_tiles_survive_a_file(tmp_path: Path) -> None:
+    ghn = GHN(GHNConfig(max_shape=(8, 8, 3, 3), num_classes=4, hid=8, tiles=4))
+    write_safetensors(ghn, tmp_path / "ghn.safetensors")
+    again = read(tmp_path / "ghn.safetensors")
+    assert again.config.tiles == 4
+    assert content_hash(again) == content_hash(ghn)
+    assert "tiles" not in GHNConfig().to_dict()
+    with pytest.raises(TrainingError, match="has 4 tiles"):
+        with_tiles(again, 2, seed=0)
+    for wrong in ({"tiles": 0}, {"tiles": 2, "decoder": "mlp"}):
+        with pytest.raises(CheckpointError, match="tiles"):
+            GHNConfig(**wrong)  # type: ignore[arg-type]
 
 
 def test_the_setting_survives_a_file_and_leaves_old_hashes_alone(tmp_path: Path) -> None:

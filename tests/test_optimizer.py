@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timm_ghn.ghn import GHN, GHNConfig
+from timm_ghn.ghn.decoder import Tiles
 from timm_ghn.training.optimizer import Muon, make_optimizer, orthogonal_update
 
 
@@ -57,7 +58,7 @@ def test_a_loss_falls(name: str) -> None:
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
-        loss = (ghn.decoder(torch.eye(8), (8, 8, 3, 3)) - 1).square().mean()
+        loss = (ghn.decoder(torch.eye(8), Tiles(range(1), range(1), (8, 8, 3, 3))) - 1).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

@@ -17,6 +17,7 @@ MAX_CHANNELS = 1024
 MAX_KERNEL = 64
 MAX_HID = 1024
 MAX_CLASSES = 100_000
+MAX_TILES = 256
 MAX_PARAMETERS = 2**28
 """Sizes beyond which a configuration is taken for damaged rather than allocated (2^28 float32 are 1 GiB)."""
 
@@ -37,6 +38,8 @@ class GHNConfig:
         kernels: What happens to an emitted block before it is scaled: "raw" leaves it as it is (ppuda), "normalized"
             divides it by its root mean square, so that every kernel has the scale of He's initialization, and
             "orthogonal" first makes its singular values nearly equal.
+        tiles: How many blocks a side make up a larger kernel before it repeats them, each from a learned code of its
+            place; 1 repeats a single one (ppuda).
 
     Raises:
         CheckpointError: If a value is of the wrong type or out of bounds.
@@ -51,6 +54,7 @@ class GHNConfig:
     layernorm: bool = True
     hid: int = 32
     kernels: str = "raw"
+    tiles: int = 1
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -82,8 +86,17 @@ class GHNConfig:
             raise CheckpointError(f"GHN config: max_shape {shape} needs as many in as out channels with decoder 'mlp'")
         _check_size("num_classes", self.num_classes, MAX_CLASSES)
         _check_size("hid", self.hid, MAX_HID)
+        _check_size("tiles", self.tiles, MAX_TILES)
+        if self.tiles > 1 and self.decoder != "conv":
+            raise CheckpointError("GHN config: tiles needs decoder 'conv'")
         if self.hid % 4:
             raise CheckpointError(f"GHN config: hid is {self.hid}, not a multiple of 4")
+
+    @property
+    def largest_kernel(self) -> tuple[int, int, int, int]:
+        """What is emitted of a kernel; a larger one repeats it."""
+        out_channels, in_channels, height, width = self.max_shape
+        return self.tiles * out_channels, self.tiles * in_channels, height, width
 
     @property
     def num_decoder_parameters(self) -> int:
@@ -93,15 +106,15 @@ class GHNConfig:
         if self.decoder == "conv":
             spatial = self.hid * (4 * self.hid) * height * width
             channels = (4 * self.hid) * (8 * self.hid) + (8 * self.hid) * out_channels * in_channels
-            return spatial + channels + 2 * classes
+            return spatial + channels + 2 * (self.tiles - 1) * (8 * self.hid) + 2 * classes
         return 2 * self.hid * (out_channels * in_channels * height * width + classes) + classes
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GHNConfig:
         """Build a configuration from JSON or from the `config` entry of a ppuda checkpoint.
 
-        Only `hypernet`, `decoder`, `hid` and `kernels` may be missing: ppuda's defaults for the rest are not those of
-        GHN-2.
+        Only `hypernet`, `decoder`, `hid`, `kernels` and `tiles` may be missing: ppuda's defaults for the rest are not
+        those of GHN-2.
 
         Raises:
             CheckpointError: If a key is missing or unknown, or a value is of the wrong type or out of bounds.
@@ -112,7 +125,7 @@ class GHNConfig:
         unknown = sorted(_show(key).strip("'") for key in data if key not in known)[:3]
         if unknown:
             raise CheckpointError(f"GHN config: unknown settings {', '.join(unknown)}")
-        missing = sorted(known - set(data) - {"hypernet", "decoder", "hid", "kernels"})
+        missing = sorted(known - set(data) - {"hypernet", "decoder", "hid", "kernels", "tiles"})
         if missing:
             raise CheckpointError(f"GHN config: missing settings {', '.join(missing)}")
         values = dict(data)
@@ -125,6 +138,8 @@ class GHNConfig:
         data = {**asdict(self), "max_shape": list(self.max_shape)}
         if self.kernels == "raw":
             del data["kernels"]
+        if self.tiles == 1:
+            del data["tiles"]
         return data
 
 

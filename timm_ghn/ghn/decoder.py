@@ -23,6 +23,56 @@ from timm_ghn.ghn.gnn import MLP
 Block = tuple[int, int, int, int]
 """A part (K, C, h, w) of the largest block."""
 
+_CODE_STD = 0.7
+"""Standard deviation of the codes of an untrained GHN, by which the blocks of a kernel differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Blocks of one size in a kernel that is put together from several.
+
+    Attributes:
+        rows: Their places along the out channels.
+        columns: Their places along the in channels.
+        block: Their size.
+    """
+
+    rows: range
+    columns: range
+    block: Block
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the first block of a kernel alone."""
+        return self.rows == self.columns == range(1)
+
+
+def tilings(kernel: Block, largest: Block) -> list[Tiles]:
+    """The blocks that make up a kernel, by size: row by row, each row from left to right.
+
+    Args:
+        kernel: Size of the kernel, in space not larger than a block.
+        largest: Size of the largest block.
+    """
+    rows, columns = (_places(size, limit) for size, limit in zip(kernel[:2], largest[:2], strict=True))
+    return [Tiles(a, b, (height, width, *kernel[2:])) for a, height in rows for b, width in columns]
+
+
+def _places(size: int, limit: int) -> list[tuple[range, int]]:
+    """Places of the whole blocks along a dimension and their length, then that of the rest."""
+    whole, rest = divmod(size, limit)
+    return [*([(range(whole), limit)] if whole else []), *([(range(whole, whole + 1), rest)] if rest else [])]
+
+
+def join(parts: Sequence[Tensor], tiles: Sequence[Tiles]) -> Tensor:
+    """Kernels (N, K, C, h, w) from the blocks of `tilings`, each (N, A, B, k, c, h, w)."""
+    if len(parts) == 1 and tiles[0].is_first:
+        return parts[0][:, 0, 0]
+    regions = [part.permute(0, 1, 3, 2, 4, 5, 6).flatten(3, 4).flatten(1, 2) for part in parts]
+    rows = dict.fromkeys(tile.rows for tile in tiles)
+    pairs = list(zip(tiles, regions, strict=True))
+    return torch.cat([torch.cat([region for tile, region in pairs if tile.rows == row], 2) for row in rows], 1)
+
 
 @dataclass(frozen=True, slots=True)
 class ConvParts:
@@ -50,6 +100,11 @@ class ConvDecoder(nn.Module):
             nn.Conv2d(middle, 2 * middle, 1), nn.ReLU(), nn.Conv2d(2 * middle, out_channels * in_channels, 1)
         )
         self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Conv2d(out_channels, config.num_classes, 1))
+        if config.tiles > 1:
+            self.out_codes = nn.Embedding(config.tiles - 1, 2 * middle)
+            self.in_codes = nn.Embedding(config.tiles - 1, 2 * middle)
+            for codes in (self.out_codes, self.in_codes):
+                nn.init.normal_(codes.weight, std=_CODE_STD)
 
     def cut(self, blocks: Iterable[Block]) -> dict[Block, ConvParts]:
         """What emits blocks of these sizes, for `forward`; cut together, they have one gradient for each layer."""
@@ -73,14 +128,15 @@ class ConvDecoder(nn.Module):
             for size, weight, bias, last_weight, last_bias in parts
         }
 
-    def forward(self, x: Tensor, block: Block, parts: ConvParts | None = None) -> Tensor:
-        """Kernels (N, K, C, h, w), contiguous, for node features (N, hid).
+    def forward(self, x: Tensor, tiles: Tiles, parts: ConvParts | None = None) -> Tensor:
+        """Blocks (N, A, B, K, C, h, w), contiguous, for node features (N, hid).
 
         Args:
             x: Features of the nodes.
-            block: Size of the kernels.
+            tiles: Which blocks of their kernels, A x B of one size.
             parts: What `cut` gave for this size; cut here if it is missing.
         """
+        block = tiles.block
         height, width = block[2:]
         parts = parts or self.cut([block])[block]
         first = cast(nn.Conv2d, self.conv[0])
@@ -88,12 +144,21 @@ class ConvDecoder(nn.Module):
 
         # 1x1 convolutions as matrix products: rows are the places of all nodes.
         hidden = F.relu(F.linear(maps.transpose(1, 2), first.weight.flatten(1), first.bias))
-        kernels = F.linear(hidden, *parts.channels).transpose(1, 2)
-        return kernels.reshape(len(x), *block)
+        if not tiles.is_first:
+            hidden = hidden[:, None] * self._gains(tiles)[:, None]
+        kernels = F.linear(hidden, *parts.channels).transpose(-1, -2)
+        return kernels.reshape(len(x), len(tiles.rows), len(tiles.columns), *block)
+
+    def _gains(self, tiles: Tiles) -> Tensor:
+        """What the hidden features are multiplied with for each block (A * B, ...): 1 for the first of a kernel."""
+        rows, columns = (F.pad(codes.weight, (0, 0, 1, 0)) for codes in (self.out_codes, self.in_codes))
+        places = rows[list(tiles.rows), None] + columns[None, list(tiles.columns)]
+        return 1 + places.flatten(0, 1)
 
     def class_weights(self, x: Tensor, in_channels: int) -> Tensor:
         """Class weights (N, num_classes, C) for node features (N, hid): classes replace the out channels."""
-        kernels = self(x, (self.max_shape[0], in_channels, 1, 1)).flatten(2)
+        blocks = [self(x, tiles)[:, 0] for tiles in tilings((self.max_shape[0], in_channels, 1, 1), self.max_shape)]
+        kernels = torch.cat([block.transpose(1, 2).flatten(2) for block in blocks], dim=2)
         predictor = cast(nn.Conv2d, self.class_layer_predictor[1])
         return predictor.weight.flatten(1) @ F.relu(kernels) + _bias(predictor)[:, None]
 
@@ -113,11 +178,12 @@ class MLPDecoder(nn.Module):
         """Nothing: this decoder cuts as it emits."""
         return {}
 
-    def forward(self, x: Tensor, block: Block, parts: ConvParts | None = None) -> Tensor:
-        """Kernels (N, K, C, h, w), contiguous, for node features (N, hid); `parts` is not used."""
+    def forward(self, x: Tensor, tiles: Tiles, parts: ConvParts | None = None) -> Tensor:
+        """Blocks (N, 1, 1, K, C, h, w), contiguous, for node features (N, hid); `parts` is not used."""
+        block = tiles.block
         first, last = self.mlp.linear(0), self.mlp.linear(1)
         weight, bias = _cut(last.weight, self.max_shape, block), _cut(last.bias, self.max_shape, block)
-        return F.linear(F.relu(first(x)), weight, bias).view(len(x), *block)
+        return F.linear(F.relu(first(x)), weight, bias).view(len(x), 1, 1, *block)
 
     def class_weights(self, x: Tensor, in_channels: int) -> Tensor:
         """Class weights (N, num_classes, C) for node features (N, hid)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -198,16 +198,28 @@ class GHN(nn.Module):
 
     def _emit(self, batch: Sequence[tuple[_Group, Sequence[_Job]]], features: Tensor) -> list[Tensor]:
         """Blocks (n, ...) of some groups for the nodes of their jobs, not yet scaled by fan-in."""
-        parts = self.decoder.cut(_block(group) for group, _ in batch if group.kind in _EMITTED)
-        emitted = []
+        tilings = {group: self._tilings(group) for group, _ in batch if group.kind in _EMITTED}
+        parts = self.decoder.cut(tiles.block for tilings_ in tilings.values() for tiles in tilings_)
+        emitted: list[list[Tensor]] = []
         for group, jobs in batch:
-            nodes = torch.tensor([job.node for job in jobs], device=features.device)
-            emitted.append(self._decode(group, features[nodes], parts))
+            x = features[torch.tensor([job.node for job in jobs], device=features.device)]
+            if group in tilings:
+                emitted.append([self.decoder(x, tiles, parts.get(tiles.block)) for tiles in tilings[group]])
+            else:
+                emitted.append([self._decode(group, x)])
         kernels = [index for index, (group, _) in enumerate(batch) if group.kind == "kernel"]
-        conditioned = decoders.condition([emitted[index] for index in kernels], self.config.kernels)
-        for index, blocks in zip(kernels, conditioned, strict=True):
-            emitted[index] = blocks
-        return emitted
+        blocks = [block for index in kernels for block in emitted[index]]
+        conditioned = iter(decoders.condition([block.flatten(0, 2) for block in blocks], self.config.kernels))
+        for index in kernels:
+            emitted[index] = [next(conditioned).view_as(block) for block in emitted[index]]
+        return [
+            decoders.join(found, tilings[group]) if group in tilings else found[0]
+            for (group, _), found in zip(batch, emitted, strict=True)
+        ]
+
+    def _tilings(self, group: _Group) -> list[decoders.Tiles]:
+        out_channels, in_channels, height, width = group.block
+        return decoders.tilings((out_channels, in_channels, height, width), self.config.max_shape)
 
     def _groups(self, graphs: Sequence[Graph]) -> dict[_Group, list[_Job]]:
         """All targets, grouped by what a decoder emits at once."""
@@ -224,21 +236,18 @@ class GHN(nn.Module):
     def _group(self, job: _Job) -> _Group:
         role = job.target.role
         if role in (Role.WEIGHT, Role.POS_ENC):
-            largest = self.config.max_shape
+            largest = self.config.largest_kernel
             sizes = tuple(min(size, limit) for size, limit in zip(shape_4d(job.shape), largest, strict=True))
             return _Group("kernel" if role is Role.WEIGHT else "table", sizes)
         if role is Role.CLASS_WEIGHT:
-            return _Group("class_weight", (self.config.num_classes, min(job.shape[1], self.config.max_shape[1])))
+            return _Group("class_weight", (self.config.num_classes, min(job.shape[1], self.config.largest_kernel[1])))
         return _Group("class_bias") if role is Role.CLASS_BIAS else _Group("vector")
 
     def _bytes(self, group: _Group) -> int:
         return 4 * max(math.prod(group.block), 2 * max(self.config.max_shape[:2]), self.config.num_classes)
 
-    def _decode(self, group: _Group, x: Tensor, parts: Mapping[decoders.Block, decoders.ConvParts]) -> Tensor:
-        """Blocks (n, ...) of a group for node features (n, hid), neither scaled nor cut to their targets."""
-        if group.kind in _EMITTED:
-            block = _block(group)
-            return cast(Tensor, self.decoder(x, block, parts.get(block)))
+    def _decode(self, group: _Group, x: Tensor) -> Tensor:
+        """What is no kernel (n, ...) of a group for node features (n, hid), neither scaled nor cut to its target."""
         if group.kind == "class_weight":
             return self.decoder.class_weights(x, group.block[1])
         vectors: Tensor = self.decoder_1d(x).view(len(x), 2, -1)
@@ -271,11 +280,6 @@ class GHN(nn.Module):
 
 _EMITTED = ("kernel", "table")
 """Kinds of groups whose blocks are whole kernels."""
-
-
-def _block(group: _Group) -> decoders.Block:
-    out_channels, in_channels, height, width = group.block
-    return out_channels, in_channels, height, width
 
 
 def _kernel_shape(target: Target, shape: Shape | None) -> Shape:

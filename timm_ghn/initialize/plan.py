@@ -146,7 +146,7 @@ def make_plan(
                 unscaled = (layer for layer in layers if structure.needs_orthogonal(layer.parameter))
                 processed.update({layer.parameter: layer for layer in unscaled if not layer.is_classifier})
             unprocessed = (target for name, target in targets.items() if name not in processed)
-            factors = structure.factors(unprocessed, hypernetwork.model.config.max_shape[1])
+            factors = structure.factors(unprocessed, hypernetwork.model.config.largest_kernel[1])
     return Plan(init, hypernetwork, graph, parameters, layers, start_layer, targets, reasons, processed, factors)
 
 

@@ -66,6 +66,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     parser.add_argument("--workers", type=int, default=1, help="processes that record graphs before training")
     parser.add_argument("--hid", type=int, default=32, help="size of the GHN's node features")
+    parser.add_argument("--tiles", type=int, default=1, help="blocks a side that differ in a large kernel")
     parser.add_argument("--image-size", type=int, default=32, help="side of the images in pixels")
     parser.add_argument(
         "--without-family",
@@ -114,7 +115,7 @@ def run_train(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     _join_group(device)
     try:
-        beginning = Beginning(args.from_ghn, args.from_step, resume=args.resume, hid=args.hid)
+        beginning = Beginning(args.from_ghn, args.from_step, resume=args.resume, hid=args.hid, tiles=args.tiles)
         trainer = prepare(args.images, config, args.out, device, beginning, workers=args.workers)
         result = trainer.run()
         if trainer.rank == 0:
@@ -149,12 +150,14 @@ class Beginning:
         step: Step of the schedules.
         resume: Whether it goes on from the checkpoint in its folder instead, if there is one.
         hid: Size of a new GHN's node features.
+        tiles: Blocks a side that differ in a large kernel. A GHN from a file without them gets new codes.
     """
 
     ghn: Path | None = None
     step: int = 0
     resume: bool = False
     hid: int = 32
+    tiles: int = 1
 
 
 def prepare(
@@ -246,6 +249,27 @@ def new_ghn(shape: GHNConfig, config: TrainConfig, graphs: Sequence[Graph]) -> G
     return ghn
 
 
+def with_tiles(ghn: GHN, tiles: int, seed: int) -> GHN:
+    """A GHN whose large kernels are put together from more blocks, with codes as of an untrained one.
+
+    Args:
+        ghn: GHN to take weights from; itself if it has as many already, or 1 is asked for.
+        tiles: Blocks a side.
+        seed: Seed of the codes.
+
+    Raises:
+        TrainingError: If it has others.
+    """
+    if tiles in (1, ghn.config.tiles):
+        return ghn
+    if ghn.config.tiles > 1:
+        raise TrainingError(f"the GHN has {ghn.config.tiles} tiles, the run {tiles}")
+    torch.manual_seed(seed)
+    extended = GHN(replace(ghn.config, tiles=tiles))
+    extended.load_state_dict({**extended.state_dict(), **ghn.state_dict()})
+    return extended
+
+
 def make_trainer(
     config: TrainConfig,
     splits: Splits,
@@ -266,8 +290,11 @@ def make_trainer(
         ghn.info = None  # of the file; training makes another GHN of it
         if ghn.config.kernels != config.kernels:
             raise TrainingError(f"{beginning.ghn} has '{ghn.config.kernels}' kernels, the run '{config.kernels}' ones")
+        ghn = with_tiles(ghn, beginning.tiles, config.seed)
     else:
-        shape = GHNConfig(num_classes=len(splits.train.classes), hid=beginning.hid, kernels=config.kernels)
+        shape = GHNConfig(
+            num_classes=len(splits.train.classes), hid=beginning.hid, kernels=config.kernels, tiles=beginning.tiles
+        )
         ghn = new_ghn(shape, config, [member.graph for member in pool[:32]])
     trainer = Trainer(ghn.to(device), config, splits, pool, eval_pool, out, device, easy_images(config))
     trainer.step = beginning.step
