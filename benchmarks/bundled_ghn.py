@@ -171,7 +171,7 @@ class Bench:
         return path
 
     def line(self, task: str, model: str, init: str) -> tuple[Line, tuple[RunResult, ...]]:
-        """All seeds of a line of the table, with the learning rate that is best on held-out training images.
+        """All seeds of a line of the table, with the rates that are best on held-out training images.
 
         Returns:
             The line, and its runs: none with `--tune-only`, not all if other processes work on some.
@@ -296,10 +296,8 @@ def ends(lines: Mapping[Line, Sequence[RunResult]]) -> str:
         gain = f" ({mean - accuracies(orth)[-1][0]:+.1f})" if orth and line.init != "orth" else ""
         cells.setdefault((line.init, line.ghn or "-"), {})[line.model] = f"{mean:.1f} ± {spread:.1f}{gain}"
     head = f"| init | GHN | {' | '.join(MODELS)} |\n|---|---|{'---|' * len(MODELS)}"
-    rows = (
-        (*key, *(cells[key].get(model, "-") for model in MODELS)) for key in sorted(cells, key=lambda key: place(*key))
-    )
-    body = (f"| {' | '.join(values)} |" for values in rows)
+    keys = sorted(cells, key=lambda key: place(*key))
+    body = (f"| {' | '.join((*key, *(cells[key].get(model, '-') for model in MODELS)))} |" for key in keys)
     return "\n".join((head, *body))
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from timm_ghn.errors import GraphError
 from timm_ghn.ghn import GHN, GHNConfig, Prediction, layout
 from timm_ghn.ghn import model as model_module
-from timm_ghn.ghn.decoder import Tiles
 from timm_ghn.ghn.features import channel_sizes, kernel_sizes, shape_4d
 from timm_ghn.ghn.gnn import GatedGNN
+from timm_ghn.ghn.layout import Tiles
 from timm_ghn.graph.graph import Graph, Layout, Node, Op, Role, Target
 
 CASES = settings(deadline=None, max_examples=60, derandomize=True)

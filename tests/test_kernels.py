@@ -14,7 +14,8 @@ from torch import nn
 from timm_ghn.errors import CheckpointError, TrainingError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
 from timm_ghn.ghn.checkpoint import write_safetensors
-from timm_ghn.ghn.decoder import ConvDecoder, Tiles, condition, join, tilings
+from timm_ghn.ghn.decoder import ConvDecoder, condition
+from timm_ghn.ghn.layout import Tiles, join, tilings
 from timm_ghn.graph import to_graph
 from timm_ghn.training.architectures import SamplerConfig
 from timm_ghn.training.cli import with_tiles

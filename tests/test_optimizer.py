@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timm_ghn.ghn import GHN, GHNConfig
-from timm_ghn.ghn.decoder import Tiles
+from timm_ghn.ghn.layout import Tiles
 from timm_ghn.training.optimizer import Muon, make_optimizer, orthogonal_update
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,21 +112,14 @@ class CapturedStep:
             self._graphs[size] = self._capture(picks)
         graph, place = self._graphs[size]
         place.copy_(picks)
-        with self._in_turn():
-            graph.replay()
-
-    @contextmanager
-    def _in_turn(self) -> Iterator[None]:
-        """Keep a step that draws random numbers apart from those of other runs.
-
-        The graphs of a device read seed and offset from the same two tensors, which every replay of them writes.
-        """
         if not self._draws:
-            yield
+            graph.replay()
             return
+        # The graphs of a device read seed and offset from the same two tensors, which every replay of them writes:
+        # steps that draw random numbers must not overlap.
         common = torch.cuda.default_stream(self._stream.device)
         self._stream.wait_stream(common)
-        yield
+        graph.replay()
         common.wait_stream(self._stream)
 
     def _capture(self, picks: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:

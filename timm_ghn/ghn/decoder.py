@@ -19,59 +19,10 @@ from torch.nn import functional as F
 
 from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.ghn.gnn import MLP
-
-Block = tuple[int, int, int, int]
-"""A part (K, C, h, w) of the largest block."""
+from timm_ghn.ghn.layout import Block, Tiles, join, tilings
 
 _CODE_STD = 0.7
 """Standard deviation of the codes of an untrained GHN, by which the blocks of a kernel differ."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Blocks of one size in a kernel that is put together from several.
-
-    Attributes:
-        rows: Their places along the out channels.
-        columns: Their places along the in channels.
-        block: Their size.
-    """
-
-    rows: range
-    columns: range
-    block: Block
-
-    @property
-    def is_first(self) -> bool:
-        """Whether it is the first block of a kernel alone."""
-        return self.rows == self.columns == range(1)
-
-
-def tilings(kernel: Block, largest: Block) -> list[Tiles]:
-    """The blocks that make up a kernel, by size: row by row, each row from left to right.
-
-    Args:
-        kernel: Size of the kernel, in space not larger than a block.
-        largest: Size of the largest block.
-    """
-    rows, columns = (_places(size, limit) for size, limit in zip(kernel[:2], largest[:2], strict=True))
-    return [Tiles(a, b, (height, width, *kernel[2:])) for a, height in rows for b, width in columns]
-
-
-def _places(size: int, limit: int) -> list[tuple[range, int]]:
-    """Places of the whole blocks along a dimension and their length, then that of the rest."""
-    whole, rest = divmod(size, limit)
-    return [*([(range(whole), limit)] if whole else []), *([(range(whole, whole + 1), rest)] if rest else [])]
-
-
-def join(parts: Sequence[Tensor], tiles: Sequence[Tiles]) -> Tensor:
-    """Kernels (N, K, C, h, w) from the blocks of `tilings`, each (N, A, B, k, c, h, w)."""
-    if len(parts) == 1 and tiles[0].is_first:
-        return parts[0][:, 0, 0]
-    regions = [part.permute(0, 1, 3, 2, 4, 5, 6).flatten(3, 4).flatten(1, 2) for part in parts]
-    rows = dict.fromkeys(tile.rows for tile in tiles)
-    pairs = list(zip(tiles, regions, strict=True))
-    return torch.cat([torch.cat([region for tile, region in pairs if tile.rows == row], 2) for row in rows], 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +108,8 @@ class ConvDecoder(nn.Module):
 
     def class_weights(self, x: Tensor, in_channels: int) -> Tensor:
         """Class weights (N, num_classes, C) for node features (N, hid): classes replace the out channels."""
-        blocks = [self(x, tiles)[:, 0] for tiles in tilings((self.max_shape[0], in_channels, 1, 1), self.max_shape)]
-        kernels = torch.cat([block.transpose(1, 2).flatten(2) for block in blocks], dim=2)
+        tiles = tilings((self.max_shape[0], in_channels, 1, 1), self.max_shape)
+        kernels = join([self(x, part) for part in tiles], tiles).flatten(2)
         predictor = cast(nn.Conv2d, self.class_layer_predictor[1])
         return predictor.weight.flatten(1) @ F.relu(kernels) + _bias(predictor)[:, None]
 

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from timm_ghn.graph.nodes import Layout, Shape
+
+Block = tuple[int, int, int, int]
+"""A part (K, C, h, w) of the largest block that a decoder emits."""
 
 
 def tile(block: Tensor, shape: Shape) -> Tensor:
@@ -58,6 +63,61 @@ def _pieces(size: int, length: int) -> list[tuple[int, int, int]]:
     whole, rest = size - size % length, size % length
     pieces = [(0, whole, length)] if whole else []
     return [*pieces, (whole, rest, rest)] if rest else pieces
+
+
+# Kernels that are put together from blocks that differ
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Blocks of one size in a kernel that is put together from several.
+
+    Attributes:
+        rows: Their places along the out channels.
+        columns: Their places along the in channels.
+        block: Their size.
+    """
+
+    rows: range
+    columns: range
+    block: Block
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the first block of a kernel alone."""
+        return self.rows == self.columns == range(1)
+
+
+def tilings(kernel: Block, largest: Block) -> list[Tiles]:
+    """The blocks that make up a kernel, by size: row by row, each row from left to right.
+
+    Args:
+        kernel: Size of the kernel, in space not larger than a block.
+        largest: Size of the largest block.
+    """
+    rows, columns = (_places(size, limit) for size, limit in zip(kernel[:2], largest[:2], strict=True))
+    return [Tiles(a, b, (height, width, *kernel[2:])) for a, height in rows for b, width in columns]
+
+
+def _places(size: int, limit: int) -> list[tuple[range, int]]:
+    """Places of the blocks along a dimension and their length: the whole ones, then the rest."""
+    return [
+        (range(start // limit, start // limit + extent // length), length)
+        for start, extent, length in _pieces(size, limit)
+    ]
+
+
+def join(parts: Sequence[Tensor], tiles: Sequence[Tiles]) -> Tensor:
+    """Kernels (N, K, C, h, w) from the blocks of `tilings`, each (N, A, B, k, c, h, w)."""
+    if len(parts) == 1 and tiles[0].is_first:
+        return parts[0][:, 0, 0]
+    regions = [part.permute(0, 1, 3, 2, 4, 5, 6).flatten(3, 4).flatten(1, 2) for part in parts]
+    rows = dict.fromkeys(tile.rows for tile in tiles)
+    pairs = list(zip(tiles, regions, strict=True))
+    return torch.cat([torch.cat([region for tile, region in pairs if tile.rows == row], 2) for row in rows], 1)
+
+
+# Layouts
 
 
 def repeats(kernel: Shape, shape: Shape, layout: Layout) -> int:

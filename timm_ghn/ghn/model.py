@@ -199,7 +199,7 @@ class GHN(nn.Module):
     def _emit(self, batch: Sequence[tuple[_Group, Sequence[_Job]]], features: Tensor) -> list[Tensor]:
         """Blocks (n, ...) of some groups for the nodes of their jobs, not yet scaled by fan-in."""
         tilings = {group: self._tilings(group) for group, _ in batch if group.kind in _EMITTED}
-        parts = self.decoder.cut(tiles.block for tilings_ in tilings.values() for tiles in tilings_)
+        parts = self.decoder.cut(tiles.block for parts_of in tilings.values() for tiles in parts_of)
         emitted: list[list[Tensor]] = []
         for group, jobs in batch:
             x = features[torch.tensor([job.node for job in jobs], device=features.device)]
@@ -213,13 +213,13 @@ class GHN(nn.Module):
         for index in kernels:
             emitted[index] = [next(conditioned).view_as(block) for block in emitted[index]]
         return [
-            decoders.join(found, tilings[group]) if group in tilings else found[0]
+            layout.join(found, tilings[group]) if group in tilings else found[0]
             for (group, _), found in zip(batch, emitted, strict=True)
         ]
 
-    def _tilings(self, group: _Group) -> list[decoders.Tiles]:
+    def _tilings(self, group: _Group) -> list[layout.Tiles]:
         out_channels, in_channels, height, width = group.block
-        return decoders.tilings((out_channels, in_channels, height, width), self.config.max_shape)
+        return layout.tilings((out_channels, in_channels, height, width), self.config.max_shape)
 
     def _groups(self, graphs: Sequence[Graph]) -> dict[_Group, list[_Job]]:
         """All targets, grouped by what a decoder emits at once."""

@@ -291,6 +291,7 @@ def _draw_common(rng: random.Random, family: str, common: _Common, input_size: i
         common.style,
         ratio=rng.choice(common.ratios),
         kernel=rng.choice(common.kernels),
+        # Nothing is drawn where there is no choice, so that a seed gives the architectures that it always gave.
         se=common.se > 0 and rng.random() < common.se,
         layer_scale=rng.choice(common.layer_scales) if len(common.layer_scales) > 1 else common.layer_scales[0],
         pool=rng.random() < common.pooled,
