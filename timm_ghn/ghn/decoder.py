@@ -9,7 +9,7 @@ Shapes: N nodes, K out channels, C in channels, h x w kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -206,53 +206,8 @@ _STEPS = 5
 """How often it is applied: singular values above 1 / 100 of a block's norm become nearly equal."""
 
 
-def condition(blocks: Sequence[Tensor], kernels: str) -> list[Tensor]:
-    """Bring emitted blocks to a common scale, as `GHNConfig.kernels` says.
-
-    Args:
-        blocks: Any number of batches (N, K, ...) of blocks, each block a matrix of K rows.
-        kernels: "raw", "normalized" or "orthogonal".
-
-    Returns:
-        Blocks of the same shapes; their root mean squares are 1 unless `kernels` is "raw". Differentiable.
-    """
-    if kernels == "raw":
-        return list(blocks)
-    matrices = [block.flatten(2) for block in blocks]
-    if kernels == "normalized":
-        scales = [matrix.square().mean((1, 2), keepdim=True).clamp_min(1e-24).rsqrt() for matrix in matrices]
-        return [(matrix * scale).view_as(block) for matrix, scale, block in zip(matrices, scales, blocks, strict=True)]
-    tall = [matrix.shape[1] > matrix.shape[2] for matrix in matrices]
-    wide = [matrix.transpose(1, 2) if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)]
-    factors = _evening_factors([matrix @ matrix.transpose(1, 2) for matrix in wide])
-    even = [
-        math.sqrt(block[0].numel()) * factor @ matrix
-        for factor, matrix, block in zip(factors, wide, blocks, strict=True)
-    ]
-    turned = [matrix.transpose(1, 2) if turn else matrix for matrix, turn in zip(even, tall, strict=True)]
-    return [matrix.reshape(block.shape) for matrix, block in zip(turned, blocks, strict=True)]
-
-
-_BUCKETS = (4, 16, 32)
-"""Sizes that small Gram matrices are filled up to, so that those of many groups make one batch."""
-
-
-def _evening_factors(grams: Sequence[Tensor]) -> list[Tensor]:
-    """For batches of Gram matrices G = X X^T: F for which F X has norm 1 and nearly equal singular values."""
-    sides = [gram.shape[1] for gram in grams]
-    buckets = [next((size for size in _BUCKETS if side <= size), side) for side in sides]
-    padded: dict[int, list[Tensor]] = {}
-    for gram, side, bucket in zip(grams, sides, buckets, strict=True):
-        padded.setdefault(bucket, []).append(F.pad(gram, (0, bucket - side, 0, bucket - side)))
-    done = {
-        bucket: iter(torch.split(_unit_factor(torch.cat(parts)), [len(part) for part in parts]))
-        for bucket, parts in padded.items()
-    }
-    return [next(done[bucket])[:, :side, :side] for side, bucket in zip(sides, buckets, strict=True)]
-
-
-def _unit_factor(gram: Tensor) -> Tensor:
-    """The factors for one batch of Gram matrices (N, m, m)."""
+def unit_factor(gram: Tensor) -> Tensor:
+    """For Gram matrices G = X X^T (N, m, m): F for which F X has norm 1 and nearly equal singular values."""
     factor = even_factor(gram)
     return factor * (factor * (factor @ gram)).sum((1, 2), keepdim=True).clamp_min(1e-24).rsqrt()
 
@@ -273,6 +228,54 @@ def even_factor(gram: Tensor) -> Tensor:
         if step < _STEPS - 1:
             gram = factor @ gram @ factor
     return total * first.rsqrt()
+
+
+def condition(
+    blocks: Sequence[Tensor], kernels: str, factors_of: Callable[[Tensor], Tensor] = unit_factor
+) -> list[Tensor]:
+    """Bring emitted blocks to a common scale, as `GHNConfig.kernels` says.
+
+    Args:
+        blocks: Any number of batches (N, K, ...) of blocks, each block a matrix of K rows.
+        kernels: "raw", "normalized" or "orthogonal".
+        factors_of: `unit_factor`, or the same compiled.
+
+    Returns:
+        Blocks of the same shapes; their root mean squares are 1 unless `kernels` is "raw". Differentiable.
+    """
+    if kernels == "raw":
+        return list(blocks)
+    matrices = [block.flatten(2) for block in blocks]
+    if kernels == "normalized":
+        scales = [matrix.square().mean((1, 2), keepdim=True).clamp_min(1e-24).rsqrt() for matrix in matrices]
+        return [(matrix * scale).view_as(block) for matrix, scale, block in zip(matrices, scales, blocks, strict=True)]
+    tall = [matrix.shape[1] > matrix.shape[2] for matrix in matrices]
+    wide = [matrix.transpose(1, 2) if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)]
+    factors = _evening_factors([matrix @ matrix.transpose(1, 2) for matrix in wide], factors_of)
+    even = [
+        math.sqrt(block[0].numel()) * factor @ matrix
+        for factor, matrix, block in zip(factors, wide, blocks, strict=True)
+    ]
+    turned = [matrix.transpose(1, 2) if turn else matrix for matrix, turn in zip(even, tall, strict=True)]
+    return [matrix.reshape(block.shape) for matrix, block in zip(turned, blocks, strict=True)]
+
+
+_BUCKETS = (4, 16, 32)
+"""Sizes that small Gram matrices are filled up to, so that those of many groups make one batch."""
+
+
+def _evening_factors(grams: Sequence[Tensor], factors_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """For batches of Gram matrices G = X X^T: F for which F X has norm 1 and nearly equal singular values."""
+    sides = [gram.shape[1] for gram in grams]
+    buckets = [next((size for size in _BUCKETS if side <= size), side) for side in sides]
+    padded: dict[int, list[Tensor]] = {}
+    for gram, side, bucket in zip(grams, sides, buckets, strict=True):
+        padded.setdefault(bucket, []).append(F.pad(gram, (0, bucket - side, 0, bucket - side)))
+    done = {
+        bucket: iter(torch.split(factors_of(torch.cat(parts)), [len(part) for part in parts]))
+        for bucket, parts in padded.items()
+    }
+    return [next(done[bucket])[:, :side, :side] for side, bucket in zip(sides, buckets, strict=True)]
 
 
 def kernel_scale(shape: tuple[int, ...], is_table: bool) -> float:

@@ -117,6 +117,7 @@ class GHN(nn.Module):
     Attributes:
         config: Hyperparameters.
         info: Where the weights came from; None for one that was not loaded.
+        unit_factor: What conditions kernels, see `compile_conditioning`.
     """
 
     def __init__(self, config: GHNConfig) -> None:
@@ -132,6 +133,11 @@ class GHN(nn.Module):
         self.decoder = decoders.make_decoder(config)
         self.decoder_1d = decoders.vector_decoder(config)
         self.bias_class = decoders.class_bias_layer(config)
+        self.unit_factor = decoders.unit_factor
+
+    def compile_conditioning(self) -> None:
+        """Let torch.compile fuse the conditioning of kernels; it takes half a minute at the first prediction."""
+        self.unit_factor = torch.compile(decoders.unit_factor, dynamic=True)
 
     def embed_nodes(self, graphs: Graph | Sequence[Graph]) -> Tensor:
         """Features (N, hid) of the nodes of one or more graphs, one graph after the other.
@@ -209,7 +215,9 @@ class GHN(nn.Module):
                 emitted.append([self._decode(group, x)])
         kernels = [index for index, (group, _) in enumerate(batch) if group.kind == "kernel"]
         blocks = [block for index in kernels for block in emitted[index]]
-        conditioned = iter(decoders.condition([block.flatten(0, 2) for block in blocks], self.config.kernels))
+        conditioned = iter(
+            decoders.condition([block.flatten(0, 2) for block in blocks], self.config.kernels, self.unit_factor)
+        )
         for index in kernels:
             emitted[index] = [next(conditioned).view_as(block) for block in emitted[index]]
         return [

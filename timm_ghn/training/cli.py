@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from timm_ghn.errors import TrainingError
@@ -26,6 +25,10 @@ from timm_ghn.training.export import export_run, smooth_sizes
 from timm_ghn.training.loop import Trainer, rescale_decoder, share_decoder
 from timm_ghn.training.pool import ArchitecturePool, PoolConfig
 from timm_ghn.training.pretext import make_pretext
+from timm_ghn.training.processes import join_processes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _OVERRIDES = (
     ("steps", int, "updates of the GHN"),
@@ -47,6 +50,8 @@ _OVERRIDES = (
     ("log_every", int, "steps between lines in metrics.jsonl"),
     ("seed", int, "seed of everything drawn"),
     ("num_threads", int, "threads a process"),
+    ("amp", bool, "networks in bfloat16"),
+    ("compile", bool, "torch.compile for the conditioning of kernels"),
 )
 
 
@@ -76,7 +81,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="families of architectures never to train on, for measuring generalization",
     )
     for name, kind, text in _OVERRIDES:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: the preset's)")
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (default: the preset's)", **how)
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the final GHN to this file")
     parser.add_argument("--export-only", action="store_true", help="do not train: export the last checkpoint in --out")
 
@@ -112,33 +118,18 @@ def run_train(args: argparse.Namespace) -> int:
         raise TrainingError(f"--images is needed: JPEG shards or a folder of classes. {HOW_TO_GET_IMAGES}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     config = make_config(args)
-    device = torch.device(args.device)
-    _join_group(device)
+    processes = join_processes(args.device)
     try:
         beginning = Beginning(args.from_ghn, args.from_step, resume=args.resume, hid=args.hid, tiles=args.tiles)
-        trainer = prepare(args.images, config, args.out, device, beginning, workers=args.workers)
+        trainer = prepare(args.images, config, args.out, processes, beginning, workers=args.workers)
         result = trainer.run()
-        if trainer.rank == 0:
+        if processes.is_main_process:
             if args.export is not None:
                 export_run(args.out, args.export)
             tqdm.write(json.dumps(result.to_dict()))
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        processes.end_training()
     return 0
-
-
-def _join_group(device: torch.device) -> None:
-    """Join the process group if torchrun started this process. More processes than GPUs share them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return
-    backend = "gloo"
-    if device.type == "cuda":
-        gpus = torch.cuda.device_count()
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
-        if int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus:  # NCCL wants a GPU for each process
-            backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
 
 
 @dataclass(frozen=True)
@@ -164,7 +155,7 @@ def prepare(
     images: Sequence[str | Path],
     config: TrainConfig,
     out: Path,
-    device: torch.device,
+    processes: Accelerator,
     beginning: Beginning,
     *,
     workers: int = 1,
@@ -175,15 +166,12 @@ def prepare(
         TrainingError: If images are missing, or the folder holds another run.
     """
     _check_folder(out, config, beginning.resume)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    data = load_images(images, config.sampler.input_size, progress=rank == 0)
+    first = processes.is_main_process
+    data = load_images(images, config.sampler.input_size, progress=first)
     splits = split(data, held_out=config.held_out_classes, validation=config.validation, seed=config.seed)
-    if rank > 0:
-        dist.barrier()  # the first process builds the pools, the others read them
-    pool, eval_pool = _pools(out, config, workers, rank == 0)
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-    return make_trainer(config, splits, pool, eval_pool, out, device, beginning)
+    with processes.main_process_first():  # it builds the pools, the others read them
+        pool, eval_pool = _pools(out, config, workers, first)
+    return make_trainer(config, splits, pool, eval_pool, out, processes, beginning)
 
 
 def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
@@ -276,7 +264,7 @@ def make_trainer(
     pool: ArchitecturePool,
     eval_pool: ArchitecturePool,
     out: Path,
-    device: torch.device,
+    processes: Accelerator,
     beginning: Beginning,
 ) -> Trainer:
     """A trainer with a new GHN at a good scale, or with that of a file or of the folder's checkpoint.
@@ -296,7 +284,7 @@ def make_trainer(
             num_classes=len(splits.train.classes), hid=beginning.hid, kernels=config.kernels, tiles=beginning.tiles
         )
         ghn = new_ghn(shape, config, [member.graph for member in pool[:32]])
-    trainer = Trainer(ghn.to(device), config, splits, pool, eval_pool, out, device, easy_images(config))
+    trainer = Trainer(ghn, config, splits, pool, eval_pool, out, processes, easy_images(config))
     trainer.step = beginning.step
     if beginning.resume:
         trainer.resume()

@@ -92,6 +92,7 @@ class TrainConfig:
         seed: Seed of everything drawn: what step i of process r draws depends on (seed, i, r) alone.
         num_threads: Threads a process; None leaves torch's choice.
         amp: Whether networks run in bfloat16 (CUDA).
+        compile: Whether the conditioning of kernels is compiled.
         max_skipped: Steps with non-finite gradients in a row after which training gives up.
         sampler: What architectures are drawn.
     """
@@ -143,6 +144,7 @@ class TrainConfig:
     seed: int = 0
     num_threads: int | None = 1
     amp: bool = False
+    compile: bool = False
     max_skipped: int = 50
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 

@@ -17,12 +17,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -39,6 +38,10 @@ from timm_ghn.training.data import BatchSampler, ImageSet, Splits, normalize, sa
 from timm_ghn.training.objective import Objective, Score, cluster_images, group_classes, ridge_loss
 from timm_ghn.training.optimizer import make_optimizer
 from timm_ghn.training.pool import ArchitecturePool, PoolMember
+from timm_ghn.training.processes import join_processes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -79,24 +82,41 @@ class Meter:
         }
 
 
+PARTS = ("images", "networks_forward", "networks_backward", "ghn_forward", "ghn_backward", "update")
+"""Parts of a step, as `Clock` times them: those of the networks, and those of the GHN and its optimizer."""
+
+
 @dataclass
 class Clock:
-    """Where the time of this process went, and sums over its steps, since the last line of the metrics file."""
+    """Where the time of this process went, and sums over its steps, since the last line of the metrics file.
+
+    On CUDA, a part's seconds are those until its kernels are launched; they wait wherever a value is read.
+    """
 
     steps: int = 0
     networks: int = 0
     images: int = 0
-    ghn_seconds: float = 0.0
-    network_seconds: float = 0.0
+    seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     norm_penalty: float = 0.0
     correlation_penalty: float = 0.0
     gradient: float = 0.0
 
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time that is spent here for one of the `PARTS`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.parts[name] += time.perf_counter() - start
+
     def summary(self) -> dict[str, float]:
-        """Means, rates and shares; empty if nothing was counted."""
+        """Means, rates and shares of the time; empty if nothing was counted."""
         if not self.steps:
             return {}
-        total = max(self.ghn_seconds + self.network_seconds, 1e-9)
+        total = max(self.seconds, 1e-9)
+        ghn = sum(self.parts[name] for name in ("ghn_forward", "ghn_backward", "update"))
         return {
             "norm_penalty": self.norm_penalty / self.steps,
             "correlation_penalty": self.correlation_penalty / self.steps,
@@ -104,7 +124,8 @@ class Clock:
             "steps_per_second": self.steps / total,
             "architectures_per_second": self.networks / total,
             "images_per_second": self.images / total,
-            "ghn_share": self.ghn_seconds / total,
+            "ghn_share": ghn / total,
+            **{f"{name}_share": seconds / total for name, seconds in self.parts.items()},
         }
 
 
@@ -321,13 +342,13 @@ class Trainer:
     """Trains a GHN on a pool of architectures.
 
     Args:
-        ghn: GHN to train, on `device`.
+        ghn: GHN to train; it is moved to the device of the processes.
         config: The run.
         splits: Images.
         pool: Architectures to train on.
         eval_pool: Other architectures.
         out: Folder of checkpoints and metrics.
-        device: Where to compute.
+        processes: What `join_processes` gives; this process alone, on the CPU, by default.
         easy: Images of the easy task to begin with; clusters of the training images by default.
     """
 
@@ -339,18 +360,18 @@ class Trainer:
         pool: ArchitecturePool,
         eval_pool: ArchitecturePool,
         out: Path,
-        device: torch.device | str = "cpu",
+        processes: Accelerator | None = None,
         easy: ImageSet | None = None,
     ) -> None:
-        self.ghn = ghn
+        self.processes = join_processes() if processes is None else processes
+        self.device = self.processes.device
+        self.ghn = ghn.to(self.device)
         self.config = config
         self.splits = splits
         self.pool = pool
         self.eval_pool = eval_pool
         self.out = out
-        self.device = torch.device(device)
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.world = self.processes.process_index, self.processes.num_processes
         if config.meta_batch % self.world:
             raise TrainingError(f"{config.meta_batch} architectures a step cannot be shared by {self.world} processes")
         classes = ghn.config.num_classes
@@ -359,6 +380,10 @@ class Trainer:
         groups = group_classes(splits.train, config.groups, config.seed)
         self.objective = Objective(classes, splits.train_classes, groups, config.smoothing, self.device)
         self.plain_objective = Objective(classes, splits.train_classes, groups, 0.0, self.device)
+        if config.compile:
+            _compile(self.ghn)
+        # Its backward pass averages gradients over the processes; the GHN itself where there is one process.
+        self._shared_ghn: nn.Module = self.processes.prepare(ghn)
         self.optimizer = make_optimizer(ghn, config.optimizer, config.lr, config.weight_decay)
         self.sampler = BatchSampler(splits.train)
         limit = min(config.clusters, len(splits.train_classes))
@@ -376,9 +401,10 @@ class Trainer:
         self.elapsed = 0.0
         self._skipped_in_a_row = 0
         self._started = time.monotonic()
-        self._reset_meters()
+        self.reset_meters()
 
-    def _reset_meters(self) -> None:
+    def reset_meters(self) -> None:
+        """Count from here on."""
         self.meters = {"classes": Meter(), "easy": Meter()}
         self.clock = Clock()
 
@@ -395,9 +421,8 @@ class Trainer:
         """The first process's value, in all processes."""
         if self.world == 1:
             return value
-        tensor = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(tensor, 0)
-        return float(tensor)
+        of_all = self.processes.gather(torch.tensor([value], dtype=torch.float64, device=self.device))
+        return float(of_all[0])
 
     def learning_rate(self, progress: float) -> float:
         """Warm-up over steps, then the schedule of the configuration."""
@@ -421,25 +446,24 @@ class Trainer:
             group["lr"] = self.learning_rate(progress)
         self.ghn.train()
         self.optimizer.zero_grad(set_to_none=True)
-        predictions = self.ghn([member.graph for member in members])
+        with self.clock.part("ghn_forward"):
+            predictions = self._shared_ghn([member.graph for member in members])
         outputs: list[Tensor] = []
         gradients: list[Tensor] = []
-        networks_started = time.perf_counter()
         for member, predicted in zip(members, predictions, strict=True):
             grads = self._network_gradients(member, predicted, generator, progress)
-            for name, grad in grads.items():
-                outputs.append(predicted[name])
-                gradients.append(grad / self.config.meta_batch * self.world)
-        networks_done = time.perf_counter()
-        if outputs:
+            for name, tensor in predicted.items():
+                outputs.append(tensor)
+                # All processes wait for the gradients of all predictions, those of a network left out as well.
+                gradients.append(grads[name] / count if name in grads else torch.zeros_like(tensor))
+        with self.clock.part("ghn_backward"):
             torch.autograd.backward(outputs, gradients)
-        updated = self._update()
-        finished = time.perf_counter()
+        with self.clock.part("update"):
+            updated = self._update()
         self.clock.steps += 1
         self.clock.networks += count
         self.clock.images += count * self.config.batch_size
-        self.clock.network_seconds += networks_done - networks_started
-        self.clock.ghn_seconds += finished - started - (networks_done - networks_started)
+        self.clock.seconds += time.perf_counter() - started
         return updated
 
     def _network_gradients(
@@ -450,17 +474,19 @@ class Trainer:
         easy = float(torch.rand((), generator=generator)) < config.easy_share(progress)
         fitted = bool(config.ridge_weight) and (not easy or config.easy_ways > 0)
         sampler = self.easy_sampler if easy else self.sampler
-        images, index = sample_batch(
-            sampler,
-            config.batch_size,
-            generator,
-            self.device,
-            ways=config.easy_ways if easy else config.ways,
-            padding=config.padding,
-        )
+        with self.clock.part("images"):
+            images, index = sample_batch(
+                sampler,
+                config.batch_size,
+                generator,
+                self.device,
+                ways=config.easy_ways if easy else config.ways,
+                padding=config.padding,
+            )
         model = self._network(member.spec)
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in predicted.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
+        amp = torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp)
+        with self.clock.part("networks_forward"), amp:
             logits, features = call_with_features(model, leaves, images)
         labels = sampler.data.labels[index].to(self.device)
         if easy:
@@ -473,7 +499,8 @@ class Trainer:
             loss = loss + config.ridge_weight * ridge
         if not bool(torch.isfinite(loss)):
             return {}
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        with self.clock.part("networks_backward"):
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         found = {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
         norm = torch.stack([grad.norm() for grad in found.values()]).norm()
         if not bool(torch.isfinite(norm)):
@@ -513,19 +540,11 @@ class Trainer:
                 grads[name] = grads[name] + grad if name in grads else grad
 
     def _update(self) -> bool:
-        """Average gradients over the processes, clip, and step; skip the step if they are not finite."""
+        """Clip the gradients and step; skip the step if they are not finite."""
         parameters = [p for p in self.ghn.parameters() if p.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        if self.world > 1:
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat)
-            flat /= self.world
-            parts = torch.split(flat, [grad.numel() for grad in grads])
-            for grad, part in zip(grads, parts, strict=True):
-                grad.copy_(part.view_as(grad))
         norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
         if not bool(torch.isfinite(norm)):
             self.skipped += 1
@@ -584,7 +603,7 @@ class Trainer:
 
     def _log(self, bar: Any, progress: float) -> None:
         meters, clock = self.meters, self.clock
-        self._reset_meters()
+        self.reset_meters()
         if self.rank > 0:
             return
         row = {
@@ -620,8 +639,7 @@ class Trainer:
             )
             self._write_metrics({"step": self.step, **result.to_dict()})
             logger.info("step %d: held-out architectures: %s", self.step, result)
-        if self.world > 1:
-            dist.barrier()
+        self.processes.wait_for_everyone()
         return result
 
     def _write_metrics(self, row: Mapping[str, Any]) -> None:
@@ -682,6 +700,16 @@ class Trainer:
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
             raise TrainingError(f"cannot resume from {self.out}: {error}") from error
         return True
+
+
+def _compile(ghn: GHN) -> None:
+    """Compile what can be, and try it, so that a machine without a compiler is found out at once."""
+    ghn.compile_conditioning()
+    try:
+        with torch.no_grad():
+            ghn.unit_factor(torch.eye(4, device=ghn.embed.weight.device)[None])
+    except Exception as error:  # whatever dynamo, inductor or the compiler raise
+        raise TrainingError(f"torch.compile does not work here, train without --compile: {error}") from error
 
 
 @contextlib.contextmanager

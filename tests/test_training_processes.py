@@ -1,0 +1,133 @@
+"""Training in several processes: `torchrun` against the same steps, gradients averaged by hand, in this process."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from shards import noisy_images, write_shard
+
+from timm_ghn.errors import TrainingError
+from timm_ghn.training import processes
+from timm_ghn.training.cli import Beginning, add_train_arguments, make_config, prepare
+from timm_ghn.training.loop import Trainer
+from timm_ghn.training.processes import join_processes
+
+pytest.importorskip("accelerate")
+
+STEPS = 2
+
+
+@dataclass
+class OneOfTwo:
+    """Stands for a process of a group of two whose gradients are averaged elsewhere."""
+
+    process_index: int
+    num_processes: int = 2
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.process_index == 0
+
+    @contextlib.contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        yield
+
+    def prepare(self, module: Any) -> Any:
+        return module
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Callable[[str], list[str]]:
+    write_shard(tmp_path / "train.safetensors", noisy_images(120, 0, 32, classes=6))
+    line = ["--images", str(tmp_path / "train.safetensors"), "--device", "cpu", "--preset", "smoke"]
+    line += ["--steps", str(STEPS), "--meta-batch", "2", "--pool-size", "4", "--eval-pool-size", "2", "--groups", "3"]
+    line += ["--batch-size", "16", "--held-out-classes", "1", "--kernels", "orthogonal"]
+    return lambda out: [*line, "--out", str(tmp_path / out)]
+
+
+def by_hand(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], bool]:
+    """Weights after all steps, and whether the processes ever had different gradients."""
+    parser = argparse.ArgumentParser()
+    add_train_arguments(parser)
+    args = parser.parse_args(arguments)
+    config = make_config(args)
+    trainers = [prepare(args.images, config, args.out, OneOfTwo(rank), Beginning()) for rank in range(2)]  # type: ignore[arg-type]
+    differed = False
+    for step in range(STEPS):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_update", lambda self: True)
+            for trainer in trainers:
+                trainer.train_step(step / STEPS)
+                trainer.step += 1
+        for one, other in zip(*(trainer.ghn.parameters() for trainer in trainers), strict=True):
+            if one.grad is not None and other.grad is not None:
+                differed |= not torch.equal(one.grad, other.grad)
+            parts = [torch.zeros_like(one) if p.grad is None else p.grad for p in (one, other)]
+            one.grad, other.grad = sum(parts) / 2, sum(parts) / 2
+        for trainer in trainers:
+            trainer._update()
+    return trainers[0].ghn.state_dict(), differed
+
+
+def test_two_processes_take_the_steps_of_averaged_gradients(
+    arguments: Callable[[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "timm_ghn", "train"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    subprocess.run([sys.executable, *launch, *arguments("joined")], check=True, capture_output=True, timeout=300)
+    joined = load_file(tmp_path / "joined" / f"ghn-{STEPS:07d}.safetensors")
+    expected, differed = by_hand(arguments("alone"), monkeypatch)
+    assert differed
+    assert joined.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(joined[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    rows = [json.loads(line) for line in (tmp_path / "joined" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("eval_few_shot" in row for row in rows) == 1
+
+
+def test_processes_must_share_the_architectures_evenly(arguments: Callable[[str], list[str]], tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_train_arguments(parser)
+    args = parser.parse_args([*arguments("run"), "--meta-batch", "3"])
+    with pytest.raises(TrainingError, match="3 architectures a step cannot be shared by 2 processes"):
+        prepare(args.images, make_config(args), args.out, OneOfTwo(0), Beginning())  # type: ignore[arg-type]
+
+
+def test_rate_and_shares_of_a_step(
+    arguments: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    training_rate = importlib.import_module("training_rate")
+    assert training_rate.main([*arguments("rate"), "--warm", "1", "--measured", "2"]) == 0
+    rows = dict(re.findall(r"^\| (.+?) \| ([\d.]+)%? \|$", capsys.readouterr().out, re.MULTILINE))
+    parts = ("images", "networks, forward", "networks, backward", "GHN, forward", "GHN, backward", "update")
+    assert 60 < sum(float(rows[part]) for part in parts) < 104  # rounded; the rest is losses and bookkeeping
+    assert float(rows["architectures per second"]) == pytest.approx(2 * float(rows["steps per second"]), abs=0.02)
+    assert training_rate.main(["--out", "rate"]) == 2
+    assert "--images is needed" in capsys.readouterr().err
+
+
+def test_devices_that_cannot_be_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrainingError, match="not on 'meta'"):
+        join_processes("meta")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(TrainingError, match="3 processes need as many GPUs, there are 2"):
+        join_processes("cuda")
