@@ -5,7 +5,7 @@
 
 All arguments of `timm-ghn train` are understood; --out keeps the drawn architectures for the next time. Measured are
 the steps after the first few, at --from-step of the schedules (default: where all architectures are in use). The time
-of a step is that of this process; its parts are those of `timm_ghn.training.loop.PARTS`.
+of a step is that of this process; its parts are those of `timm_ghn.training.metrics.PARTS`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import torch
 from tqdm import tqdm
 
 from timm_ghn.errors import TimmGhnError
-from timm_ghn.training.cli import Beginning, add_train_arguments, make_config, prepare
+from timm_ghn.training.cli import add_train_arguments, make_config
 from timm_ghn.training.config import TrainConfig
-from timm_ghn.training.loop import PARTS, Trainer
+from timm_ghn.training.loop import Trainer
+from timm_ghn.training.metrics import PARTS
 from timm_ghn.training.processes import join_processes
+from timm_ghn.training.run import Beginning, prepare
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -23,7 +23,7 @@ from torch import nn
 from timm_ghn.errors import TrainingError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
 from timm_ghn.training import architectures
-from timm_ghn.training import loop as loop_module
+from timm_ghn.training import evaluate as evaluate_module
 from timm_ghn.training.architectures import (
     FAMILY_WEIGHTS,
     ArchitectureSpec,
@@ -33,6 +33,7 @@ from timm_ghn.training.architectures import (
     count_macs,
     sample_architecture,
 )
+from timm_ghn.training.begin import rescale_decoder, smooth_sizes
 from timm_ghn.training.cli import add_train_arguments, make_config, run_train
 from timm_ghn.training.config import PRESETS, TrainConfig
 from timm_ghn.training.data import (
@@ -44,9 +45,10 @@ from timm_ghn.training.data import (
     sample_batch,
     split,
 )
-from timm_ghn.training.export import fill_unseen_sizes, smooth_sizes
-from timm_ghn.training.loop import Trainer, evaluate, kernel_penalties, rescale_decoder
-from timm_ghn.training.objective import Objective, cluster_images, group_classes, ridge_loss
+from timm_ghn.training.evaluate import evaluate
+from timm_ghn.training.export import fill_unseen_sizes
+from timm_ghn.training.loop import Trainer
+from timm_ghn.training.objective import Objective, cluster_images, group_classes, kernel_penalties, ridge_loss
 from timm_ghn.training.pool import ArchitecturePool, PoolConfig, PoolMember, architecture_graph
 from timm_ghn.training.probe import few_labels, probe
 
@@ -563,14 +565,14 @@ def test_networks_that_explode_are_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trainer = _trainer(images, pools, tmp_path)
-    call = loop_module.predict_and_call
+    call = evaluate_module.predict_and_call
     calls: list[int] = []
 
     def explode(*args: object) -> torch.Tensor:
         calls.append(1)
         return call(*args) * (float("nan") if len(calls) == 1 else 1.0)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop_module, "predict_and_call", explode)
+    monkeypatch.setattr(evaluate_module, "predict_and_call", explode)
     assert trainer.train_step(0.0)
     assert sum(meter.networks for meter in trainer.meters.values()) == 1
     assert all(bool(torch.isfinite(p).all()) for p in trainer.ghn.parameters())

@@ -21,9 +21,10 @@ from shards import noisy_images, write_shard
 
 from timm_ghn.errors import TrainingError
 from timm_ghn.training import processes
-from timm_ghn.training.cli import Beginning, add_train_arguments, make_config, prepare
+from timm_ghn.training.cli import add_train_arguments, make_config
 from timm_ghn.training.loop import Trainer
 from timm_ghn.training.processes import join_processes
+from timm_ghn.training.run import Beginning, prepare
 
 pytest.importorskip("accelerate")
 

@@ -47,30 +47,6 @@ def export_run(folder: Path, path: Path) -> GHN:
 
 
 @torch.no_grad()
-def smooth_sizes(ghn: GHN, seed: int = 0) -> None:
-    """Let the channel embeddings of a new GHN vary slowly with the logarithm of the size.
-
-    Independent random rows, torch's default, make neighbouring widths as different as any two.
-
-    Args:
-        ghn: GHN; changed in place. The row of the number of classes and that of "no shape" stay.
-        seed: Seed of the random waves.
-    """
-    encoder = ghn.shape_enc
-    known = encoder.channels.known
-    weight = encoder.embed_channel.weight
-    generator = torch.Generator().manual_seed(seed)
-    size = torch.from_numpy(known).double().log2()
-    columns = weight.shape[1]
-    frequency = torch.rand(columns, generator=generator, dtype=torch.float64) * 0.2 + 0.05  # waves of 4 to 20 octaves
-    phase = torch.rand(columns, generator=generator, dtype=torch.float64) * 2 * math.pi
-    waves = math.sqrt(2) * torch.sin(2 * math.pi * size[:, None] * frequency + phase)
-    keep = torch.from_numpy(known == ghn.config.num_classes)
-    rows = torch.nonzero(~keep).flatten()
-    weight[rows.to(weight.device)] = waves[rows].to(weight)
-
-
-@torch.no_grad()
 def fill_unseen_sizes(ghn: GHN, graphs: Sequence[Graph]) -> int:
     """Give sizes that no graph has the embedding between those of the nearest sizes that some graph has.
 

@@ -16,26 +16,25 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm import tqdm
 
 from timm_ghn.errors import TrainingError
 from timm_ghn.files.paths import write_atomically
 from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.ghn.model import GHN
-from timm_ghn.graph.graph import Graph
 from timm_ghn.training.architectures import ArchitectureSpec, build
 from timm_ghn.training.config import TrainConfig
-from timm_ghn.training.data import BatchSampler, ImageSet, Splits, normalize, sample_batch
-from timm_ghn.training.objective import Objective, Score, cluster_images, group_classes, ridge_loss
+from timm_ghn.training.data import BatchSampler, ImageSet, Splits, sample_batch
+from timm_ghn.training.evaluate import Evaluation, call_with_features, evaluate
+from timm_ghn.training.metrics import Clock, Meter
+from timm_ghn.training.objective import Objective, cluster_images, group_classes, kernel_penalties, ridge_loss
 from timm_ghn.training.optimizer import make_optimizer
 from timm_ghn.training.pool import ArchitecturePool, PoolMember
 from timm_ghn.training.processes import join_processes
@@ -47,295 +46,6 @@ logger = logging.getLogger(__name__)
 
 _LATEST = "latest.json"
 _CHECKPOINT_FILES = ("ghn-*.safetensors", "average-*.safetensors", "optimizer-*.pt")
-
-
-@dataclass
-class Meter:
-    """Running sums over the networks of one task since the last line of the metrics file."""
-
-    loss: float = 0.0
-    classes: int = 0
-    groups: int = 0
-    images: int = 0
-    networks: int = 0
-    ridge_loss: float = 0.0
-    ridge_accuracy: float = 0.0
-
-    def add(self, score: Score) -> None:
-        """Count a network's batch."""
-        self.loss += float(score.loss.detach())
-        self.classes += score.classes
-        self.groups += score.groups
-        self.images += score.count
-        self.networks += 1
-
-    def summary(self) -> dict[str, float]:
-        """Means; empty if nothing was counted."""
-        if not self.networks:
-            return {}
-        return {
-            "loss": self.loss / self.networks,
-            "accuracy": self.classes / self.images,
-            "group_accuracy": self.groups / self.images,
-            "ridge_loss": self.ridge_loss / self.networks,
-            "ridge_accuracy": self.ridge_accuracy / self.networks,
-        }
-
-
-PARTS = ("images", "networks_forward", "networks_backward", "ghn_forward", "ghn_backward", "update")
-"""Parts of a step, as `Clock` times them: those of the networks, and those of the GHN and its optimizer."""
-
-
-@dataclass
-class Clock:
-    """Where the time of this process went, and sums over its steps, since the last line of the metrics file.
-
-    On CUDA, a part's seconds are those until its kernels are launched; they wait wherever a value is read.
-    """
-
-    steps: int = 0
-    networks: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    norm_penalty: float = 0.0
-    correlation_penalty: float = 0.0
-    gradient: float = 0.0
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count the time that is spent here for one of the `PARTS`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.parts[name] += time.perf_counter() - start
-
-    def summary(self) -> dict[str, float]:
-        """Means, rates and shares of the time; empty if nothing was counted."""
-        if not self.steps:
-            return {}
-        total = max(self.seconds, 1e-9)
-        ghn = sum(self.parts[name] for name in ("ghn_forward", "ghn_backward", "update"))
-        return {
-            "norm_penalty": self.norm_penalty / self.steps,
-            "correlation_penalty": self.correlation_penalty / self.steps,
-            "gradient": self.gradient / self.steps,
-            "steps_per_second": self.steps / total,
-            "architectures_per_second": self.networks / total,
-            "images_per_second": self.images / total,
-            "ghn_share": ghn / total,
-            **{f"{name}_share": seconds / total for name, seconds in self.parts.items()},
-        }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What held-out architectures with predicted parameters reach on validation images.
-
-    Attributes:
-        loss: Mean cross-entropy over classes.
-        accuracy: Share of images whose class is right.
-        group_accuracy: Share of images whose group of classes is right.
-        few_shot: Accuracy of a linear classifier fitted to six images of each of twenty held-out classes.
-        by_family: `few_shot` by family of architectures.
-        easy: Accuracy of the predicted classifier on the easy task; None if it was not measured.
-    """
-
-    loss: float
-    accuracy: float
-    group_accuracy: float
-    few_shot: float
-    by_family: dict[str, float]
-    easy: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-compatible form, for the metrics file."""
-        return {
-            "eval_loss": self.loss,
-            "eval_accuracy": self.accuracy,
-            "eval_group_accuracy": self.group_accuracy,
-            "eval_few_shot": self.few_shot,
-            "eval_by_family": self.by_family,
-            "eval_easy": self.easy,
-        }
-
-
-def predict_and_call(model: nn.Module, predicted: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """Logits of a network whose predicted parameters take the place of its own."""
-    logits: Tensor = functional_call(model, dict(predicted), (images,))
-    return logits
-
-
-def call_with_features(model: nn.Module, predicted: Mapping[str, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of a network with predicted parameters, and the features (B, D) that its last linear layer reads.
-
-    Raises:
-        TrainingError: If the network has no linear layer.
-    """
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise TrainingError(f"{type(model).__name__} has no linear classifier")
-    caught: list[Tensor] = []
-    handle = linear[-1].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    try:
-        logits = predict_and_call(model, predicted, images)
-    finally:
-        handle.remove()
-    return logits, caught[-1]
-
-
-@torch.no_grad()
-def evaluate(
-    ghn: GHN,
-    members: Sequence[PoolMember],
-    splits: Splits,
-    objective: Objective,
-    *,
-    num_images: int = 240,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    easy: tuple[ImageSet, Objective] | None = None,
-) -> Evaluation:
-    """Accuracy of architectures with predicted parameters, without any training of them.
-
-    Batch norms use the statistics of the batch. Every architecture sees the same images.
-
-    Args:
-        ghn: GHN that predicts; its mode is restored.
-        members: Architectures.
-        splits: Images: validation images for the predicted classifier, held-out classes (validation images if there
-            are none) for classifiers fitted to features.
-        objective: What is scored.
-        num_images: Images for each architecture and each of the two.
-        seed: Decides which.
-        device: Where to compute.
-        easy: Images of the easy task, and its objective.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    plain = BatchSampler(splits.validation).draw(num_images, 0, generator)
-    batch, labels = _on_device(splits.validation, plain, device)
-    few_images = splits.held_out or splits.validation
-    few_batch, few_labels = _on_device(few_images, BatchSampler(few_images).draw(num_images, 20, generator), device)
-    if easy is not None:
-        easy_batch, easy_labels = _on_device(easy[0], BatchSampler(easy[0]).draw(num_images, 0, generator), device)
-    was_training = ghn.training
-    ghn.eval()
-    scores: list[Score] = []
-    easy_scores: list[Score] = []
-    families: dict[str, list[float]] = {}
-    try:
-        for member in members:
-            predicted = ghn([member.graph])[0]
-            model = build(member.spec, ghn.config.num_classes).to(device)
-            scores.append(objective(predict_and_call(model, predicted, batch), labels))
-            if easy is not None:
-                logits = predict_and_call(model, predicted, easy_batch)
-                easy_scores.append(easy[1](logits, easy[1].active[easy_labels]))
-            _, features = call_with_features(model, predicted, few_batch)
-            accuracy = ridge_loss(features, few_labels)[1] if bool(torch.isfinite(features).all()) else 0.0
-            families.setdefault(member.spec.family, []).append(accuracy)
-    finally:
-        ghn.train(was_training)
-    finite = [float(s.loss) for s in scores if math.isfinite(float(s.loss))]
-    count = sum(s.count for s in scores)
-    return Evaluation(
-        sum(finite) / max(1, len(finite)),
-        sum(s.classes for s in scores) / count,
-        sum(s.groups for s in scores) / count,
-        sum(sum(values) for values in families.values()) / len(scores),
-        {name: sum(values) / len(values) for name, values in sorted(families.items())},
-        sum(s.classes for s in easy_scores) / sum(s.count for s in easy_scores) if easy_scores else None,
-    )
-
-
-def _on_device(images: ImageSet, chosen: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    return normalize(images.images[chosen].to(device)), images.labels[chosen].to(device)
-
-
-def kernel_penalties(predicted: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Two measures of how far predicted kernels are from a good initialization.
-
-    Args:
-        predicted: Tensors of one network by name; those with less than two dimensions do not count.
-
-    Returns:
-        Mean squared logarithm of a kernel's root mean square over He's (sqrt(2 / fan-in)), and the mean squared
-        cosine between its channels (rows or columns, whichever are fewer; the first 64 of them).
-    """
-    scales, cosines = [], []
-    for tensor in predicted.values():
-        if tensor.ndim < 2 or tensor.shape[0] == 1:
-            continue
-        matrix = tensor.flatten(1)
-        fan_in = matrix.shape[1]
-        scales.append((matrix.square().mean() * (fan_in / 2) + 1e-8).log() / 2)
-        block = matrix[:64] if tensor.ndim > 2 else matrix[:64, :64]
-        if block.shape[0] > block.shape[1]:
-            block = block.T
-        rows = block / (block.norm(dim=1, keepdim=True) + 1e-8)
-        side = len(rows)
-        if side > 1:
-            gram = rows @ rows.T
-            cosines.append((gram.square().sum() - side) / (side * (side - 1)))
-    zero = torch.zeros(())
-    return (
-        torch.stack(scales).square().mean() if scales else zero,
-        torch.stack(cosines).mean() if cosines else zero,
-    )
-
-
-@torch.no_grad()
-def share_decoder(ghn: GHN, share: float, seed: int = 0) -> None:
-    """Let an untrained GHN predict nearly the same kernels for all nodes: a network of shared weights.
-
-    Classes can be learned only if the channels of the last layer mean the same in all networks. With torch's default
-    initialization the kernels of different nodes have next to nothing in common.
-
-    Args:
-        ghn: GHN with a convolutional decoder; changed in place.
-        share: Scale of the node features against the shared bias of the decoder's first layer.
-        seed: Seed of that bias.
-    """
-    parameters = dict(ghn.named_parameters())
-    bias, weight = parameters["decoder.fc.0.bias"], parameters["decoder.fc.0.weight"]
-    generator = torch.Generator().manual_seed(seed)
-    deviation = float(weight.std()) * math.sqrt(weight.shape[1])
-    bias.copy_(torch.randn(bias.shape, generator=generator) * deviation)
-    weight.mul_(share)
-
-
-@torch.no_grad()
-def rescale_decoder(ghn: GHN, graphs: Sequence[Graph]) -> float:
-    """Scale the kernel decoder's last layer so that an untrained GHN predicts kernels of He's scale.
-
-    With torch's default initialization they come out several times smaller.
-
-    Args:
-        ghn: GHN with a convolutional decoder; changed in place.
-        graphs: Architectures to measure on.
-
-    Returns:
-        The factor.
-
-    Raises:
-        TrainingError: If the GHN has no such layer.
-    """
-    parameters = dict(ghn.named_parameters())
-    names = ("decoder.conv.2.weight", "decoder.conv.2.bias")
-    if not set(names) <= set(parameters):
-        raise TrainingError("only a GHN with a convolutional decoder can be rescaled")
-    logs = []
-    for graph in graphs:
-        roles = {target.name: target.role.value for target in graph.targets}
-        for name, tensor in ghn([graph])[0].items():
-            if tensor.ndim >= 2 and roles.get(name) == "weight":
-                fan_in = tensor[0].numel()
-                logs.append(float((tensor.square().mean() * fan_in / 2).clamp_min(1e-12).log()) / 2)
-    factor = math.exp(-sum(logs) / len(logs))
-    for name in names:
-        parameters[name].mul_(factor)
-    return factor
 
 
 class Trainer:
@@ -380,8 +90,6 @@ class Trainer:
         groups = group_classes(splits.train, config.groups, config.seed)
         self.objective = Objective(classes, splits.train_classes, groups, config.smoothing, self.device)
         self.plain_objective = Objective(classes, splits.train_classes, groups, 0.0, self.device)
-        if config.compile:
-            _compile(self.ghn)
         # Its backward pass averages gradients over the processes; the GHN itself where there is one process.
         self._shared_ghn: nn.Module = self.processes.prepare(ghn)
         self.optimizer = make_optimizer(ghn, config.optimizer, config.lr, config.weight_decay)
@@ -700,16 +408,6 @@ class Trainer:
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
             raise TrainingError(f"cannot resume from {self.out}: {error}") from error
         return True
-
-
-def _compile(ghn: GHN) -> None:
-    """Compile what can be, and try it, so that a machine without a compiler is found out at once."""
-    ghn.compile_conditioning()
-    try:
-        with torch.no_grad():
-            ghn.unit_factor(torch.eye(4, device=ghn.embed.weight.device)[None])
-    except Exception as error:  # whatever dynamo, inductor or the compiler raise
-        raise TrainingError(f"torch.compile does not work here, train without --compile: {error}") from error
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ the weight moves from one to the other without a break.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -123,6 +124,38 @@ def ridge_loss(features: Tensor, labels: Tensor, penalty: float = 0.3) -> tuple[
     factor = _SHARPNESS[losses.index(min(losses))] if all(map(math.isfinite, losses)) else 1.0
     right = int((logits.argmax(1) == target).sum())
     return F.cross_entropy(factor * logits, target), right / len(labels)
+
+
+def kernel_penalties(predicted: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two measures of how far predicted kernels are from a good initialization.
+
+    Args:
+        predicted: Tensors of one network by name; those with less than two dimensions do not count.
+
+    Returns:
+        Mean squared logarithm of a kernel's root mean square over He's (sqrt(2 / fan-in)), and the mean squared
+        cosine between its channels (rows or columns, whichever are fewer; the first 64 of them).
+    """
+    scales, cosines = [], []
+    for tensor in predicted.values():
+        if tensor.ndim < 2 or tensor.shape[0] == 1:
+            continue
+        matrix = tensor.flatten(1)
+        fan_in = matrix.shape[1]
+        scales.append((matrix.square().mean() * (fan_in / 2) + 1e-8).log() / 2)
+        block = matrix[:64] if tensor.ndim > 2 else matrix[:64, :64]
+        if block.shape[0] > block.shape[1]:
+            block = block.T
+        rows = block / (block.norm(dim=1, keepdim=True) + 1e-8)
+        side = len(rows)
+        if side > 1:
+            gram = rows @ rows.T
+            cosines.append((gram.square().sum() - side) / (side * (side - 1)))
+    zero = torch.zeros(())
+    return (
+        torch.stack(scales).square().mean() if scales else zero,
+        torch.stack(cosines).mean() if cosines else zero,
+    )
 
 
 def group_classes(data: ImageSet, count: int, seed: int = 0, limit: int = 100) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from timm_ghn.errors import TrainingError
 from timm_ghn.training.data import ImageSet, normalize
-from timm_ghn.training.loop import call_with_features
+from timm_ghn.training.evaluate import call_with_features
 
 
 def few_labels(data: ImageSet, shots: int, seed: int = 0) -> tuple[ImageSet, ImageSet]:
