@@ -39,9 +39,10 @@ from timm_ghn.ghn import GHN, default_ghn, load_ghn
 from timm_ghn.graph import render, to_graph
 from timm_ghn.postprocess import weight_layers
 from timm_ghn.postprocess.noise import correlation_std
-from timm_ghn.training.architectures import build, sample_architecture
+from timm_ghn.training.networks import build
 from timm_ghn.training.pool import architecture_graph
 from timm_ghn.training.probe import few_labels, probe
+from timm_ghn.training.sampling import sample_architecture
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 """Okabe and Ito's, which stay apart for colour-blind readers."""

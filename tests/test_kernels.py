@@ -17,9 +17,9 @@ from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.ghn.decoder import ConvDecoder, condition
 from timm_ghn.ghn.layout import Tiles, join, tilings
 from timm_ghn.graph import to_graph
-from timm_ghn.training.architectures import SamplerConfig
 from timm_ghn.training.begin import with_tiles
 from timm_ghn.training.pool import PoolConfig, PoolMember, draw_member
+from timm_ghn.training.sampling import SamplerConfig
 
 SHAPES = [(2, 24, 3, 3, 3), (3, 64, 64, 1, 1), (1, 48, 1, 7, 7), (2, 16, 64, 1, 1), (2, 1, 8, 1, 1)]
 

@@ -22,17 +22,9 @@ from torch import nn
 
 from timm_ghn.errors import TrainingError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
-from timm_ghn.training import architectures
 from timm_ghn.training import evaluate as evaluate_module
-from timm_ghn.training.architectures import (
-    FAMILY_WEIGHTS,
-    ArchitectureSpec,
-    SamplerConfig,
-    StageSpec,
-    build,
-    count_macs,
-    sample_architecture,
-)
+from timm_ghn.training import sampling
+from timm_ghn.training.architectures import ArchitectureSpec, StageSpec
 from timm_ghn.training.begin import rescale_decoder, smooth_sizes
 from timm_ghn.training.cli import add_train_arguments, make_config, run_train
 from timm_ghn.training.config import PRESETS, TrainConfig
@@ -48,9 +40,11 @@ from timm_ghn.training.data import (
 from timm_ghn.training.evaluate import evaluate
 from timm_ghn.training.export import fill_unseen_sizes
 from timm_ghn.training.loop import Trainer
+from timm_ghn.training.networks import build, count_macs
 from timm_ghn.training.objective import Objective, cluster_images, group_classes, kernel_penalties, ridge_loss
 from timm_ghn.training.pool import ArchitecturePool, PoolConfig, PoolMember, architecture_graph
 from timm_ghn.training.probe import few_labels, probe
+from timm_ghn.training.sampling import FAMILY_WEIGHTS, SamplerConfig, sample_architecture
 
 CLASSES = ("ant", "bee", "cow", "dog", "elk", "fox")
 
@@ -270,7 +264,7 @@ def test_batch_norms_use_the_batch() -> None:
 
 
 def test_bad_specifications(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architectures, "_MAX_DRAWS", 3)
+    monkeypatch.setattr(sampling, "_MAX_DRAWS", 3)
     stage = StageSpec("basic", 1, 8, 1)
     with pytest.raises(TrainingError, match="unknown stem 'x'"):
         build(ArchitectureSpec("basic", "x", 8, (stage,)), 3)

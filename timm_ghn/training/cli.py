@@ -12,12 +12,12 @@ import torch
 from tqdm import tqdm
 
 from timm_ghn.errors import TrainingError
-from timm_ghn.training.architectures import FAMILY_WEIGHTS
 from timm_ghn.training.config import PRESETS, TrainConfig
 from timm_ghn.training.data import HOW_TO_GET_IMAGES
 from timm_ghn.training.export import export_run
 from timm_ghn.training.processes import join_processes
 from timm_ghn.training.run import Beginning, prepare
+from timm_ghn.training.sampling import FAMILY_WEIGHTS
 
 _OVERRIDES = (
     ("steps", int, "updates of the GHN"),

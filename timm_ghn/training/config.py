@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from timm_ghn.errors import TrainingError
-from timm_ghn.training.architectures import SamplerConfig
 from timm_ghn.training.optimizer import OPTIMIZERS
+from timm_ghn.training.sampling import SamplerConfig
 
 _COUNTS = (
     "steps",

@@ -29,11 +29,12 @@ from timm_ghn.errors import TrainingError
 from timm_ghn.files.paths import write_atomically
 from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.ghn.model import GHN
-from timm_ghn.training.architectures import ArchitectureSpec, build
+from timm_ghn.training.architectures import ArchitectureSpec
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import BatchSampler, ImageSet, Splits, sample_batch
 from timm_ghn.training.evaluate import Evaluation, call_with_features, evaluate
 from timm_ghn.training.metrics import Clock, Meter
+from timm_ghn.training.networks import build
 from timm_ghn.training.objective import Objective, cluster_images, group_classes, kernel_penalties, ridge_loss
 from timm_ghn.training.optimizer import make_optimizer
 from timm_ghn.training.pool import ArchitecturePool, PoolMember

@@ -20,7 +20,9 @@ from timm_ghn.errors import GraphError, TrainingError
 from timm_ghn.files.paths import write_atomically
 from timm_ghn.graph import to_graph
 from timm_ghn.graph.graph import Graph
-from timm_ghn.training.architectures import ArchitectureSpec, SamplerConfig, build, sample_architecture
+from timm_ghn.training.architectures import ArchitectureSpec
+from timm_ghn.training.networks import build
+from timm_ghn.training.sampling import SamplerConfig, sample_architecture
 
 _FORMAT = 1
 
