@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import timm_ghn
 from timm_ghn.errors import InitError
-from timm_ghn.files.export import ExportError, save
 from timm_ghn.initialize import stream
 from timm_ghn.initialize.deferred import DeferredRandom, ReplayedRandom, seeded
+from timm_ghn.initialize.export import ExportError, save
 from timm_ghn.initialize.memory import LazyMemory
 from timm_ghn.initialize.report import Status
 from timm_ghn.initialize.stream import init_to_folder

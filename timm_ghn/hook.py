@@ -24,7 +24,8 @@ from timm_ghn.errors import InitError
 from timm_ghn.initialize.deferred import DeferredRandom, seeded
 from timm_ghn.initialize.model import initialize_
 from timm_ghn.initialize.report import Report
-from timm_ghn.methods import METHODS, Init, Source
+from timm_ghn.initialize.request import input_size_of, requested_settings, split_request
+from timm_ghn.methods import Init, Source
 
 _logger = logging.getLogger(__name__)
 
@@ -67,29 +68,6 @@ def report_of(model: nn.Module) -> Report | None:
     return _reports.get(model)
 
 
-def builder_of(
-    model_name: str, init: str | Mapping[str, Any] | Init, *, pretrained_cfg: Any = None, **kwargs: Any
-) -> tuple[Callable[[], nn.Module], Init]:
-    """What builds a model with timm's own initialization, and the settings of the one that was asked for.
-
-    Args:
-        model_name: Name, whose tag may name a method.
-        init: A method by name, or all settings.
-        pretrained_cfg: As of `timm.create_model`.
-        **kwargs: Further arguments of `timm.create_model`.
-
-    Raises:
-        InitError: If name, settings and arguments ask for different weights.
-    """
-    name, config, tag = _split_request(model_name, pretrained_cfg)
-    settings = _settings(init, tag)
-    for argument in ("pretrained", "checkpoint_path"):
-        if kwargs.get(argument):
-            raise InitError(f"init={settings.method!r} and {argument} ask for different weights; leave one out")
-    original = importlib.import_module("timm.models._factory").create_model
-    return functools.partial(original, name, pretrained_cfg=config, **kwargs), settings
-
-
 def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     @functools.wraps(original)
     def create_model(
@@ -100,15 +78,15 @@ def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         init: str | Mapping[str, Any] | Init | None = None,
         **kwargs: Any,
     ) -> nn.Module:
-        name, config, tag = _split_request(model_name, pretrained_cfg)
+        name, config, tag = split_request(model_name, pretrained_cfg)
         if init is None and tag is None:
             return original(model_name, pretrained, pretrained_cfg, *args, **kwargs)
-        if is_hub_source(init):
+        if _is_hub_source(init):
             _check_alone(
                 str(init), model_name, pretrained, tag, kwargs.get("checkpoint_path") or (args[1:2] and args[1])
             )
             return _from_hub(functools.partial(original, name, False, config, *args, **kwargs), str(init), name)
-        settings = _settings(init, tag)
+        settings = requested_settings(init, tag)
         if pretrained and tag is None:
             raise InitError(
                 f"init={settings.method!r} and pretrained=True ask for different weights of {model_name!r}; leave one "
@@ -124,7 +102,7 @@ def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return create_model
 
 
-def is_hub_source(init: object) -> bool:
+def _is_hub_source(init: object) -> bool:
     """Whether `init=` asks for ready-made weights of the Hub."""
     return isinstance(init, str) and init.startswith("hf-hub:")
 
@@ -144,32 +122,6 @@ def _from_hub(build: Callable[[], nn.Module], source: str, name: str) -> nn.Modu
     _reports[model] = report
     _logger.info("%s", report)
     return model
-
-
-def _split_request(model_name: str, pretrained_cfg: Any) -> tuple[str, Any, str | None]:
-    """Model name, configuration and method if one of the two asks for a method by a tag."""
-    if isinstance(pretrained_cfg, str) and _is_method(pretrained_cfg):
-        return model_name, None, pretrained_cfg
-    name, _, tag = model_name.partition(".")
-    if ":" not in model_name and _is_method(tag):
-        return name, pretrained_cfg, tag
-    return model_name, pretrained_cfg, None
-
-
-def _is_method(tag: str) -> bool:
-    return tag.replace("_", "-").lower() in METHODS
-
-
-def _settings(init: str | Mapping[str, Any] | Init | None, tag: str | None) -> Init:
-    """Settings of the initialization that was asked for by `init=`, by a tag, or by both.
-
-    Raises:
-        InitError: If the two disagree.
-    """
-    settings = Init.of(init if init is not None else tag or "")
-    if tag is not None and Init.of(tag).method != settings.method:
-        raise InitError(f"the tag {tag!r} and init={settings.method!r} ask for different weights; leave one out")
-    return settings
 
 
 def _recipe(arguments: list[Any]) -> dict[str, Any] | None:
@@ -217,13 +169,3 @@ def _initialized(
     _reports[model] = report
     _logger.info("%s", report)
     return model
-
-
-def input_size_of(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """(channels, height, width) where the caller chose the image size; None leaves it to the model."""
-    size = kwargs.get("img_size")
-    if size is None:
-        return None
-    height, width = (size, size) if isinstance(size, int) else size
-    channels = kwargs.get("in_chans") or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3,))[0]
-    return channels, height, width

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from timm_ghn.cache import upkeep
 from timm_ghn.cache.entry import FORMAT, UNREADABLE, Entry, warn_damaged, write_entry
-from timm_ghn.errors import CacheError
+from timm_ghn.cache.folder import CacheFolder, read_recipe, recipe_digest
 from timm_ghn.files.paths import cache_directory, save_atomically
 from timm_ghn.ghn.model import Prediction
 
@@ -26,45 +26,16 @@ _logger = logging.getLogger(__name__)
 _LOCK_NOTICE_SECONDS = 2.0
 _LOCK_PATIENCE_SECONDS = 900.0
 """After this wait a lock is taken for one that a dead machine left on a network file system."""
-_MAX_RECIPE_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class WeightCache:
-    """A folder of entries.
-
-    Attributes:
-        root: The folder; it need not exist.
-    """
-
-    root: Path
+class WeightCache(CacheFolder):
+    """A folder of entries."""
 
     @classmethod
     def default(cls) -> WeightCache:
         """The cache in `timm_ghn.files.paths.cache_directory()`."""
         return cls(cache_directory())
-
-    @property
-    def weights(self) -> Path:
-        """Folder of the entries and their locks."""
-        return self.root / "weights"
-
-    @property
-    def recipes(self) -> Path:
-        """Folder of the recipes."""
-        return self.root / "recipes"
-
-    def path(self, key: str) -> Path:
-        """File of an entry."""
-        return self.weights / f"{key}.safetensors"
-
-    def lock_path(self, key: str) -> Path:
-        """Lock file of an entry."""
-        return self.weights / f".{key}.lock"
-
-    def recipe_path(self, recipe: str) -> Path:
-        """File of a recipe."""
-        return self.recipes / f"{recipe}.json"
 
     def open(self, key: str) -> Entry | None:
         """An entry, or None if there is none, or none that can be used."""
@@ -110,7 +81,7 @@ class WeightCache:
 
     def remember(self, recipe: str, key: str) -> None:
         """Note the key that a recipe leads to."""
-        data = json.dumps({"key": key, "sha256": _recipe_digest(recipe, key)}).encode()
+        data = json.dumps({"key": key, "sha256": recipe_digest(recipe, key)}).encode()
         _write(self.recipe_path(recipe), lambda path: path.write_bytes(data))
 
     @contextmanager
@@ -168,27 +139,6 @@ class WeightCache:
 def cache_key(inputs: Mapping[str, Any]) -> str:
     """Name of the entry that is determined by these inputs: a SHA-256 over their JSON form and the format."""
     return hashlib.sha256(json.dumps([FORMAT, inputs], sort_keys=True).encode()).hexdigest()
-
-
-def read_recipe(path: Path) -> str:
-    """The key in a recipe's file.
-
-    Raises:
-        CacheError: If it is not what was written, or was written for another recipe.
-        OSError, ValueError, KeyError, TypeError: If it cannot be read.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a regular file")
-    with path.open("rb") as file:
-        data = json.loads(file.read(_MAX_RECIPE_BYTES))
-    key, digest = data["key"], data["sha256"]
-    if not isinstance(key, str) or not key.isalnum() or digest != _recipe_digest(path.stem, key):
-        raise CacheError("its content does not match its hash")
-    return key
-
-
-def _recipe_digest(recipe: str, key: str) -> str:
-    return hashlib.sha256(f"{recipe} {key}".encode()).hexdigest()
 
 
 def _write(path: Path, save: Callable[[Path], object]) -> bool:

@@ -10,16 +10,14 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from timm_ghn.cache.entry import UNREADABLE, Entry, read_header
+from timm_ghn.cache.folder import CacheFolder, read_recipe
 from timm_ghn.errors import CacheError
 from timm_ghn.files.reader import TensorReader
-
-if TYPE_CHECKING:
-    from timm_ghn.cache.store import WeightCache
 
 _logger = logging.getLogger(__name__)
 
@@ -82,17 +80,15 @@ class Pruned:
     kept: int
 
 
-def list_entries(cache: WeightCache) -> list[EntryInfo]:
+def list_entries(cache: CacheFolder) -> list[EntryInfo]:
     """All entries, the last used first. Tensors are not read."""
     now = time.time()
     found = [_info(path, now) for path in _files(cache.weights) if _is_entry(path)]
     return sorted((info for info in found if info is not None), key=lambda info: (-info.last_use, info.key))
 
 
-def verify(cache: WeightCache) -> Iterator[Damage | EntryInfo]:
+def verify(cache: CacheFolder) -> Iterator[Damage | EntryInfo]:
     """Read and hash all entries and recipes; yields each as soon as it is done, as it is or as what is wrong."""
-    from timm_ghn.cache.store import read_recipe
-
     for info in list_entries(cache):
         try:
             Entry.open(info.path, info.key).verify()
@@ -113,7 +109,7 @@ def verify(cache: WeightCache) -> Iterator[Damage | EntryInfo]:
 
 
 def prune(
-    cache: WeightCache, *, max_bytes: int | None = None, max_age: float | None = None, dry_run: bool = False
+    cache: CacheFolder, *, max_bytes: int | None = None, max_age: float | None = None, dry_run: bool = False
 ) -> Pruned:
     """Remove what was not used for longest, and what killed processes left.
 
@@ -147,7 +143,7 @@ def prune(
     return _finish(cache, chosen, in_use, infos, dry_run)
 
 
-def remove(cache: WeightCache, keys: Collection[str], *, dry_run: bool = False) -> Pruned:
+def remove(cache: CacheFolder, keys: Collection[str], *, dry_run: bool = False) -> Pruned:
     """Remove entries with their recipes; those that are in use stay.
 
     Args:
@@ -168,7 +164,7 @@ def remove(cache: WeightCache, keys: Collection[str], *, dry_run: bool = False) 
     return _finish(cache, chosen, in_use, infos, dry_run)
 
 
-def leftovers(cache: WeightCache) -> list[Path]:
+def leftovers(cache: CacheFolder) -> list[Path]:
     """Temporary files that nobody writes any more."""
     now = time.time()
     return [path for folder in (cache.weights, cache.recipes) for path in _files(folder) if _is_stale(path, now)]
@@ -183,7 +179,7 @@ class _Sizes:
 
 
 def _finish(
-    cache: WeightCache,
+    cache: CacheFolder,
     removed: Collection[EntryInfo],
     in_use: Collection[EntryInfo],
     infos: Collection[EntryInfo],
@@ -226,7 +222,7 @@ def _made(header: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": header.get("model"), **{name: provenance.get(name) for name in names}}
 
 
-def _remove_entry(cache: WeightCache, info: EntryInfo, dry_run: bool) -> bool:
+def _remove_entry(cache: CacheFolder, info: EntryInfo, dry_run: bool) -> bool:
     """Remove an entry unless it is locked; returns whether it is gone, or could go."""
     lock = _unlocked(cache.lock_path(info.key))
     if lock is None:
@@ -283,10 +279,8 @@ def _discard(path: Path, sizes: _Sizes, dry_run: bool) -> None:
     sizes.paths.append(path)
 
 
-def _dangling_recipes(cache: WeightCache, gone: Collection[str]) -> Iterator[Path]:
+def _dangling_recipes(cache: CacheFolder, gone: Collection[str]) -> Iterator[Path]:
     """Recipes that are damaged, or whose entry is not there any more."""
-    from timm_ghn.cache.store import read_recipe
-
     for path in _files(cache.recipes):
         if path.suffix == ".json":
             try:

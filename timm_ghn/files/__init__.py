@@ -1,1 +1,1 @@
-"""Files: where they lie, atomic writes, safetensors written and read as a stream, timm's format of a model."""
+"""Files: where they lie, atomic writes, safetensors written and read as a stream."""

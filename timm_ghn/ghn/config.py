@@ -12,6 +12,8 @@ from timm_ghn.errors import CheckpointError
 HYPERNETS = ("gatedgnn", "mlp")
 DECODERS = ("conv", "mlp")
 KERNELS = ("raw", "normalized", "orthogonal")
+HUB_FILE = "ghn.safetensors"
+"""What a GHN's file is called in a repository of the Hub, and in this package."""
 
 MAX_CHANNELS = 1024
 MAX_KERNEL = 64

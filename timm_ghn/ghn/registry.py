@@ -23,6 +23,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from timm_ghn.errors import CheckpointError, DownloadError, UnknownGhnError
 from timm_ghn.files.paths import cache_directory, is_offline
 from timm_ghn.ghn import checkpoint
+from timm_ghn.ghn.config import HUB_FILE
 from timm_ghn.ghn.model import GHN
 
 _logger = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ PUBLISHED_URL = "https://raw.githubusercontent.com/facebookresearch/ppuda/4673a4
 DEFAULT = "ghn2-imagenet"
 BUNDLED = "bundled"
 HUB_PREFIX = "hf-hub:"
-HUB_FILE = "ghn.safetensors"
 
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 CONNECT_SECONDS = 3.0
@@ -191,7 +191,7 @@ def load_ghn(source: str | os.PathLike[str] | nn.Module, *, download: bool = Tru
     if not isinstance(source, str):
         return checkpoint.read(source)
     if source.startswith(HUB_PREFIX):
-        from timm_ghn.hub.ghns import pull_ghn
+        from timm_ghn.ghn.remote import pull_ghn
 
         return pull_ghn(source, download=download)
     if source in NAMED_GHNS:

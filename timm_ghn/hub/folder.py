@@ -20,9 +20,9 @@ from timm_ghn.files.paths import file_sha256, write_atomically
 from timm_ghn.graph import to_graph
 from timm_ghn.graph.meta import build_on_meta
 from timm_ghn.graph.render import save as save_picture
-from timm_ghn.hook import input_size_of
 from timm_ghn.hub.card import model_card
 from timm_ghn.hub.manifest import FILE, WEIGHTS, FileRecord, Manifest, versions
+from timm_ghn.initialize.request import input_size_of
 from timm_ghn.initialize.stream import init_to_folder
 from timm_ghn.methods import Init
 

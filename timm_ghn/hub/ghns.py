@@ -1,4 +1,4 @@
-"""GHNs on the Hub: safetensors with their configuration and a card."""
+"""Pushing GHNs to the Hub: safetensors with their configuration and a card."""
 
 from __future__ import annotations
 
@@ -10,47 +10,21 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from timm_ghn.errors import DownloadError, PushError
+from timm_ghn.errors import PushError
 from timm_ghn.files.paths import write_atomically
 from timm_ghn.files.writer import TensorFile, TensorSpec
 from timm_ghn.ghn import checkpoint
-from timm_ghn.ghn.config import MAX_PARAMETERS
+from timm_ghn.ghn.config import HUB_FILE
 from timm_ghn.ghn.model import GHN
-from timm_ghn.ghn.registry import BUNDLED, HUB_FILE, NAMED_GHNS, load_ghn
+from timm_ghn.ghn.registry import BUNDLED, NAMED_GHNS, load_ghn
 from timm_ghn.hub.card import ghn_card
-from timm_ghn.hub.client import HubSource, Snapshot, bounded_silence, fetch, look_up_or_cached
+from timm_ghn.hub.client import HubSource, Snapshot, bounded_silence
 from timm_ghn.hub.folder import CARD
 from timm_ghn.hub.push import Outcome, Pushed, PushOptions, find_repository, upload
 
 CONFIG_FILE = "config.json"
-MAX_GHN_BYTES = 5 * MAX_PARAMETERS
-"""Float32, and a header."""
 _PUBLISHED_LICENSE = "mit"
 """Of ppuda (github.com/facebookresearch/ppuda), whose checkpoints are converted."""
-
-
-def pull_ghn(source: str, *, download: bool = True) -> GHN:
-    """Load `ghn.safetensors` of a repository.
-
-    Args:
-        source: "hf-hub:organization/name[@revision]".
-        download: Whether the network may be used.
-
-    Raises:
-        DownloadError: If there is none, or it cannot be fetched.
-        CheckpointError: If it is damaged or is not a GHN.
-    """
-    parsed = HubSource.parse(source)
-    snapshot = look_up_or_cached(parsed) if download else Snapshot(parsed, None, {})
-    if snapshot.is_online and HUB_FILE not in snapshot.files:
-        raise DownloadError(
-            f"{source} has no {HUB_FILE}. Pickled checkpoints (.pt) are not read from the Hub: "
-            "download the file yourself, and load it by its path"
-        )
-    ghn = checkpoint.read_safetensors(fetch(snapshot, HUB_FILE, limit=MAX_GHN_BYTES))
-    if ghn.info is not None:
-        ghn.info = replace(ghn.info, name=source)
-    return ghn
 
 
 def push_ghn(

@@ -1,1 +1,1 @@
-"""From a model to its parameters: plan, prediction, scale, post-processing, and what is reported of it."""
+"""From a model to its parameters: plan, prediction, scale, post-processing, what is reported of it, and its files."""

@@ -1,0 +1,145 @@
+"""The GHN that training begins with: an untrained one at a good scale, or one that is trained further."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from timm_ghn.errors import TrainingError
+from timm_ghn.ghn.config import GHNConfig
+from timm_ghn.ghn.model import GHN
+from timm_ghn.graph.graph import Graph
+from timm_ghn.training.config import TrainConfig
+
+
+def new_ghn(shape: GHNConfig, config: TrainConfig, graphs: Sequence[Graph]) -> GHN:
+    """A GHN as training begins with it: embeddings of sizes that vary slowly, kernels that nodes share, He's scale.
+
+    Args:
+        shape: Its hyperparameters.
+        config: The run.
+        graphs: Architectures on which the scale of raw kernels is measured.
+    """
+    torch.manual_seed(config.seed)
+    ghn = GHN(shape)
+    smooth_sizes(ghn, config.seed)
+    if shape.decoder == "conv":
+        share_decoder(ghn, config.share, config.seed)
+        if shape.kernels == "raw":
+            rescale_decoder(ghn, graphs)
+    return ghn
+
+
+def with_tiles(ghn: GHN, tiles: int, seed: int) -> GHN:
+    """A GHN whose large kernels are put together from more blocks, with codes as of an untrained one.
+
+    Args:
+        ghn: GHN to take weights from; itself if it has as many already, or 1 is asked for.
+        tiles: Blocks a side.
+        seed: Seed of the codes.
+
+    Raises:
+        TrainingError: If it has others.
+    """
+    if tiles in (1, ghn.config.tiles):
+        return ghn
+    if ghn.config.tiles > 1:
+        raise TrainingError(f"the GHN has {ghn.config.tiles} tiles, the run {tiles}")
+    torch.manual_seed(seed)
+    extended = GHN(replace(ghn.config, tiles=tiles))
+    extended.load_state_dict({**extended.state_dict(), **ghn.state_dict()})
+    return extended
+
+
+@torch.no_grad()
+def smooth_sizes(ghn: GHN, seed: int = 0) -> None:
+    """Let the channel embeddings of a new GHN vary slowly with the logarithm of the size.
+
+    Independent random rows, torch's default, make neighbouring widths as different as any two.
+
+    Args:
+        ghn: GHN; changed in place. The row of the number of classes and that of "no shape" stay.
+        seed: Seed of the random waves.
+    """
+    encoder = ghn.shape_enc
+    known = encoder.channels.known
+    weight = encoder.embed_channel.weight
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.from_numpy(known).double().log2()
+    columns = weight.shape[1]
+    frequency = torch.rand(columns, generator=generator, dtype=torch.float64) * 0.2 + 0.05  # waves of 4 to 20 octaves
+    phase = torch.rand(columns, generator=generator, dtype=torch.float64) * 2 * math.pi
+    waves = math.sqrt(2) * torch.sin(2 * math.pi * size[:, None] * frequency + phase)
+    keep = torch.from_numpy(known == ghn.config.num_classes)
+    rows = torch.nonzero(~keep).flatten()
+    weight[rows.to(weight.device)] = waves[rows].to(weight)
+
+
+@torch.no_grad()
+def share_decoder(ghn: GHN, share: float, seed: int = 0) -> None:
+    """Let an untrained GHN predict nearly the same kernels for all nodes: a network of shared weights.
+
+    Classes can be learned only if the channels of the last layer mean the same in all networks. With torch's default
+    initialization the kernels of different nodes have next to nothing in common.
+
+    Args:
+        ghn: GHN with a convolutional decoder; changed in place.
+        share: Scale of the node features against the shared bias of the decoder's first layer.
+        seed: Seed of that bias.
+    """
+    parameters = dict(ghn.named_parameters())
+    bias, weight = parameters["decoder.fc.0.bias"], parameters["decoder.fc.0.weight"]
+    generator = torch.Generator().manual_seed(seed)
+    deviation = float(weight.std()) * math.sqrt(weight.shape[1])
+    bias.copy_(torch.randn(bias.shape, generator=generator) * deviation)
+    weight.mul_(share)
+
+
+@torch.no_grad()
+def rescale_decoder(ghn: GHN, graphs: Sequence[Graph]) -> float:
+    """Scale the kernel decoder's last layer so that an untrained GHN predicts kernels of He's scale.
+
+    With torch's default initialization they come out several times smaller.
+
+    Args:
+        ghn: GHN with a convolutional decoder; changed in place.
+        graphs: Architectures to measure on.
+
+    Returns:
+        The factor.
+
+    Raises:
+        TrainingError: If the GHN has no such layer.
+    """
+    parameters = dict(ghn.named_parameters())
+    names = ("decoder.conv.2.weight", "decoder.conv.2.bias")
+    if not set(names) <= set(parameters):
+        raise TrainingError("only a GHN with a convolutional decoder can be rescaled")
+    logs = []
+    for graph in graphs:
+        roles = {target.name: target.role.value for target in graph.targets}
+        for name, tensor in ghn([graph])[0].items():
+            if tensor.ndim >= 2 and roles.get(name) == "weight":
+                fan_in = tensor[0].numel()
+                logs.append(float((tensor.square().mean() * fan_in / 2).clamp_min(1e-12).log()) / 2)
+    factor = math.exp(-sum(logs) / len(logs))
+    for name in names:
+        parameters[name].mul_(factor)
+    return factor
+
+
+def compile_parts(ghn: GHN) -> None:
+    """Compile what can be, and try it, so that a machine without a compiler is found out at once.
+
+    Raises:
+        TrainingError: If torch.compile does not work here.
+    """
+    ghn.compile_conditioning()
+    try:
+        with torch.no_grad():
+            ghn.unit_factor(torch.eye(4, device=ghn.embed.weight.device)[None])
+    except Exception as error:  # whatever dynamo, inductor or the compiler raise
+        raise TrainingError(f"torch.compile does not work here, train without --compile: {error}") from error
