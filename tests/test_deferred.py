@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_ghn.initialize.deferred import DeferredRandom, derived_seed, seeded
+from timm_ghn.deferred import DeferredRandom, derived_seed, seeded
 
 
 def test_replayed_fills_have_timms_distributions() -> None:

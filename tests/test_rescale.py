@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import timm_ghn
 from timm_ghn.activations import activation_ratio, measure_activations
+from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, Prediction, load_ghn
 from timm_ghn.graph import Layout, Role, Target, capture, to_graph
-from timm_ghn.initialize.deferred import DeferredRandom
 from timm_ghn.initialize.plan import find_hypernetwork, make_plan
 from timm_ghn.initialize.report import Status
 from timm_ghn.initialize.rescale import (

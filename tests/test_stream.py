@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import timm_ghn
+from timm_ghn.deferred import DeferredRandom, ReplayedRandom, seeded
 from timm_ghn.errors import InitError
 from timm_ghn.initialize import stream
-from timm_ghn.initialize.deferred import DeferredRandom, ReplayedRandom, seeded
 from timm_ghn.initialize.export import ExportError, save
 from timm_ghn.initialize.memory import LazyMemory
 from timm_ghn.initialize.report import Status

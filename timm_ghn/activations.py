@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_ghn.deferred import seeded
 from timm_ghn.errors import CaptureError, InitError
 from timm_ghn.graph.capture import input_sizes
-from timm_ghn.initialize.deferred import seeded
 from timm_ghn.postprocess import weight_layers
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -20,8 +20,8 @@ import timm
 import torch
 from torch import nn
 
+from timm_ghn.deferred import DeferredRandom, seeded
 from timm_ghn.errors import InitError
-from timm_ghn.initialize.deferred import DeferredRandom, seeded
 from timm_ghn.initialize.model import initialize_
 from timm_ghn.initialize.report import Report
 from timm_ghn.initialize.request import input_size_of, requested_settings, split_request

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_ghn.deferred import derived_seed
 from timm_ghn.errors import InitError
 from timm_ghn.graph.capture import Trace, capture
 from timm_ghn.graph.facts import CONVOLUTIONS
-from timm_ghn.initialize.deferred import derived_seed
 from timm_ghn.postprocess import weight_layers
 
 _SUMS = {"add"}

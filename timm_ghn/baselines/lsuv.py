@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.initialize.deferred import derived_seed
+from timm_ghn.deferred import derived_seed
 from timm_ghn.postprocess.orthogonal import orthogonal_factor_
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

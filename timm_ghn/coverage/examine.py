@@ -33,13 +33,13 @@ from timm_ghn.coverage.records import (
     Stage,
 )
 from timm_ghn.coverage.select import module_of
+from timm_ghn.deferred import seeded
 from timm_ghn.ghn import GHN, default_ghn, load_ghn
 from timm_ghn.graph import Graph, capture, condense
 from timm_ghn.graph.capture import input_sizes
 from timm_ghn.graph.meta import build_on_meta
 from timm_ghn.graph.trace import Trace
 from timm_ghn.hook import install, report_of
-from timm_ghn.initialize.deferred import seeded
 from timm_ghn.initialize.report import Report, Status
 from timm_ghn.methods import Init
 from timm_ghn.postprocess import resolve_start_layer, selected_layers, weight_layers

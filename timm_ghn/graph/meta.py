@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from timm_ghn.initialize.deferred import DeferredRandom
+from timm_ghn.deferred import DeferredRandom
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

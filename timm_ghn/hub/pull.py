@@ -17,6 +17,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from timm_ghn.deferred import DeferredRandom, seeded
 from timm_ghn.errors import CheckpointError, DownloadError, InitError
 from timm_ghn.files.paths import file_sha256, is_offline
 from timm_ghn.hub.client import (
@@ -30,7 +31,6 @@ from timm_ghn.hub.client import (
 )
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, Manifest
 from timm_ghn.hub.match import Asked
-from timm_ghn.initialize.deferred import DeferredRandom, seeded
 from timm_ghn.initialize.provenance import Provenance, record_
 from timm_ghn.initialize.report import ParameterReport, Report, Status
 from timm_ghn.methods import Init, Source

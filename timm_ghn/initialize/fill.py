@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from timm_ghn.deferred import DeferredRandom, derived_seed
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import Prediction
-from timm_ghn.initialize.deferred import DeferredRandom, derived_seed
 from timm_ghn.initialize.plan import Plan
 from timm_ghn.initialize.provenance import Facts
 from timm_ghn.initialize.report import Status

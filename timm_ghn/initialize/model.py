@@ -17,9 +17,9 @@ from tqdm import tqdm
 from timm_ghn._version import __version__
 from timm_ghn.baselines import apply_baseline
 from timm_ghn.cache import Entry, WeightCache, cache_key
+from timm_ghn.deferred import DeferredRandom
 from timm_ghn.ghn import Prediction
 from timm_ghn.graph import Layout
-from timm_ghn.initialize.deferred import DeferredRandom
 from timm_ghn.initialize.fill import fill_generated, fill_others
 from timm_ghn.initialize.plan import (
     Hypernetwork,

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from timm_ghn.deferred import DeferredRandom, ReplayedRandom, seeded, storage_id
 from timm_ghn.errors import InitError
 from timm_ghn.files.writer import TensorSpec, WeightFiles
-from timm_ghn.initialize.deferred import DeferredRandom, ReplayedRandom, seeded, storage_id
 from timm_ghn.initialize.export import MAX_SHARD_SIZE, check_destination, model_folder
 from timm_ghn.initialize.fill import fill_generated, fill_others
 from timm_ghn.initialize.memory import LazyMemory
