@@ -48,6 +48,7 @@ from timm_ghn.finetune import (
     load_benchmark,
     part_of,
     run_jobs,
+    spread,
     summarize,
     tune,
 )
@@ -233,14 +234,14 @@ def marks(epochs: int) -> tuple[int, ...]:
 
 
 HEADER = """\
-| task | model | init | GHN | lr | after 10 % | 30 % | all epochs | less rand, paired by seed | less orth |
-|---|---|---|---|---|---|---|---|---|---|"""
+| task | model | init | GHN | lr | decay | after 10 % | 30 % | all epochs | less rand, paired by seed | less orth |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def row(line: Line, done: Mapping[str, Sequence[RunResult]]) -> str:
     """A line of the Markdown table, from the results of all initializations so far."""
     results = done[line.init]
-    measured = (f"{mean:.1f} ± {spread:.1f}" for mean, spread in accuracies(results))
+    measured = (f"{mean:.1f} ± {std:.1f}" for mean, std in accuracies(results))
     compared = []
     for reference in ("rand", "orth"):
         if reference == line.init or reference not in done:
@@ -248,7 +249,8 @@ def row(line: Line, done: Mapping[str, Sequence[RunResult]]) -> str:
         else:
             found = compare(summarize(results)[0], summarize(done[reference])[0])
             compared.append(f"{100 * found.difference:+.1f} (p = {found.p_value:.2g})")
-    cells = (line.task, line.model, line.init, line.ghn or "-", f"{results[0].config.lr:g}", *measured, *compared)
+    chosen = (f"{results[0].config.lr:g}", f"{results[0].config.weight_decay:g}")
+    cells = (line.task, line.model, line.init, line.ghn or "-", *chosen, *measured, *compared)
     return f"| {' | '.join(cells)} |"
 
 
@@ -258,7 +260,7 @@ def accuracies(results: Sequence[RunResult]) -> list[tuple[float, float]]:
     for mark in marks(results[0].config.epochs):
         values = [100 * point.accuracy for result in results for point in result.curve
                   if point.epoch == mark and point.accuracy is not None]  # fmt: skip
-        found.append((statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
+        found.append((statistics.fmean(values), spread(values)))
     return found
 
 
@@ -291,10 +293,10 @@ def ends(lines: Mapping[Line, Sequence[RunResult]]) -> str:
     """Accuracies after the last epoch as a Markdown table, networks side by side, with the difference to orth."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for line, results in lines.items():
-        mean, spread = accuracies(results)[-1]
+        mean, std = accuracies(results)[-1]
         orth = references(lines, line).get("orth")
         gain = f" ({mean - accuracies(orth)[-1][0]:+.1f})" if orth and line.init != "orth" else ""
-        cells.setdefault((line.init, line.ghn or "-"), {})[line.model] = f"{mean:.1f} ± {spread:.1f}{gain}"
+        cells.setdefault((line.init, line.ghn or "-"), {})[line.model] = f"{mean:.1f} ± {std:.1f}{gain}"
     head = f"| init | GHN | {' | '.join(MODELS)} |\n|---|---|{'---|' * len(MODELS)}"
     keys = sorted(cells, key=lambda key: place(*key))
     body = (f"| {' | '.join((*key, *(cells[key].get(model, '-') for model in MODELS)))} |" for key in keys)
@@ -307,6 +309,7 @@ def record(line: Line, result: RunResult) -> dict[str, Any]:
     return {
         **{name: value for name, value in asdict(line).items() if name != "keys"},
         "lr": result.config.lr,
+        "weight_decay": result.config.weight_decay,
         "seed": result.seed,
         "epochs": result.config.epochs,
         "accuracy": measured,

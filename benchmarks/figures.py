@@ -33,7 +33,7 @@ import timm_ghn
 from timm_ghn.cli.common import exit_status
 from timm_ghn.errors import FineTuneError, MissingDependencyError
 from timm_ghn.files.paths import write_atomically
-from timm_ghn.finetune import ResultStore, RunResult, Summary, compare, load_benchmark, summarize
+from timm_ghn.finetune import ResultStore, RunResult, Summary, compare, load_benchmark, spread, summarize
 from timm_ghn.finetune.config import PRESETS
 from timm_ghn.ghn import GHN, default_ghn, load_ghn
 from timm_ghn.graph import render, to_graph
@@ -250,7 +250,7 @@ def gains(rows: Iterable[Mapping[str, Any]], bundled_steps: int) -> dict[str, di
         line = lines.setdefault(note, {"steps": [], "accuracy": [], "std": []})
         line["steps"].append(steps)
         line["accuracy"].append(statistics.fmean(values))
-        line["std"].append(statistics.stdev(values) if len(values) > 1 else 0.0)
+        line["std"].append(spread(values))
     for (model, init), values in others.items():
         if model in found:
             found[model]["levels"][init] = statistics.fmean(values)

@@ -3,7 +3,7 @@
 from timm_ghn.finetune.config import PRESETS, FineTuneConfig
 from timm_ghn.finetune.data import Benchmark, load_benchmark, part_of
 from timm_ghn.finetune.experiment import Grid, Job, run_jobs, tune
-from timm_ghn.finetune.results import Comparison, ResultStore, RunResult, Summary, compare, summarize
+from timm_ghn.finetune.results import Comparison, ResultStore, RunResult, Summary, compare, spread, summarize
 from timm_ghn.finetune.run import Execution
 from timm_ghn.finetune.stem import adjust_stem
 
@@ -23,6 +23,7 @@ __all__ = [
     "load_benchmark",
     "part_of",
     "run_jobs",
+    "spread",
     "summarize",
     "tune",
 ]

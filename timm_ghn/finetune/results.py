@@ -179,8 +179,12 @@ class Summary:
     @property
     def std(self) -> float:
         """Sample standard deviation of the accuracies; 0 for a single run."""
-        values = list(self.accuracies.values())
-        return statistics.stdev(values) if len(values) > 1 else 0.0
+        return spread(list(self.accuracies.values()))
+
+
+def spread(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def summarize(results: Iterable[RunResult]) -> tuple[Summary, ...]:
@@ -231,7 +235,7 @@ def compare(first: Summary, second: Summary) -> Comparison:
     differences = [first.accuracies[seed] - second.accuracies[seed] for seed in seeds]
     return Comparison(
         statistics.fmean(differences),
-        statistics.stdev(differences) if len(seeds) > 1 else 0.0,
+        spread(differences),
         sum(value > 0 for value in differences),
         len(seeds),
         _sign_flip_p(differences),
