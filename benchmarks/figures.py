@@ -219,7 +219,7 @@ def common_legend(figure: Any, axes: Iterable[Any]) -> None:
 # --- gain against training steps of the GHN -------------------------------------------------------------------------
 
 
-_GHN = re.compile(r"(?:bundled|steps-(?P<steps>\d+))(?:, (?P<note>[^(]*))? \(")
+_GHN = re.compile(r"(?:bundled|steps-(\d+)) \(")
 
 
 def gains(rows: Iterable[Mapping[str, Any]], bundled_steps: int) -> dict[str, dict[str, Any]]:
@@ -227,27 +227,26 @@ def gains(rows: Iterable[Mapping[str, Any]], bundled_steps: int) -> dict[str, di
 
     Args:
         rows: Runs on CIFAR-10, as `bundled_ghn.py --table --jsonl` writes them. GHNs are told by their labels:
-            "steps-04000 (hash)" is one of 4,000 steps; what stands between, after a comma, is another line.
+            "steps-04000 (hash)" is one of 4,000 steps.
         bundled_steps: Training steps of the bundled GHN.
 
     Returns:
-        For each model: "lines", by what tells them apart, of "steps", "accuracy" and "std", from few to many steps; and
-        "levels", the mean accuracy of other initializations.
+        For each model: "steps", "accuracy" and "std" from few to many steps; and "levels", the mean accuracy of other
+        initializations.
     """
-    points: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    points: dict[tuple[str, int], list[float]] = defaultdict(list)
     others: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
         if row["task"] != "cifar10":
             continue
         accuracy, ghn = float(row["accuracy"][str(row["epochs"])]), _GHN.match(row["ghn"])
         if row["init"] == "ghn-orth" and ghn:
-            points[row["model"], (ghn["note"] or "").strip(), int(ghn["steps"] or bundled_steps)].append(accuracy)
+            points[row["model"], int(ghn[1] or bundled_steps)].append(accuracy)
         elif row["init"] in _LEVELS:
             others[row["model"], row["init"]].append(accuracy)
     found: dict[str, dict[str, Any]] = {}
-    for (model, note, steps), values in sorted(points.items()):
-        lines = found.setdefault(model, {"lines": {}, "levels": {}})["lines"]
-        line = lines.setdefault(note, {"steps": [], "accuracy": [], "std": []})
+    for (model, steps), values in sorted(points.items()):
+        line = found.setdefault(model, {"steps": [], "accuracy": [], "std": [], "levels": {}})
         line["steps"].append(steps)
         line["accuracy"].append(statistics.fmean(values))
         line["std"].append(spread(values))
@@ -265,15 +264,14 @@ def draw_gains(data: Mapping[str, Mapping[str, Any]]) -> Any:
     """A column for each model; bars are one standard deviation."""
     size = (3.4 * len(data) + 0.6, 3.2)
     figure, axes = pyplot().subplots(1, len(data), figsize=size, squeeze=False, layout="constrained")
-    notes = sorted({note for model in data.values() for note in model["lines"]})
-    for axis, (name, model) in zip(axes[0], data.items(), strict=True):
-        for note, line in model["lines"].items():
-            accuracy, spread = (100 * torch.tensor(line[key]) for key in ("accuracy", "std"))
-            style = {"color": COLORS[notes.index(note)], "marker": "o", "markersize": 3.5, "capsize": 2}
-            axis.errorbar(line["steps"], accuracy, spread, label=f"ghn-orth, {note}" if note else "ghn-orth", **style)
+    for axis, (name, line) in zip(axes[0], data.items(), strict=True):
+        accuracy, std = (100 * torch.tensor(line[key]) for key in ("accuracy", "std"))
+        axis.errorbar(
+            line["steps"], accuracy, std, label="ghn-orth", color=COLORS[0], marker="o", markersize=3.5, capsize=2
+        )
         for init, dashes in _LEVELS.items():
-            if init in model["levels"]:
-                axis.axhline(100 * model["levels"][init], color="0.35", linestyle=dashes, linewidth=1, label=init)
+            if init in line["levels"]:
+                axis.axhline(100 * line["levels"][init], color="0.35", linestyle=dashes, linewidth=1, label=init)
         axis.set_title(name)
         axis.set_xlabel("training steps of the GHN")
         axis.set_xlim(left=0)
