@@ -718,6 +718,10 @@ def test_command_trains_and_exports(tmp_path: Path, shard: Path) -> None:
     assert run_train(_arguments(*line)) == 0
     assert json.loads((tmp_path / "more" / "latest.json").read_text())["step"] == 2
     assert content_hash(read(tmp_path / "more" / "ghn-0000002.safetensors")) != content_hash(ghn)
+    line[1] = str(tmp_path / "tiled")
+    assert run_train(_arguments(*line, "--tiles", "4")) == 0
+    assert run_train(_arguments(*line, "--resume", "--steps", "3")) == 0  # as many tiles as before, without a word
+    assert read(tmp_path / "tiled" / "ghn-0000003.safetensors").config.tiles == 4
 
 
 # The probe

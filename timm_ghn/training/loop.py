@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LATEST = "latest.json"
+LATEST = "latest.json"
+"""File of a run's folder that names its checkpoint."""
 _CHECKPOINT_FILES = ("ghn-*.safetensors", "average-*.safetensors", "optimizer-*.pt")
 
 
@@ -379,7 +380,7 @@ class Trainer:
             "optimizer": state,
             "config": self.config.to_dict(),
         }
-        write_atomically(self.out / _LATEST, json.dumps(latest, indent=2).encode())
+        write_atomically(self.out / LATEST, json.dumps(latest, indent=2).encode())
         for old in [path for pattern in _CHECKPOINT_FILES for path in self.out.glob(pattern)]:
             if old.name not in (weights, average, state):
                 old.unlink(missing_ok=True)
@@ -393,7 +394,7 @@ class Trainer:
         Raises:
             TrainingError: If it is damaged.
         """
-        path = self.out / _LATEST
+        path = self.out / LATEST
         if not path.exists():
             return False
         try:

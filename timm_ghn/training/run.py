@@ -15,7 +15,7 @@ from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.training.begin import compile_parts, new_ghn, with_tiles
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import ImageSet, Splits, load_images, split
-from timm_ghn.training.loop import Trainer
+from timm_ghn.training.loop import LATEST, Trainer
 from timm_ghn.training.pool import ArchitecturePool, PoolConfig
 from timm_ghn.training.pretext import make_pretext
 
@@ -31,7 +31,7 @@ class Beginning:
         ghn: File of a GHN; None for a new one.
         step: Step of the schedules.
         resume: Whether it goes on from the checkpoint in its folder instead, if there is one.
-        hid: Size of a new GHN's node features.
+        hid: Size of a new GHN's node features; a GHN from a file keeps its own.
         tiles: Blocks a side that differ in a large kernel. A GHN from a file without them gets new codes.
     """
 
@@ -66,7 +66,7 @@ def prepare(
 
 
 def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
-    latest = out / "latest.json"
+    latest = out / LATEST
     if not latest.exists():
         return
     if not resume:
@@ -78,6 +78,21 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
     changed = [entry.name for entry in fields(config) if getattr(before, entry.name) != getattr(config, entry.name)]
     if changed:
         logging.getLogger(__name__).warning("resuming with other settings than before: %s", ", ".join(changed))
+
+
+def last_weights(out: Path) -> Path | None:
+    """File of the GHN of a folder's checkpoint; None if there is none.
+
+    Raises:
+        TrainingError: If the checkpoint is damaged.
+    """
+    latest = out / LATEST
+    try:
+        return out / str(json.loads(latest.read_text())["weights"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{latest} is damaged: {error}") from error
 
 
 def _pools(out: Path, config: TrainConfig, workers: int, progress: bool) -> tuple[ArchitecturePool, ArchitecturePool]:
@@ -125,11 +140,13 @@ def make_trainer(
         CheckpointError: If the file is no GHN.
         TrainingError: If it is one of another kind.
     """
-    if beginning.ghn is not None:
-        ghn = read(beginning.ghn)
+    before = last_weights(out) if beginning.resume else None
+    file = before or beginning.ghn
+    if file is not None:
+        ghn = read(file)
         ghn.info = None  # of the file; training makes another GHN of it
         if ghn.config.kernels != config.kernels:
-            raise TrainingError(f"{beginning.ghn} has '{ghn.config.kernels}' kernels, the run '{config.kernels}' ones")
+            raise TrainingError(f"{file} has '{ghn.config.kernels}' kernels, the run '{config.kernels}' ones")
         ghn = with_tiles(ghn, beginning.tiles, config.seed)
     else:
         shape = GHNConfig(
@@ -140,6 +157,6 @@ def make_trainer(
         compile_parts(ghn.to(processes.device))
     trainer = Trainer(ghn, config, splits, pool, eval_pool, out, processes, easy_images(config))
     trainer.step = beginning.step
-    if beginning.resume:
+    if before is not None:
         trainer.resume()
     return trainer
