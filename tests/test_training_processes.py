@@ -29,6 +29,7 @@ from timm_ghn.training.run import Beginning, prepare
 pytest.importorskip("accelerate")
 
 STEPS = 2
+Weights = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -63,13 +64,22 @@ def arguments(tmp_path: Path) -> Callable[[str], list[str]]:
     return lambda out: [*line, "--out", str(tmp_path / out)]
 
 
-def by_hand(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], bool]:
-    """Weights after all steps, and whether the processes ever had different gradients."""
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def by_hand(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Weights, Weights, bool]:
+    """Weights before the first and after the last step, and whether the processes ever had different gradients."""
     parser = argparse.ArgumentParser()
     add_train_arguments(parser)
     args = parser.parse_args(arguments)
     config = make_config(args)
     trainers = [prepare(args.images, config, args.out, OneOfTwo(rank), Beginning()) for rank in range(2)]  # type: ignore[arg-type]
+    first = {name: tensor.clone() for name, tensor in trainers[0].ghn.state_dict().items()}
     differed = False
     for step in range(STEPS):
         with monkeypatch.context() as patch:
@@ -84,22 +94,27 @@ def by_hand(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[dict
             one.grad, other.grad = sum(parts) / 2, sum(parts) / 2
         for trainer in trainers:
             trainer._update()
-    return trainers[0].ghn.state_dict(), differed
+    return first, trainers[0].ghn.state_dict(), differed
 
 
 def test_two_processes_take_the_steps_of_averaged_gradients(
     arguments: Callable[[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "timm_ghn", "train"]
+    # Loopback by number: a machine's own name need not resolve.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    launch += ["-m", "timm_ghn", "train"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    subprocess.run([sys.executable, *launch, *arguments("joined")], check=True, capture_output=True, timeout=300)
-    joined = load_file(tmp_path / "joined" / f"ghn-{STEPS:07d}.safetensors")
-    expected, differed = by_hand(arguments("alone"), monkeypatch)
+    joined = subprocess.run([sys.executable, *launch, *arguments("run")], capture_output=True, text=True, timeout=300)
+    assert joined.returncode == 0, joined.stderr[-3000:]
+    found = load_file(tmp_path / "run" / f"ghn-{STEPS:07d}.safetensors")
+    first, expected, differed = by_hand(arguments("alone"), monkeypatch)
     assert differed
-    assert joined.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(joined[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
-    rows = [json.loads(line) for line in (tmp_path / "joined" / "metrics.jsonl").read_text().splitlines()]
+    assert found.keys() == expected.keys()
+    # AdamW's first steps are as large for the smallest gradient, whose sign rounding may turn: compare all together.
+    moved = torch.cat([(tensor - first[name]).flatten() for name, tensor in expected.items()]).norm()
+    apart = torch.cat([(tensor - found[name]).flatten() for name, tensor in expected.items()]).norm()
+    assert float(apart) < 0.02 * float(moved)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("eval_few_shot" in row for row in rows) == 1
 
 
