@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ def _own_cache_and_no_network(tmp_path_factory: pytest.TempPathFactory, monkeypa
     monkeypatch.setenv("TIMM_GHN_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("TIMM_GHN", raising=False)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread in this process, as a run of `timm-ghn train` has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +45,8 @@ from timm_ghn.training.pool import ArchitecturePool, PoolConfig, PoolMember, arc
 from timm_ghn.training.probe import few_labels, probe
 from timm_ghn.training.sampling import FAMILY_WEIGHTS, SamplerConfig, sample_architecture
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = ("ant", "bee", "cow", "dog", "elk", "fox")
 
 
@@ -74,14 +75,6 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def images(shard: Path) -> ImageSet:
     return load_images([shard], progress=False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # Images

@@ -28,6 +28,8 @@ from timm_ghn.training.run import Beginning, prepare
 
 pytest.importorskip("accelerate")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 2
 Weights = dict[str, torch.Tensor]
 
@@ -62,14 +64,6 @@ def arguments(tmp_path: Path) -> Callable[[str], list[str]]:
     line += ["--steps", str(STEPS), "--meta-batch", "2", "--pool-size", "4", "--eval-pool-size", "2", "--groups", "3"]
     line += ["--batch-size", "16", "--held-out-classes", "1", "--kernels", "orthogonal"]
     return lambda out: [*line, "--out", str(tmp_path / out)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def by_hand(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Weights, Weights, bool]:

@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -179,10 +179,10 @@ class Summary:
     @property
     def std(self) -> float:
         """Sample standard deviation of the accuracies; 0 for a single run."""
-        return spread(list(self.accuracies.values()))
+        return spread(self.accuracies.values())
 
 
-def spread(values: Sequence[float]) -> float:
+def spread(values: Collection[float]) -> float:
     """Sample standard deviation; 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 

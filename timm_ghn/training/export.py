@@ -14,7 +14,7 @@ from timm_ghn.errors import CheckpointError, TrainingError
 from timm_ghn.ghn.checkpoint import read_safetensors, write_safetensors
 from timm_ghn.ghn.model import GHN
 from timm_ghn.graph.graph import Graph
-from timm_ghn.training.config import TrainConfig
+from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.pool import ArchitecturePool, PoolConfig
 
 
@@ -32,16 +32,18 @@ def export_run(folder: Path, path: Path) -> GHN:
         TrainingError: If the folder holds no run, or a damaged one.
     """
     try:
-        latest = json.loads((folder / "latest.json").read_text())
-        config = TrainConfig.from_dict(latest["config"])
-        ghn = read_safetensors(folder / (latest.get("average") or latest["weights"]))
-    except (OSError, ValueError, KeyError, CheckpointError) as error:
+        latest = Checkpoint.read(folder)
+        if latest is None:
+            raise TrainingError("there is no checkpoint")
+        ghn = read_safetensors(folder / latest.exported)
+    except (OSError, CheckpointError, TrainingError) as error:
         raise TrainingError(f"{folder} holds no training run that can be exported: {error}") from error
+    config = latest.config
     pool = ArchitecturePool.load(
         folder / "pool-train.jsonl.gz", PoolConfig(config.pool_size, config.seed, "train", config.sampler)
     )
     fill_unseen_sizes(ghn, [member.graph for member in pool])
-    facts = {"step": str(latest["step"]), "train_config": json.dumps(latest["config"], sort_keys=True)}
+    facts = {"step": str(latest.step), "train_config": json.dumps(config.to_dict(), sort_keys=True)}
     write_safetensors(ghn, path, facts)
     return ghn
 

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_ghn.errors import TrainingError
-from timm_ghn.files.paths import write_atomically
 from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.ghn.model import GHN
 from timm_ghn.training.architectures import ArchitectureSpec
+from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import BatchSampler, ImageSet, Splits, sample_batch
 from timm_ghn.training.evaluate import Evaluation, call_with_features, evaluate
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LATEST = "latest.json"
-"""File of a run's folder that names its checkpoint."""
 _CHECKPOINT_FILES = ("ghn-*.safetensors", "average-*.safetensors", "optimizer-*.pt")
 
 
@@ -371,16 +369,8 @@ class Trainer:
         temporary = self.out / f".{state}.tmp"
         torch.save({"optimizer": self.optimizer.state_dict()}, temporary)
         os.replace(temporary, self.out / state)
-        latest = {
-            "step": self.step,
-            "skipped": self.skipped,
-            "elapsed": self.elapsed + time.monotonic() - self._started,
-            "weights": weights,
-            "average": average,
-            "optimizer": state,
-            "config": self.config.to_dict(),
-        }
-        write_atomically(self.out / LATEST, json.dumps(latest, indent=2).encode())
+        elapsed = self.elapsed + time.monotonic() - self._started
+        Checkpoint(self.step, self.skipped, elapsed, weights, average, state, self.config).write(self.out)
         for old in [path for pattern in _CHECKPOINT_FILES for path in self.out.glob(pattern)]:
             if old.name not in (weights, average, state):
                 old.unlink(missing_ok=True)
@@ -394,19 +384,17 @@ class Trainer:
         Raises:
             TrainingError: If it is damaged.
         """
-        path = self.out / LATEST
-        if not path.exists():
+        latest = Checkpoint.read(self.out)
+        if latest is None:
             return False
         try:
-            latest = json.loads(path.read_text())
-            weights = load_file(self.out / latest["weights"], device=str(self.device))
-            state = torch.load(self.out / latest["optimizer"], map_location=self.device, weights_only=True)
+            weights = load_file(self.out / latest.weights, device=str(self.device))
+            state = torch.load(self.out / latest.optimizer, map_location=self.device, weights_only=True)
             self.ghn.load_state_dict(weights)
             if self.average is not None:
-                name = latest.get("average") or latest["weights"]
-                self.average.load_state_dict(load_file(self.out / name, device=str(self.device)))
+                self.average.load_state_dict(load_file(self.out / latest.exported, device=str(self.device)))
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.skipped, self.elapsed = int(latest["step"]), int(latest["skipped"]), latest["elapsed"]
+            self.step, self.skipped, self.elapsed = latest.step, latest.skipped, latest.elapsed
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
             raise TrainingError(f"cannot resume from {self.out}: {error}") from error
         return True

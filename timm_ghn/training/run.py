@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,9 +12,10 @@ from timm_ghn.errors import TrainingError
 from timm_ghn.ghn.checkpoint import read
 from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.training.begin import compile_parts, new_ghn, with_tiles
+from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import ImageSet, Splits, load_images, split
-from timm_ghn.training.loop import LATEST, Trainer
+from timm_ghn.training.loop import Trainer
 from timm_ghn.training.pool import ArchitecturePool, PoolConfig
 from timm_ghn.training.pretext import make_pretext
 
@@ -66,33 +66,17 @@ def prepare(
 
 
 def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
-    latest = out / LATEST
-    if not latest.exists():
-        return
     if not resume:
-        raise TrainingError(f"{out} holds a run already: give --resume, or another folder")
-    try:
-        before = TrainConfig.from_dict(json.loads(latest.read_text())["config"])
-    except (ValueError, KeyError) as error:
-        raise TrainingError(f"{latest} is damaged: {error}") from error
-    changed = [entry.name for entry in fields(config) if getattr(before, entry.name) != getattr(config, entry.name)]
+        if Checkpoint.is_in(out):
+            raise TrainingError(f"{out} holds a run already: give --resume, or another folder")
+        return
+    before = Checkpoint.read(out)
+    if before is None:
+        return
+    values = [(entry.name, getattr(before.config, entry.name), getattr(config, entry.name)) for entry in fields(config)]
+    changed = [name for name, old, new in values if old != new]
     if changed:
         logging.getLogger(__name__).warning("resuming with other settings than before: %s", ", ".join(changed))
-
-
-def last_weights(out: Path) -> Path | None:
-    """File of the GHN of a folder's checkpoint; None if there is none.
-
-    Raises:
-        TrainingError: If the checkpoint is damaged.
-    """
-    latest = out / LATEST
-    try:
-        return out / str(json.loads(latest.read_text())["weights"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{latest} is damaged: {error}") from error
 
 
 def _pools(out: Path, config: TrainConfig, workers: int, progress: bool) -> tuple[ArchitecturePool, ArchitecturePool]:
@@ -140,8 +124,8 @@ def make_trainer(
         CheckpointError: If the file is no GHN.
         TrainingError: If it is one of another kind.
     """
-    before = last_weights(out) if beginning.resume else None
-    file = before or beginning.ghn
+    before = Checkpoint.read(out) if beginning.resume else None
+    file = beginning.ghn if before is None else out / before.weights
     if file is not None:
         ghn = read(file)
         ghn.info = None  # of the file; training makes another GHN of it
