@@ -25,6 +25,7 @@ from timm_ghn.initialize.plan import find_hypernetwork, make_plan
 from timm_ghn.initialize.report import Status
 from timm_ghn.initialize.rescale import (
     KERNEL_BAND,
+    MAX_AFFINE_CHAIN,
     MAX_CHAIN,
     NORM_BAND,
     SMALLEST_NORM,
@@ -246,6 +247,63 @@ def test_a_stream_that_is_raised_to_a_power_divides_the_batch_norms_that_end_its
     for cubic in (False, True):
         found = structure(nn.Sequential(Cubic(cubic), Cubic(cubic)), 8, 5)
         assert (found.branches.get("0.bn.weight"), "0.conv.weight" in found.branches) == (2 if cubic else None, False)
+
+
+class Bottleneck(nn.Module):
+    """x + f(x), f ending in a batch norm that may be gated by what it returned, or followed by a layer."""
+
+    def __init__(self, end: str) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)
+        self.gate = nn.Conv1d(4, 4, 1) if end == "gate" else None
+        self.last = nn.Conv1d(4, 4, 1, bias=False) if end == "layer" else None
+        self.gamma = nn.Parameter(torch.full((4, 1), 1e-5)) if end == "gamma" else None
+        self.norm = nn.GroupNorm(1, 4) if end == "norm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x if self.norm is None else self.norm(x)))
+        y = y if self.gate is None else y * self.gate(y.mean(-1, keepdim=True)).sigmoid()
+        y = y if self.last is None else self.last(y.relu())
+        y = y if self.gamma is None else y * self.gamma
+        return (x + y).relu()
+
+
+@pytest.mark.parametrize(
+    ("end", "deepest", "found"),
+    [
+        ("bn", MAX_AFFINE_CHAIN, True),
+        ("gate", MAX_AFFINE_CHAIN - 1, True),  # the gate is a layer more, but a bounded one
+        ("layer", MAX_AFFINE_CHAIN // 2, True),
+        ("gamma", MAX_AFFINE_CHAIN, False),
+        ("norm", MAX_AFFINE_CHAIN, False),
+    ],
+)
+def test_the_last_batch_norms_of_branches_count_in_deep_networks(end: str, deepest: int, found: bool) -> None:
+    for blocks in (deepest - 1, deepest):
+        stem = nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4))
+        model = nn.Sequential(stem, *(Bottleneck(end) for _ in range(blocks)))
+        branches = structure(model, 4, 6).branches
+        norms = {f"{1 + i}.bn.{kind}": blocks for i in range(blocks) for kind in ("weight", "bias")}
+        others = {f"{1 + i}.last.weight": blocks for i in range(blocks)} if end == "layer" else {}
+        assert branches == {**others, **(norms if found and blocks == deepest else {})}
+
+
+@pytest.mark.parametrize(
+    ("name", "norms"),
+    [
+        ("seresnet152", {"layer1.1.bn3": 2, "layer2.7.bn3": 7, "layer3.35.bn3": 35, "layer4.2.bn3": 2}),
+        ("starnet_s4", {"stages.2.1.g.bn": 12}),
+        ("starnet_s3", {}),
+        ("resnet50", {}),
+    ],
+)
+def test_which_batch_norms_real_networks_divide(name: str, norms: dict[str, int]) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    branches = structure_of(model).branches
+    assert {f"{norm}.{kind}": n for norm, n in norms.items() for kind in ("weight", "bias")}.items() <= branches.items()
+    modules = {path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert bool(norms) == any(parameter.rpartition(".")[0] in modules for parameter in branches)
 
 
 def test_a_shared_layer_counts_its_longest_stream() -> None:

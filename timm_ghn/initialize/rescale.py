@@ -1,4 +1,4 @@
-"""The scale of predicted parameters: a rule of four parts that reads operators, graph structure and shapes, no names.
+"""The scale of predicted parameters: a rule of five parts that reads operators, graph structure and shapes, no names.
 
 **Part 1, single tensors.** GHNs aim at a nominal scale: kernels at `sqrt(2 / fan-in)` (`sqrt(1 / fan-in)` for
 depthwise and wide ones), norm weights, biases and tables of positions at about 1 or less. A tensor whose root mean
@@ -24,9 +24,12 @@ orthogonalizes does so with all standardized kernels of the network, before L as
 
 **Part 4, products of activations.** Where a matrix product of two activations, none of which is a softmax, reaches a
 residual sum unnormalized, the layer that ends one of the factors is divided by the number of terms, or by its root if
-it ends both; its weight by sqrt(r) as well. And where branches raise a stream to more than its square (ReLU attention:
-a product of three), so that it overflows while batch norms do nothing yet (in evaluation, before any training), the
-weight and bias of batch norms that end branches of it, or of a stream that leads to it, are divided by their n.
+it ends both; its weight by sqrt(r) as well.
+
+**Part 5, batch norms before any training.** In evaluation an untrained batch norm does nothing, and a deep network
+overflows. So where branches raise a stream to more than its square (ReLU attention: a product of three), or a stream
+reaches beyond 96 layers without another kind of norm layer, the weight and bias of the last batch norm of each of its
+branches are divided by its n; so are those of the streams that lead to it.
 
 Weights that are orthogonalized are left as they are: a Q is a Q. All of it depends on graph, prediction, and the value
 of constant scales alone: neither on what else the model held before, nor on data, nor on the device.
@@ -56,6 +59,12 @@ SMALLEST_NORM = 1e-3
 
 MAX_CHAIN = 8
 """Layers in a row without a norm layer that are left as they are: more than a block of any kind has."""
+
+MAX_AFFINE_CHAIN = 96
+"""The same where batch norms count as none: float32 overflows once each of them makes values 2.5 times as large."""
+
+MAX_POWER = 2.0
+"""Powers of a stream's values that its branches may compute: products of two of them."""
 
 
 # --- single tensors -------------------------------------------------------------------------------------------------
@@ -118,8 +127,8 @@ class Structure:
 
     Attributes:
         branches: Parameters of layers that end a residual branch without a norm: the number of sums that their stream
-            passes, times what the branch is multiplied with. So do those of batch norms that end a branch of a stream
-            which is raised to a power, or leads to such a stream.
+            passes, times what the branch is multiplied with. The same for the last batch norm of each branch of a
+            stream that overflows while batch norms do nothing, or leads to one that does.
         products: Parameters of layers that end a factor of a sum of products of activations: the number of products;
             its root if the layer ends both factors.
         chains: Parameters of layers: the number of layers on the longest path to them, themselves included, without a

@@ -23,10 +23,7 @@ from timm_ghn.graph.facts import (
 )
 from timm_ghn.graph.norms import keeps_values
 from timm_ghn.graph.trace import Operation, Trace, Value
-from timm_ghn.initialize.rescale import MAX_CHAIN, Structure
-
-MAX_POWER = 2.0
-"""Powers of a stream's values that its branches may compute: products of two of them."""
+from timm_ghn.initialize.rescale import MAX_AFFINE_CHAIN, MAX_CHAIN, MAX_POWER, Structure
 
 _NORMS = {"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"}
 _LAYERS = {"linear", *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *PRODUCTS, *ADDED_PRODUCTS}
@@ -94,14 +91,16 @@ class _Path:
     """What is known of a value that depends on the input. Sets of values are bit masks.
 
     Attributes:
-        ancestors: The values that it was computed from, itself among them.
+        ancestors: The values and parameters that it was computed from, itself among them.
         stream: The values that are the same but for sums, views and elementwise functions, itself among them.
         chain: The residual stream that it belongs to, if it has passed a sum.
         streams: All residual streams on the way to it since the last norm layer that is no batch norm.
         scale: The parameters that set its scale last; None if a norm layer or a learned scale of unknown size did.
         gain: What learned scales have multiplied it with since.
-        batch_norm: The parameters of the batch norm that set its scale last, if one did.
+        batch_norm: The parameters of the last batch norm on the way to it, if no bound or scale of unknown size
+            follows.
         length: Layers on the longest path to it since the last norm layer.
+        affine: Layers on the longest path to it since the last norm layer that is no batch norm.
         layers: Their parameters, on all paths.
         weights: Whether it comes from a softmax or a division by a norm, so that it is a mean that it weights.
         products: Sums of products that it was computed from since the last norm layer.
@@ -117,6 +116,7 @@ class _Path:
     gain: float = 1.0
     batch_norm: frozenset[int] = frozenset()
     length: int = 0
+    affine: int = 0
     layers: int = 0
     weights: _Weights = _Weights.NONE
     products: frozenset[_Product] = frozenset()
@@ -126,11 +126,11 @@ class _Path:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """The end of a residual branch.
+    """What sets the scale of a residual branch.
 
     Attributes:
         chain: Number of its stream.
-        parameters: Those of its last layer, or of the batch norm after it.
+        parameters: Those of its last layer, if no norm follows, or of its last batch norm.
         gain: What known learned scales multiply it with.
         is_batch_norm: Whether they are a batch norm's.
     """
@@ -152,7 +152,7 @@ class _Streams:
     _origins: dict[int, frozenset[int]] = field(default_factory=dict)  # parameters of values without data
     _views: dict[int, int] = field(default_factory=dict)  # the parameter that a value is but for its shape and type
     _sums: list[int] = field(default_factory=list)  # by chain
-    _raised: int = 0  # chains
+    _overflowing: int = 0  # chains
     _ends: list[_End] = field(default_factory=list)
     _products: dict[int, float] = field(default_factory=dict)  # by parameter
     _lengths: dict[int, int] = field(default_factory=dict)  # by parameter
@@ -174,6 +174,7 @@ class _Streams:
             self._add_constant(operation, learned)
             return
         path = self._next(operation, data, learned)
+        path = replace(path, ancestors=path.ancestors | _mask(learned))
         for output in operation.outputs:
             own = 1 << output.index
             self._paths[output.index] = replace(path, ancestors=path.ancestors | own, stream=path.stream | own)
@@ -182,7 +183,7 @@ class _Streams:
         """What was found, by name."""
         branches: dict[str, float] = {}
         for end in self._ends:
-            if self._raised >> end.chain & 1 or not end.is_batch_norm:
+            if self._overflowing >> end.chain & 1 or not end.is_batch_norm:
                 for name in self._names(end.parameters):
                     branches[name] = max(branches.get(name, 0), self._sums[end.chain] * end.gain)
         products = {name: count for index, count in self._products.items() for name in self._names({index})}
@@ -216,7 +217,7 @@ class _Streams:
             return (
                 replace(normed, batch_norm=learned)
                 if is_batch_norm
-                else replace(normed, streams=0, power=0.0, peak=0.0)
+                else replace(normed, streams=0, batch_norm=frozenset(), affine=0, power=0.0, peak=0.0)
             )
         if name == "multi_head_attention_forward":
             last = [operation.argument(11, "out_proj_weight"), operation.argument(12, "out_proj_bias")]
@@ -229,10 +230,12 @@ class _Streams:
             products = path.products | _products(operation, data)
             return replace(path, products=products, weights=_Weights.NONE)
         if len(data) == 1:
-            path = replace(path, stream=data[0].stream, chain=data[0].chain, batch_norm=data[0].batch_norm)
+            path = replace(path, stream=data[0].stream, chain=data[0].chain)
             if name in _GATES and learned:
                 gain = self._start(operation)
-                return replace(path, scale=None) if gain is None else replace(path, gain=path.gain * gain)
+                if gain is None:
+                    return replace(path, scale=None, batch_norm=frozenset())
+                return replace(path, gain=path.gain * gain)
         return path
 
     def _is_spelled_norm(self, operation: Operation) -> bool:
@@ -251,11 +254,21 @@ class _Streams:
     def _layer(self, path: _Path, learned: frozenset[int]) -> _Path:
         for index in learned:
             self._lengths[index] = max(self._lengths.get(index, 0), path.length + 1)
-        layers = path.layers | sum(1 << index for index in learned)
+        layers = path.layers | _mask(learned)
         if path.length >= MAX_CHAIN:
             self._chained |= layers
+        if path.affine >= MAX_AFFINE_CHAIN:
+            self._overflowing |= path.streams
         weights = path.weights if path.weights is _Weights.PURE else _Weights.NONE
-        return replace(path, scale=learned, gain=1.0, length=path.length + 1, layers=layers, weights=weights)
+        return replace(
+            path,
+            scale=learned,
+            gain=1.0,
+            length=path.length + 1,
+            affine=path.affine + 1,
+            layers=layers,
+            weights=weights,
+        )
 
     def _sum(self, first: _Path, second: _Path, path: _Path) -> _Path:
         if not first.stream & second.ancestors:
@@ -269,10 +282,11 @@ class _Streams:
         self._sums[number] += 1
         streams = path.streams | 1 << number
         if second.peak > MAX_POWER:
-            self._raised |= streams
-        if second.scale or second.batch_norm:
-            parameters = second.scale or second.batch_norm
-            self._ends.append(_End(number, parameters, second.gain, is_batch_norm=not second.scale))
+            self._overflowing |= streams
+        if second.scale:
+            self._ends.append(_End(number, second.scale, second.gain, is_batch_norm=False))
+        if second.batch_norm and not _mask(second.batch_norm) & first.ancestors:
+            self._ends.append(_End(number, second.batch_norm, second.gain, is_batch_norm=True))
         for product in second.products:
             for index in product.layer:
                 self._products[index] = max(self._products.get(index, 1.0), product.divisor)
@@ -283,9 +297,14 @@ class _Streams:
             streams=streams,
             gain=1.0,
             length=path.length,
+            affine=path.affine,
             layers=path.layers,
             power=path.power,
         )
+
+
+def _mask(indices: Iterable[int]) -> int:
+    return sum(1 << index for index in indices)
 
 
 def _values(arguments: Sequence[object]) -> list[Value]:
@@ -310,12 +329,20 @@ def _merged(operation: Operation, data: Sequence[_Path]) -> _Path:
         scale=_union(data),
         gain=max(path.gain for path in data),
         layers=layers,
+        batch_norm=_last_batch_norm(data),
         length=max(path.length for path in data),
+        affine=0 if is_bounded else max(path.affine for path in data),
         weights=_weights(name, [path.weights for path in data]),
         products=frozenset() if is_bounded or is_divided else _all_products(data),
         power=power,
         peak=0.0 if is_bounded else max(power, *(path.peak for path in data)),
     )
+
+
+def _last_batch_norm(data: Sequence[_Path]) -> frozenset[int]:
+    """The batch norm that set the scale of a value made from several: that of the only one which grows."""
+    growing = [path for path in data if path.affine]
+    return growing[0].batch_norm if len(growing) == 1 else frozenset()
 
 
 def _weights(name: str, known: Sequence[_Weights]) -> _Weights:
