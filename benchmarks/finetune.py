@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_model_kwargs(what)
     what.add_argument("--inits", nargs="+", default=list(INITS), metavar="INIT", help="methods, or 'pretrained'")
     what.add_argument("--start-layer", type=_literal, metavar="L", help="number, share, or name of a module")
+    what.add_argument("--rescale", choices=("auto", "off"), help="whether the scale of predictions is kept sane")
     what.add_argument("--stem", choices=("auto", "adjusted", "original"), help="adjust the first layers (up to 64 px)")
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", choices=DATASETS, default="cifar10")

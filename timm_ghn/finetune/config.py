@@ -14,6 +14,7 @@ from timm_ghn.errors import FineTuneError
 OptimizerName = Literal["sgd", "adamw"]
 Stem = Literal["auto", "adjusted", "original"]
 Normalization = Literal["auto", "data", "imagenet"]
+Rescale = Literal["auto", "off"]
 Precision = Literal["float32", "bfloat16"]
 Split = Literal["test", "validation"]
 
@@ -36,6 +37,7 @@ class FineTuneConfig:
         ghn: GHN by name or path; None for the default.
         noise: beta; None for the method's default.
         start_layer: L; None for the method's default.
+        rescale: As of `Init`.
         image_size: Side of the network's input in pixels.
         stem: Whether the first layers are adjusted to small images (`adjust_stem`); "auto" up to 64 pixels.
         normalization: Statistics of the training "data", or of "imagenet"; "auto" as ppuda: the data's at their own
@@ -65,6 +67,7 @@ class FineTuneConfig:
     ghn: str | None = None
     noise: float | None = None
     start_layer: int | float | str | None = None
+    rescale: Rescale = "auto"
     image_size: int = 32
     stem: Stem = "auto"
     normalization: Normalization = "auto"
@@ -138,6 +141,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "normalization": get_args(Normalization),
     "optimizer": get_args(OptimizerName),
     "precision": get_args(Precision),
+    "rescale": get_args(Rescale),
     "split": get_args(Split),
 }
 _LEAST: dict[str, float] = {

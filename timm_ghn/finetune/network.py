@@ -64,7 +64,7 @@ def build_network(config: FineTuneConfig, num_classes: int, seed: int, images: T
     if config.init != PRETRAINED and config.init_file is None and METHODS[config.init].source is not Source.TIMM:
         chosen = {"ghn": config.ghn, "noise": config.noise, "start_layer": config.start_layer}
         settings: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-        init = Init(config.init, seed=seed, cache=False, **settings)
+        init = Init(config.init, seed=seed, rescale=config.rescale, cache=False, **settings)
         report = init_model(model, init, input_size=size, example_input=images)
         provenance = report.provenance
     return Network(model, stem, provenance)
