@@ -453,9 +453,14 @@ def test_every_module_starts_finite() -> None:
             assert measure_activations(model, batch_statistics=batch_statistics).finite, name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["efficientvit_b3", "efficientvit_l2"])
-def test_relu_attention_stays_finite_before_any_training(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "starnet_s4",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("efficientvit_b3", "repvit_m2_3", "seresnet152")),
+    ],
+)
+def test_what_batch_norms_do_not_hold_back_yet_stays_finite(name: str) -> None:
     model = timm.create_model(name)
     timm_ghn.init_model(model, "ghn-orth", ghn="bundled")
     for batch_statistics in (False, True):
