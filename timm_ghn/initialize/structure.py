@@ -97,8 +97,8 @@ class _Path:
         streams: All residual streams on the way to it since the last norm layer that is no batch norm.
         scale: The parameters that set its scale last; None if a norm layer or a learned scale of unknown size did.
         gain: What learned scales have multiplied it with since.
-        batch_norm: The parameters of the last batch norm on the way to it, if no bound or scale of unknown size
-            follows.
+        batch_norm: The parameters of the last batch norm on the way to it, if no bound, product with another
+            activation, or scale of unknown size follows.
         length: Layers on the longest path to it since the last norm layer.
         affine: Layers on the longest path to it since the last norm layer that is no batch norm.
         layers: Their parameters, on all paths.
@@ -228,7 +228,7 @@ class _Streams:
             return self._sum(data[0], data[1], path)
         if len(data) == 2 and name in _MATRIX_PRODUCTS:
             products = path.products | _products(operation, data)
-            return replace(path, products=products, weights=_Weights.NONE)
+            return replace(path, batch_norm=frozenset(), products=products, weights=_Weights.NONE)
         if len(data) == 1:
             path = replace(path, stream=data[0].stream, chain=data[0].chain)
             if name in _GATES and learned:
