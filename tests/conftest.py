@@ -10,6 +10,8 @@ import torch
 from ghn_reference import ppuda_checkpoint, seeded_ghn
 from hub_fixtures import _loopback, _loopback_client, client, hub, remote, repository  # noqa: F401
 
+from timm_ghn.postprocess import single_threaded
+
 
 @pytest.fixture(autouse=True)
 def _own_cache_and_no_network(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,10 +23,8 @@ def _own_cache_and_no_network(tmp_path_factory: pytest.TempPathFactory, monkeypa
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread in this process, as a run of `timm-ghn train` has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with single_threaded():
+        yield
 
 
 @pytest.fixture(scope="session")

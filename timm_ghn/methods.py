@@ -13,6 +13,9 @@ from timm_ghn.errors import InitError
 if TYPE_CHECKING:
     from torch import nn
 
+Rescale = Literal["auto", "off"]
+"""Whether the scale of predictions is kept sane."""
+
 NOISE = 3e-5
 """The paper's beta (arXiv 2207.10049, section 4)."""
 
@@ -104,7 +107,7 @@ class Init:
     seed: int = 0
     correlation: Literal["paper", "ppuda"] = "paper"
     reading: Literal["default", "ppuda"] = "default"
-    rescale: Literal["auto", "off"] = "auto"
+    rescale: Rescale = "auto"
     cache: bool = True
 
     def __post_init__(self) -> None:

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from timm_ghn.errors import FineTuneError
+from timm_ghn.methods import Rescale
 
 OptimizerName = Literal["sgd", "adamw"]
 Stem = Literal["auto", "adjusted", "original"]
 Normalization = Literal["auto", "data", "imagenet"]
-Rescale = Literal["auto", "off"]
 Precision = Literal["float32", "bfloat16"]
 Split = Literal["test", "validation"]
 

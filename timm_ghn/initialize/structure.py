@@ -174,10 +174,10 @@ class _Streams:
             self._add_constant(operation, learned)
             return
         path = self._next(operation, data, learned)
-        path = replace(path, ancestors=path.ancestors | _mask(learned))
+        ancestors = path.ancestors | _mask(learned)
         for output in operation.outputs:
             own = 1 << output.index
-            self._paths[output.index] = replace(path, ancestors=path.ancestors | own, stream=path.stream | own)
+            self._paths[output.index] = replace(path, ancestors=ancestors | own, stream=path.stream | own)
 
     def structure(self) -> Structure:
         """What was found, by name."""
