@@ -167,9 +167,54 @@ class Mixer(nn.Module):
 
 def test_sums_of_products_of_activations_are_counted() -> None:
     found = structure(Mixer(normalize=False), 5, 8)
-    assert set(found.products.values()) <= {5, 8}
-    assert found.products
+    assert sorted(found.products) == ["key.weight", "query.weight", "value.weight"]
+    assert {1, 5} < set(found.products.values()) | {1} <= {1, 5, 8}
     assert structure(Mixer(normalize=True), 5, 8).products == {}
+
+
+class Elementwise(nn.Module):
+    """x + f(x) with a product in f, or none."""
+
+    def __init__(self, product: str) -> None:
+        super().__init__()
+        self.product = product
+        self.norm, self.fc1, self.gate, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.end = nn.LayerNorm(8) if product == "normalized" else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        y, gate = self.fc1(normed), self.gate(normed)
+        match self.product:
+            case "square":
+                y = y.relu() ** 2
+            case "product" | "normalized":
+                y = y * nn.functional.silu(gate)
+            case "gate":
+                y = y * gate.sigmoid()
+            case "weights":
+                y = y * gate.softmax(-1)
+        return x + self.end(self.fc2(y))
+
+
+@pytest.mark.parametrize(
+    ("product", "layers"),
+    [
+        ("none", []),
+        ("gate", []),
+        ("weights", []),
+        ("normalized", []),
+        ("square", ["fc1"]),
+        ("product", ["fc1", "gate"]),
+    ],
+)
+def test_what_adds_up_in_phase_is_divided_in_front_of_products_and_squares(product: str, layers: list[str]) -> None:
+    found = structure(Elementwise(product), 5, 8)
+    assert found.products == {f"{layer}.{kind}": 1 for layer in layers for kind in ("weight", "bias")}
+    weights = [Target(f"{layer}.weight", (16, 8), Role.WEIGHT) for layer in ("fc1", "gate")]
+    biases = [Target(f"{layer}.bias", (16,), Role.BIAS) for layer in ("fc1", "gate")]
+    expected = {f"{layer}.weight": pytest.approx(1 / math.sqrt(2)) for layer in layers}  # 2 copies of a block
+    assert found.factors([*weights, *biases], 4) == expected
+    assert found.factors([*weights, *biases], 8) == {}
 
 
 class TalkingHeads(nn.Module):
@@ -198,6 +243,10 @@ def test_mixed_heads_of_a_softmax_still_weight_a_mean() -> None:
         ("xcit_nano_12_p16_224", {}),
         ("lambda_resnet26t", {}),
         ("coat_lite_tiny", {"serial_blocks1.0.factoratt_crpe.qkv.weight": math.sqrt(8)}),
+        ("focalnet_tiny_srf", {"layers.0.blocks.0.modulation.f.weight": 1}),
+        ("poolformerv2_s12", {"stages.0.blocks.0.mlp.fc1.weight": 1}),
+        ("poolformer_s12", {}),
+        ("convnextv2_atto", {}),
     ],
 )
 def test_products_of_real_networks(name: str, product: dict[str, float]) -> None:
@@ -429,7 +478,9 @@ def test_small_networks_start_sane(name: str) -> None:
     check(name, load_ghn("bundled"), 30.0)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "efficientvim_m1", "xcit_nano_12_p16_224"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "efficientvim_m1", "focalnet_tiny_srf", "xcit_nano_12_p16_224"]
+)
 def test_residual_streams_of_transformers_stay_near_timms(name: str) -> None:
     check(name, load_ghn("bundled"), 10.0 if name.startswith("vit") else 30.0)
 

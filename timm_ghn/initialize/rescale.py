@@ -22,9 +22,10 @@ divided by sqrt(r), and biases of layers from the ninth on by the number of laye
 standardized when it is used has no scale to correct; where there is such a path through one, a method that
 orthogonalizes does so with all standardized kernels of the network, before L as well.
 
-**Part 4, products of activations.** Where a matrix product of two activations, none of which is a softmax, reaches a
-residual sum unnormalized, the layer that ends one of the factors is divided by the number of terms, or by its root if
-it ends both; its weight by sqrt(r) as well.
+**Part 4, products of activations.** What adds up in phase is squared where two activations are multiplied, or one with
+itself. So where the product of two, none of which is a softmax or bounded, reaches a residual sum unnormalized, kernels
+of all layers behind it up to the last norm layer are divided by sqrt(r). Where it is a matrix product, a sum over n
+such products, the layer that ends one of the factors is divided by n as well, or by its root if it ends both.
 
 **Part 5, batch norms before any training.** In evaluation an untrained batch norm does nothing, and a deep network
 overflows. So where branches raise a stream to more than its square (ReLU attention: a product of three), or a stream
@@ -129,8 +130,8 @@ class Structure:
         branches: Parameters of layers that end a residual branch without a norm: the number of sums that their stream
             passes, times what the branch is multiplied with. The same for the last batch norm of each branch of a
             stream that overflows while batch norms do nothing, or leads to one that does.
-        products: Parameters of layers that end a factor of a sum of products of activations: the number of products;
-            its root if the layer ends both factors.
+        products: Parameters of layers behind a product of activations: the number of products that are added up for
+            the layer that ends a factor, its root if it ends both; 1 for other layers and products.
         chains: Parameters of layers: the number of layers on the longest path to them, themselves included, without a
             norm layer.
         chained: Parameters of layers on paths of more than `MAX_CHAIN` layers without a norm layer.

@@ -63,14 +63,14 @@ def find_structure(trace: Trace, start: Start = _unknown, *, facts: Facts | None
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """A sum of products of two activations that nothing has normalized yet.
+    """A product of two activations that nothing has normalized yet, or a sum of such products.
 
     Attributes:
-        layer: Parameters of the layer that ends one of the factors, or both of them.
-        divisor: What makes the sum as large as one of the products, when the layer is divided by it.
+        layers: Parameters of all layers behind its factors; of a sum, of the one that ends one of them, or both.
+        divisor: What makes a sum as large as one of its products, when the layer is divided by it; 1 for a product.
     """
 
-    layer: frozenset[int]
+    layers: frozenset[int]
     divisor: float
 
 
@@ -101,9 +101,9 @@ class _Path:
             activation, or scale of unknown size follows.
         length: Layers on the longest path to it since the last norm layer.
         affine: Layers on the longest path to it since the last norm layer that is no batch norm.
-        layers: Their parameters, on all paths.
+        layers: Parameters of the layers on all paths to it since the last norm layer, but for what a division cancels.
         weights: Whether it comes from a softmax or a division by a norm, so that it is a mean that it weights.
-        products: Sums of products that it was computed from since the last norm layer.
+        products: Products that it was computed from since the last norm layer.
         power: By which power it grows if the input does, batch norms being affine as in evaluation.
         peak: The largest power on the way to it since the last norm layer, or since it left its stream.
     """
@@ -226,9 +226,9 @@ class _Streams:
             return self._layer(path, learned)
         if len(data) == 2 and name in _SUMS:
             return self._sum(data[0], data[1], path)
+        path = replace(path, products=path.products | _products(operation, data))
         if len(data) == 2 and name in _MATRIX_PRODUCTS:
-            products = path.products | _products(operation, data)
-            return replace(path, batch_norm=frozenset(), products=products, weights=_Weights.NONE)
+            return replace(path, batch_norm=frozenset(), weights=_Weights.NONE)
         if len(data) == 1:
             path = replace(path, stream=data[0].stream, chain=data[0].chain)
             if name in _GATES and learned:
@@ -288,7 +288,7 @@ class _Streams:
         if second.batch_norm and not _mask(second.batch_norm) & first.ancestors:
             self._ends.append(_End(number, second.batch_norm, second.gain, is_batch_norm=True))
         for product in second.products:
-            for index in product.layer:
+            for index in product.layers:
                 self._products[index] = max(self._products.get(index, 1.0), product.divisor)
         return replace(
             first,
@@ -305,6 +305,10 @@ class _Streams:
 
 def _mask(indices: Iterable[int]) -> int:
     return sum(1 << index for index in indices)
+
+
+def _bits(mask: int) -> frozenset[int]:
+    return frozenset(index for index in range(mask.bit_length()) if mask >> index & 1)
 
 
 def _values(arguments: Sequence[object]) -> list[Value]:
@@ -328,7 +332,7 @@ def _merged(operation: Operation, data: Sequence[_Path]) -> _Path:
         streams=streams,
         scale=_union(data),
         gain=max(path.gain for path in data),
-        layers=layers,
+        layers=data[0].layers & ~data[1].layers if is_divided else layers,
         batch_norm=_last_batch_norm(data),
         length=max(path.length for path in data),
         affine=0 if is_bounded else max(path.affine for path in data),
@@ -359,17 +363,32 @@ def _all_products(data: Sequence[_Path]) -> frozenset[_Product]:
 
 
 def _products(operation: Operation, data: Sequence[_Path]) -> frozenset[_Product]:
-    """What a sum of products of activations adds up; nothing if one of the factors weights a mean.
+    """The products of activations that an operation computes, of two or of one with itself (squares).
+
+    A factor that a norm layer or a bound holds counts as none: what adds up in phase goes into the other one alone. So
+    does a product with a factor that weights a mean.
+    """
+    if any(path.weights for path in data):
+        return frozenset()
+    name = operation.name
+    counted = {_sum_of_products(operation, data)} if len(data) == 2 and name in _MATRIX_PRODUCTS else set()
+    factors = [path for path in data if path.layers and path.affine]
+    is_product = len(factors) == 2 and name in {*_MATRIX_PRODUCTS, *MULTIPLICATIONS}
+    is_power = len(factors) == 1 and _power(operation, [1.0]) > 1
+    layers = _bits(factors[0].layers | factors[-1].layers) if is_product or is_power else frozenset()
+    return frozenset(product for product in (*counted, _Product(layers, 1.0)) if product.layers)
+
+
+def _sum_of_products(operation: Operation, data: Sequence[_Path]) -> _Product:
+    """What a matrix product of two activations adds up.
 
     The factor that is scaled is the one with more layers behind it: what ends there serves nothing else. A layer that
     ends both of them (queries, keys and values in one) counts twice in every product.
     """
-    layer = max(data, key=lambda path: path.length).scale
-    if not layer or any(path.weights for path in data):
-        return frozenset()
+    layer = max(data, key=lambda path: path.length).scale or frozenset()
     count = operation.inputs[0].shape[-1]
     is_shared = all(path.scale is not None and layer <= path.scale for path in data)
-    return frozenset({_Product(layer, math.sqrt(count) if is_shared else count)})
+    return _Product(layer, math.sqrt(count) if is_shared else count)
 
 
 def _power(operation: Operation, powers: Sequence[float]) -> float:
