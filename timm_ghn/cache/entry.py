@@ -25,7 +25,7 @@ from timm_ghn.graph import Layout, Role, Target
 
 _logger = logging.getLogger(__name__)
 
-FORMAT = 6
+FORMAT = 7
 """Version of the entries: of their format, and of what the rest of a key does not tell of how weights are computed.
 
 It is part of their keys, so that versions do not see each other's. Raise it with every change of numbers for the same
