@@ -103,9 +103,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    out = arguments.out and arguments.out.resolve()  # models are made in another working directory
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
     rows = []
     for model in arguments.models:
-        rows.append(measure(model, arguments.dtype, arguments.method, arguments.ghn, arguments.out))
+        rows.append(measure(model, arguments.dtype, arguments.method, arguments.ghn, out))
         print(json.dumps(rows[-1]), file=sys.stderr)
     import torch
 
