@@ -31,6 +31,7 @@ _SUMS = {"add"}
 _GATES = {*MULTIPLICATIONS, "div", "addcmul"}
 _STANDARDIZATIONS = {*_NORMS, "std", "var", "std_mean", "var_mean", "norm", "vector_norm", "normalize"}
 _MATRIX_PRODUCTS = {"matmul", "mm", "bmm"}
+_PRODUCTS_OF_TWO = {*_MATRIX_PRODUCTS, *MULTIPLICATIONS}
 _MULTIPLYING = {*_LAYERS, *MULTIPLICATIONS}
 _WEIGHTS = {"softmax", "normalize"}
 _BOUNDED = {
@@ -373,7 +374,7 @@ def _products(operation: Operation, data: Sequence[_Path]) -> frozenset[_Product
     name = operation.name
     counted = {_sum_of_products(operation, data)} if len(data) == 2 and name in _MATRIX_PRODUCTS else set()
     factors = [path for path in data if path.layers and path.affine]
-    is_product = len(factors) == 2 and name in {*_MATRIX_PRODUCTS, *MULTIPLICATIONS}
+    is_product = len(factors) == 2 and name in _PRODUCTS_OF_TWO
     is_power = len(factors) == 1 and _power(operation, [1.0]) > 1
     layers = _bits(factors[0].layers | factors[-1].layers) if is_product or is_power else frozenset()
     return frozenset(product for product in (*counted, _Product(layers, 1.0)) if product.layers)
