@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import timm_ghn
-from timm_ghn.activations import Activations, activation_ratio, measure_activations
+from timm_ghn.diagnosis.activations import Activations, activation_ratio, measure_activations
 from timm_ghn.errors import CaptureError
 
 BANDS = (10, 30)

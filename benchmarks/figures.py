@@ -30,15 +30,16 @@ import torch
 from torch import Tensor, nn
 
 import timm_ghn
+from timm_ghn import drawing
 from timm_ghn.cli.common import exit_status
 from timm_ghn.errors import FineTuneError, MissingDependencyError
-from timm_ghn.files.paths import write_atomically
 from timm_ghn.finetune import ResultStore, RunResult, Summary, compare, load_benchmark, spread, summarize
 from timm_ghn.finetune.config import PRESETS
 from timm_ghn.ghn import GHN, default_ghn, load_ghn
-from timm_ghn.graph import render, to_graph
-from timm_ghn.postprocess import weight_layers
-from timm_ghn.postprocess.noise import correlation_std
+from timm_ghn.graph import to_graph
+from timm_ghn.orthogonalization import weight_layers
+from timm_ghn.orthogonalization.noise import correlation_std
+from timm_ghn.storage.files.paths import write_atomically
 from timm_ghn.training.networks import build
 from timm_ghn.training.pool import architecture_graph
 from timm_ghn.training.probe import few_labels, probe
@@ -501,7 +502,7 @@ def plot_graphs(args: argparse.Namespace) -> None:
         with torch.device("meta"):
             graphs.append(to_graph(timm.create_model(name)))
     for suffix in (".png", ".svg"):
-        render.save(graphs, args.out.with_suffix(suffix), titles=list(args.models))
+        drawing.save(graphs, args.out.with_suffix(suffix), titles=list(args.models))
     counts = [{"model": n, "operators": dict(g.operators)} for n, g in zip(args.models, graphs, strict=True)]
     write_numbers(counts, args.out)
 

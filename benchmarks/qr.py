@@ -20,7 +20,7 @@ import timm
 import torch
 from torch import Tensor
 
-from timm_ghn.postprocess import (
+from timm_ghn.orthogonalization import (
     PostProcess,
     orthogonal_factor,
     postprocess_many,

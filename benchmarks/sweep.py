@@ -30,11 +30,11 @@ from typing import Any
 
 from timm_ghn.cli.common import add_model_kwargs, exit_status
 from timm_ghn.errors import FineTuneError, MissingDependencyError
-from timm_ghn.files.paths import write_atomically
 from timm_ghn.finetune import Execution, FineTuneConfig, Job, ResultStore, load_benchmark
 from timm_ghn.finetune.data import DATASETS
 from timm_ghn.finetune.experiment import run_jobs
 from timm_ghn.finetune.run import Point
+from timm_ghn.storage.files.paths import write_atomically
 
 try:
     import ray

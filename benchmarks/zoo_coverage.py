@@ -24,13 +24,13 @@ from pathlib import Path
 import zoo_peers
 from tqdm import tqdm
 
-from timm_ghn.coverage import Entry, Settings, Stage, collect, select_names
-from timm_ghn.coverage.pool import Limits
-from timm_ghn.coverage.results import Results, RunInfo, open_results, read_results, without_failures
-from timm_ghn.coverage.survey import Plan, skipped, survey
-from timm_ghn.coverage.table import markdown
+from timm_ghn.diagnosis.coverage import Entry, Settings, Stage, collect, select_names
+from timm_ghn.diagnosis.coverage.pool import Limits
+from timm_ghn.diagnosis.coverage.results import Results, RunInfo, open_results, read_results, without_failures
+from timm_ghn.diagnosis.coverage.survey import Plan, skipped, survey
+from timm_ghn.diagnosis.coverage.table import markdown
 from timm_ghn.errors import TimmGhnError
-from timm_ghn.files.paths import write_atomically
+from timm_ghn.storage.files.paths import write_atomically
 
 
 def number(text: str) -> int:

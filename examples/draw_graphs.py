@@ -11,7 +11,8 @@ from pathlib import Path
 import timm
 import torch
 
-from timm_ghn.graph import Graph, render, to_graph
+from timm_ghn import drawing
+from timm_ghn.graph import Graph, to_graph
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TITLES = {"resnet50": "ResNet-50", "convnext_base": "ConvNeXt-Base"}
@@ -34,7 +35,7 @@ def main() -> None:
     for name, graph in zip(names, graphs, strict=True):
         print(f"{name}: {graph}")
     for path in args.out:
-        render.save(graphs, path, titles=[TITLES.get(name, name) for name in names])
+        drawing.save(graphs, path, titles=[TITLES.get(name, name) for name in names])
         print(f"{path}: {path.stat().st_size:,} bytes")
 
 

@@ -13,8 +13,8 @@ import timm
 import torch
 
 import timm_ghn
-from timm_ghn.postprocess import PostProcess, postprocess_tensor, weight_layers
-from timm_ghn.postprocess.noise import correlation_std
+from timm_ghn.orthogonalization import PostProcess, postprocess_tensor, weight_layers
+from timm_ghn.orthogonalization.noise import correlation_std
 
 
 def describe(step: str, weight: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ import timm
 import torch
 
 import timm_ghn
-from timm_ghn.cache import Entry, WeightCache
+from timm_ghn.storage.cache import Entry, WeightCache
 
 MODEL = "test_vit"
 

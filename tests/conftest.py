@@ -10,7 +10,7 @@ import torch
 from ghn_reference import ppuda_checkpoint, seeded_ghn
 from hub_fixtures import _loopback, _loopback_client, client, hub, remote, repository  # noqa: F401
 
-from timm_ghn.postprocess import single_threaded
+from timm_ghn.orthogonalization import single_threaded
 
 
 @pytest.fixture(autouse=True)

@@ -36,14 +36,14 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import timm_ghn
-from timm_ghn.cache import WeightCache
-from timm_ghn.cache.entry import DIGEST_KEY, HEADER_KEY
 from timm_ghn.errors import CheckpointError, TensorFileError
-from timm_ghn.files.reader import TensorReader
-from timm_ghn.files.writer import write_file
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
 from timm_ghn.ghn.checkpoint import CONFIG_KEY, HASH_KEY
 from timm_ghn.hub.manifest import FileRecord, Manifest
+from timm_ghn.storage.cache import WeightCache
+from timm_ghn.storage.cache.entry import DIGEST_KEY, HEADER_KEY
+from timm_ghn.storage.files.reader import TensorReader
+from timm_ghn.storage.files.writer import write_file
 
 HANG_SECONDS = 20
 MEMORY = 2 * 2**30

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from timm_ghn.activations import Activations, BlockActivation, activation_ratio, measure_activations
+from timm_ghn.diagnosis.activations import Activations, BlockActivation, activation_ratio, measure_activations
 from timm_ghn.errors import CaptureError, InitError
 
 

@@ -18,8 +18,8 @@ from timm_ghn.baselines.covariance import covariance_, kernel_covariance, sample
 from timm_ghn.baselines.fixup import fixup_scales, residual_branches
 from timm_ghn.baselines.mimetic import factors, find_attention, mimetic_
 from timm_ghn.errors import InitError
-from timm_ghn.graph.capture import capture
 from timm_ghn.initialize.report import Status
+from timm_ghn.trace.capture import capture
 
 
 def changed_parameters(model: nn.Module, change: Callable[[], tuple[str, ...]]) -> set[str]:

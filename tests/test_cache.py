@@ -14,10 +14,10 @@ import timm
 import torch
 
 import timm_ghn
-from timm_ghn.cache import Damage, EntryInfo, WeightCache, cache_key
 from timm_ghn.cli import main
 from timm_ghn.cli.cache import _age, _size
 from timm_ghn.initialize import model as initialize
+from timm_ghn.storage.cache import Damage, EntryInfo, WeightCache, cache_key
 
 
 @pytest.fixture

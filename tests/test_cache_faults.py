@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 import timm_ghn
 import timm_ghn.errors
-from timm_ghn.cache import Entry, WeightCache
-from timm_ghn.files.reader import TensorReader
+from timm_ghn.storage.cache import Entry, WeightCache
+from timm_ghn.storage.files.reader import TensorReader
 
 WORKER = Path(__file__).with_name("cache_worker.py")
 MODEL = "test_vit"
@@ -85,8 +85,8 @@ def test_killed_processes_leave_nothing_that_is_wrong(count: int) -> None:
 def test_a_lock_that_nobody_releases_is_not_waited_for_endlessly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("timm_ghn.cache.store._LOCK_NOTICE_SECONDS", 0.1)
-    monkeypatch.setattr("timm_ghn.cache.store._LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("timm_ghn.storage.cache.store._LOCK_NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr("timm_ghn.storage.cache.store._LOCK_PATIENCE_SECONDS", 0.2)
     cache = WeightCache(tmp_path)
     cache.weights.mkdir()
     program = (
@@ -311,8 +311,8 @@ def test_a_cache_from_another_machine_works(tmp_path: Path, monkeypatch: pytest.
 def test_two_formats_live_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     create()
     with monkeypatch.context() as other:
-        other.setattr("timm_ghn.cache.store.FORMAT", 99)
-        other.setattr("timm_ghn.cache.entry.FORMAT", 99)
+        other.setattr("timm_ghn.storage.cache.store.FORMAT", 99)
+        other.setattr("timm_ghn.storage.cache.entry.FORMAT", 99)
         assert not create()[1]
         assert create()[1]
     assert create()[1]

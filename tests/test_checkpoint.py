@@ -19,8 +19,6 @@ from ghn_reference import PPUDA_CONFIG, SMALL, ppuda_checkpoint, seeded_ghn
 from torch import nn
 
 from timm_ghn.errors import CheckpointError, TensorFileError
-from timm_ghn.files import paths
-from timm_ghn.files.reader import TensorReader
 from timm_ghn.ghn import (
     GHN,
     GHNConfig,
@@ -31,6 +29,8 @@ from timm_ghn.ghn import (
     read_safetensors,
     write_safetensors,
 )
+from timm_ghn.storage.files import paths
+from timm_ghn.storage.files.reader import TensorReader
 
 
 @pytest.fixture(scope="module")

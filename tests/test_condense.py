@@ -11,7 +11,7 @@ from timm.layers import CondConv2d
 from torch import Tensor, nn
 
 from timm_ghn.graph import Graph, Layout, Op, Role, to_graph
-from timm_ghn.postprocess import orthogonalize_, weight_layers
+from timm_ghn.orthogonalization import orthogonalize_, weight_layers
 
 
 def graph_of(model: nn.Module, *size: int) -> Graph:

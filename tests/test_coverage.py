@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timm_ghn.cli import main
-from timm_ghn.coverage import (
+from timm_ghn.diagnosis.coverage import (
     Entry,
     Failure,
     GraphFacts,
@@ -38,12 +38,12 @@ from timm_ghn.coverage import (
     module_of,
     select_names,
 )
-from timm_ghn.coverage.clock import Clock
-from timm_ghn.coverage.flops import multiplications
-from timm_ghn.coverage.pool import Limits, Task, run
-from timm_ghn.coverage.results import ResultsError, RunInfo, open_results, read_results
-from timm_ghn.coverage.survey import Plan, skipped, survey
-from timm_ghn.coverage.table import markdown, percentile
+from timm_ghn.diagnosis.coverage.clock import Clock
+from timm_ghn.diagnosis.coverage.flops import multiplications
+from timm_ghn.diagnosis.coverage.pool import Limits, Task, run
+from timm_ghn.diagnosis.coverage.results import ResultsError, RunInfo, open_results, read_results
+from timm_ghn.diagnosis.coverage.survey import Plan, skipped, survey
+from timm_ghn.diagnosis.coverage.table import markdown, percentile
 from timm_ghn.graph import capture, to_graph
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -148,7 +148,7 @@ def test_entries_survive_json(resnet: tuple[Entry, Entry]) -> None:
 
 def test_the_initialization_is_the_users_own() -> None:
     """Counting the time of the steps changes no weight."""
-    from timm_ghn.coverage.examine import _initialized
+    from timm_ghn.diagnosis.coverage.examine import _initialized
 
     counted, _, _ = _initialized("test_vit", Settings(seed=3), Clock())
     plain = timm.create_model("test_vit", init={"method": "ghn-orth", "ghn": "bundled", "seed": 3, "cache": False})

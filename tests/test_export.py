@@ -16,9 +16,9 @@ from safetensors import safe_open
 from torch import nn
 
 import timm_ghn
-from timm_ghn.files.writer import WeightFiles
-from timm_ghn.initialize import export
-from timm_ghn.initialize.export import ExportError, check_destination, save
+from timm_ghn.storage import export
+from timm_ghn.storage.export import ExportError, check_destination, save
+from timm_ghn.storage.files.writer import WeightFiles
 
 FILES = {"config.json", "model.safetensors"}
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune import FineTuneConfig, ResultStore, RunResult
 from timm_ghn.finetune.run import Point
-from timm_ghn.postprocess.noise import correlation_std
+from timm_ghn.orthogonalization.noise import correlation_std
 
 pytest.importorskip("matplotlib")
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

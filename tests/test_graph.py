@@ -22,7 +22,7 @@ from torch import nn
 from timm_ghn.errors import CaptureError, GraphError
 from timm_ghn.graph import Graph, Node, Op, Role, to_graph
 
-CAPTURE = importlib.import_module("timm_ghn.graph.capture")  # `capture` of the package is the function
+CAPTURE = importlib.import_module("timm_ghn.trace.capture")  # `capture` of the package is the function
 
 TWINS = {
     "resnet18": "resnet18",

@@ -1,4 +1,4 @@
-"""Tests of timm_ghn.postprocess."""
+"""Tests of timm_ghn.orthogonalization."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reference_data import samples, starting_model, starting_weight
 from torch import Tensor, nn
 
 from timm_ghn.errors import InitError
-from timm_ghn.postprocess import (
+from timm_ghn.orthogonalization import (
     PostProcess,
     WeightLayer,
     correlation_std,
@@ -32,8 +32,8 @@ from timm_ghn.postprocess import (
     resolve_start_layer,
     weight_layers,
 )
-from timm_ghn.postprocess import noise as noise_module
-from timm_ghn.postprocess import orthogonal as orthogonal_module
+from timm_ghn.orthogonalization import noise as noise_module
+from timm_ghn.orthogonalization import orthogonal as orthogonal_module
 
 LAYER = WeightLayer(3, "stem.weight", "stem")
 
@@ -521,7 +521,7 @@ def test_noise_is_that_of_a_single_draw() -> None:
 
 MEASURE = """
 import json, os, sys, torch
-from timm_ghn.postprocess import PostProcess, WeightLayer, postprocess_many
+from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_many
 
 def mebibytes(field):
     with open("/proc/self/status") as file:

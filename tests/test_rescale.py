@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import timm_ghn
-from timm_ghn.activations import activation_ratio, measure_activations
 from timm_ghn.deferred import DeferredRandom
+from timm_ghn.diagnosis.activations import activation_ratio, measure_activations
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, Prediction, load_ghn
 from timm_ghn.graph import Layout, Role, Target, capture, to_graph
 from timm_ghn.initialize.plan import find_hypernetwork, make_plan
 from timm_ghn.initialize.report import Status
-from timm_ghn.initialize.rescale import (
+from timm_ghn.scale.rule import (
     KERNEL_BAND,
     MAX_AFFINE_CHAIN,
     MAX_CHAIN,
@@ -35,7 +35,7 @@ from timm_ghn.initialize.rescale import (
     gaining_norms,
     nominal_scale,
 )
-from timm_ghn.initialize.structure import find_structure
+from timm_ghn.scale.structure import find_structure
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ import timm_ghn
 from timm_ghn.deferred import DeferredRandom, ReplayedRandom, seeded
 from timm_ghn.errors import InitError
 from timm_ghn.initialize import stream
-from timm_ghn.initialize.export import ExportError, save
 from timm_ghn.initialize.memory import LazyMemory
 from timm_ghn.initialize.report import Status
 from timm_ghn.initialize.stream import init_to_folder
+from timm_ghn.storage.export import ExportError, save
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

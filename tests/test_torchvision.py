@@ -7,7 +7,7 @@ import torchvision.models
 from zoo import WithoutFills
 
 from timm_ghn.graph import Role, to_graph
-from timm_ghn.postprocess import weight_layers
+from timm_ghn.orthogonalization import weight_layers
 
 NAMES = torchvision.models.list_models(module=torchvision.models)
 

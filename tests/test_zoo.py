@@ -22,7 +22,13 @@ from zoo import MODULES, count_smallest_model, kept_count, models_of, on_meta, s
 from timm_ghn.ghn import GHN
 from timm_ghn.graph import Graph, Role, to_graph
 from timm_ghn.graph.facts import LOOKED_UP
-from timm_ghn.postprocess import default_start_layer, is_pointwise, resolve_start_layer, selected_layers, weight_layers
+from timm_ghn.orthogonalization import (
+    default_start_layer,
+    is_pointwise,
+    resolve_start_layer,
+    selected_layers,
+    weight_layers,
+)
 
 LARGE = 30_000_000
 """Number of parameters from which a model is not given memory of its own, or its values not compared."""

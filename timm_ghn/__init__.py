@@ -21,8 +21,8 @@ from timm_ghn.initialize.model import init_model
 from timm_ghn.initialize.provenance import provenance
 from timm_ghn.initialize.report import Report
 from timm_ghn.initialize.stream import init_to_folder
-from timm_ghn.methods import METHODS, Init
-from timm_ghn.postprocess import orthogonalize_
+from timm_ghn.orthogonalization import orthogonalize_
+from timm_ghn.settings import METHODS, Init
 
 if TYPE_CHECKING:
     from timm_ghn.hub.ghns import push_ghn

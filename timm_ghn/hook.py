@@ -24,8 +24,8 @@ from timm_ghn.deferred import DeferredRandom, seeded
 from timm_ghn.errors import InitError
 from timm_ghn.initialize.model import initialize_
 from timm_ghn.initialize.report import Report
-from timm_ghn.initialize.request import input_size_of, requested_settings, split_request
-from timm_ghn.methods import Init, Source
+from timm_ghn.request import input_size_of, requested_settings, split_request
+from timm_ghn.settings import Init, Source
 
 _logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from torch import nn
 
 from timm_ghn.deferred import derived_seed
 from timm_ghn.errors import InitError
-from timm_ghn.graph.capture import Trace, capture
 from timm_ghn.graph.facts import CONVOLUTIONS
-from timm_ghn.postprocess import weight_layers
+from timm_ghn.orthogonalization import weight_layers
+from timm_ghn.trace.capture import Trace, capture
 
 _SUMS = {"add"}
 _LAYERS = {"linear", *CONVOLUTIONS}

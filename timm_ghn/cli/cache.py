@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from timm_ghn.cli.common import CommandError, table
 
 if TYPE_CHECKING:
-    from timm_ghn.cache import EntryInfo, Pruned
+    from timm_ghn.storage.cache import EntryInfo, Pruned
 
 HELP = "list, verify or remove cached initializations"
 DAMAGED = 1
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from timm_ghn.cache import WeightCache
+    from timm_ghn.storage.cache import WeightCache
 
     cache = WeightCache.default()
     infos = cache.entries()
@@ -60,7 +60,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from timm_ghn.cache import Damage, WeightCache
+    from timm_ghn.storage.cache import Damage, WeightCache
 
     damaged = sound = 0
     for result in WeightCache.default().verify():
@@ -76,7 +76,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from timm_ghn.cache import WeightCache
+    from timm_ghn.storage.cache import WeightCache
 
     pruned = WeightCache.default().prune(max_bytes=args.max_size, max_age=args.older_than, dry_run=args.dry_run)
     _print_removed(pruned, args.dry_run)
@@ -84,7 +84,7 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _remove(args: argparse.Namespace) -> int:
-    from timm_ghn.cache import WeightCache
+    from timm_ghn.storage.cache import WeightCache
 
     if args.all == bool(args.keys):
         raise CommandError("rm takes keys, or --all")

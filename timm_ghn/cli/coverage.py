@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from timm_ghn.cli.common import CommandError, table
 
 if TYPE_CHECKING:
-    from timm_ghn.coverage import Coverage
+    from timm_ghn.diagnosis.coverage import Coverage
 
 HELP = "try models of timm: graph, predicted share, activations, time"
 _NONE = "-"
@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     """Try the models, each in a process of its own, and print what was found out."""
     from tqdm import tqdm
 
-    from timm_ghn.coverage import Settings, collect, select_names
-    from timm_ghn.coverage.pool import Limits
-    from timm_ghn.coverage.survey import Plan, skipped, survey
+    from timm_ghn.diagnosis.coverage import Settings, collect, select_names
+    from timm_ghn.diagnosis.coverage.pool import Limits
+    from timm_ghn.diagnosis.coverage.survey import Plan, skipped, survey
 
     if args.jobs < 1 or args.memory <= 0 or args.timeout <= 0:
         raise CommandError("--jobs, --memory and --timeout have to be positive")

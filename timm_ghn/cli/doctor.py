@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; exit status 1 if one of them is a problem."""
-    from timm_ghn.doctor import diagnose
+    from timm_ghn.diagnosis.doctor import diagnose
 
     diagnosis = diagnose()
     print(json.dumps(diagnosis.to_dict(), indent=2) if args.json else diagnosis)

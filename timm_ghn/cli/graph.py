@@ -60,7 +60,7 @@ def _create_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     Raises:
         CommandError: If there is none of that name, or it cannot be built from these arguments.
     """
-    from timm_ghn.graph.meta import build_on_meta
+    from timm_ghn.trace.meta import build_on_meta
 
     if name.startswith(_TORCHVISION):
         from torchvision import models
@@ -124,12 +124,12 @@ def _summary_lines(summary: Mapping[str, Any], graph: Graph, sizes: Mapping[str,
 
 
 def _write_graph(graph: Graph, path: Path, title: str) -> None:
-    from timm_ghn.files.paths import write_atomically
-    from timm_ghn.graph import render
+    from timm_ghn import drawing
+    from timm_ghn.storage.files.paths import write_atomically
 
     try:
-        if path.suffix.lower() in render.SUFFIXES:
-            render.save(graph, path, titles=title)
+        if path.suffix.lower() in drawing.SUFFIXES:
+            drawing.save(graph, path, titles=title)
         else:
             text = graph.to_json() if path.suffix.lower() == ".json" else graph.to_text()
             write_atomically(path, f"{text}\n".encode())

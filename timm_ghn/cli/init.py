@@ -18,7 +18,7 @@ from timm_ghn.cli.common import (
 
 if TYPE_CHECKING:
     from timm_ghn.initialize.report import Report
-    from timm_ghn.methods import Init
+    from timm_ghn.settings import Init
 
 HELP = "create a model with predicted weights and write it for plain timm"
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Create the model and write it."""
-    from timm_ghn.methods import Init
+    from timm_ghn.settings import Init
 
     given = {"ghn": args.ghn, "noise": args.noise, "start_layer": args.start_layer}
     settings = {key: value for key, value in given.items() if value is not None}
@@ -77,7 +77,7 @@ def _init_to_folder(args: argparse.Namespace, init: Init) -> Report:
 
 def _how_to_load(directory: Path) -> str:
     """The call that loads what was written: timm's own reads a single file."""
-    from timm_ghn.files.writer import SINGLE_FILE
+    from timm_ghn.storage.files.writer import SINGLE_FILE
 
     if (directory / SINGLE_FILE).is_file():
         return f"To load it: timm.create_model('local-dir:{directory}', pretrained=True)"

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Push the models and print a table of what became of them."""
     from timm_ghn.ghn import load_ghn
     from timm_ghn.hub.push import Outcome, push_all
-    from timm_ghn.methods import Init
+    from timm_ghn.settings import Init
 
     names = _names(args.patterns)
     given: dict[str, Any] = {"noise": args.noise, "start_layer": args.start_layer}

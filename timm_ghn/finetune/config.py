@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from timm_ghn.errors import FineTuneError
-from timm_ghn.methods import Rescale
+from timm_ghn.settings import Rescale
 
 OptimizerName = Literal["sgd", "adamw"]
 Stem = Literal["auto", "adjusted", "original"]

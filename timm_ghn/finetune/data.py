@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torchvision import datasets
 
 from timm_ghn.errors import FineTuneError, TrainingError
-from timm_ghn.files.paths import cache_directory, write_atomically
 from timm_ghn.finetune.config import VALIDATION_IMAGES, FineTuneConfig
+from timm_ghn.storage.files.paths import cache_directory, write_atomically
 from timm_ghn.training.data import ImageSet, from_dataset, load_folder, load_shards, split
 
 _logger = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from timm_ghn.deferred import derived_seed, seeded
 from timm_ghn.errors import FineTuneError
-from timm_ghn.files.paths import write_atomically
 from timm_ghn.finetune.batches import DeviceImages, epoch_picks
 from timm_ghn.finetune.config import FineTuneConfig, learning_rate
 from timm_ghn.finetune.data import Task
 from timm_ghn.finetune.network import Network
 from timm_ghn.finetune.steps import CapturedStep, EagerStep, Step, forward, make_optimizer, set_learning_rate
+from timm_ghn.storage.files.paths import write_atomically
 
 _EVALUATION_BATCH = 500
 

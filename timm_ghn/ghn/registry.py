@@ -21,10 +21,10 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from timm_ghn.errors import CheckpointError, DownloadError, UnknownGhnError
-from timm_ghn.files.paths import cache_directory, is_offline
 from timm_ghn.ghn import checkpoint
 from timm_ghn.ghn.config import HUB_FILE
 from timm_ghn.ghn.model import GHN
+from timm_ghn.storage.files.paths import cache_directory, is_offline
 
 _logger = logging.getLogger(__name__)
 

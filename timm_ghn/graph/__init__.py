@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from timm_ghn.graph.capture import capture
 from timm_ghn.graph.condense import Reading, condense
 from timm_ghn.graph.graph import MAX_DISTANCE, Graph
 from timm_ghn.graph.nodes import Layout, Node, Op, Role, Target
-from timm_ghn.graph.trace import Trace
+from timm_ghn.trace.capture import capture
+from timm_ghn.trace.records import Trace
 
 __all__ = ["Graph", "Layout", "Node", "Op", "Reading", "Role", "Target", "Trace", "capture", "condense", "to_graph"]
 

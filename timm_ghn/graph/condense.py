@@ -49,7 +49,7 @@ from timm_ghn.graph.facts import (
 from timm_ghn.graph.graph import MAX_DISTANCE, Graph
 from timm_ghn.graph.kernels import adaptive_window, canonical_kernel, pool_shape, token_grid
 from timm_ghn.graph.nodes import Layout, Node, Op, Role, Shape, Target
-from timm_ghn.graph.trace import Operation, Trace, Value
+from timm_ghn.trace.records import Operation, Trace, Value
 
 
 class Reading(str, Enum):

@@ -13,7 +13,7 @@ from typing import Any
 
 from timm_ghn.graph.nodes import Op, Shape
 from timm_ghn.graph.norms import Statistic, keeps_values, norm_made_by, statistic_after
-from timm_ghn.graph.trace import Operation, Trace, Value
+from timm_ghn.trace.records import Operation, Trace, Value
 
 CONVOLUTIONS = {f"conv{rank}d": rank for rank in (1, 2, 3)}
 TRANSPOSED_CONVOLUTIONS = {f"conv_transpose{rank}d": rank for rank in (1, 2, 3)}

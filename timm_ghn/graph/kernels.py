@@ -6,7 +6,7 @@ import math
 
 from timm_ghn.graph.facts import ADAPTIVE_AVG_POOLS, flat
 from timm_ghn.graph.nodes import Layout, Shape
-from timm_ghn.graph.trace import Operation
+from timm_ghn.trace.records import Operation
 
 
 def canonical_kernel(shape: Shape, operand: Shape, spatial: int, swapped: bool) -> tuple[Shape, Layout]:

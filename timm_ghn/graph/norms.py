@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from timm_ghn.graph.nodes import Op, Shape
-from timm_ghn.graph.trace import Operation
+from timm_ghn.trace.records import Operation
 
 _STATISTICS = {"mean", "var", "std", "norm", "vector_norm"}
 _INVERSES = {"rsqrt", "reciprocal"}

@@ -14,7 +14,7 @@ from timm_ghn.ghn.registry import NAMED_GHNS
 from timm_ghn.hub.client import PREFIX
 from timm_ghn.hub.manifest import Manifest
 from timm_ghn.initialize.report import Status
-from timm_ghn.methods import METHODS, Init
+from timm_ghn.settings import METHODS, Init
 
 PAPER = "https://arxiv.org/abs/2207.10049"
 _TITLES = {

@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
 
 from timm_ghn._version import __version__
 from timm_ghn.errors import DownloadError, TimmGhnError
-from timm_ghn.files.paths import file_sha256, is_offline
+from timm_ghn.storage.files.paths import file_sha256, is_offline
 
 _logger = logging.getLogger(__name__)
 

@@ -15,16 +15,16 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from timm_ghn.drawing import save as save_picture
 from timm_ghn.errors import PushError
-from timm_ghn.files.paths import file_sha256, write_atomically
 from timm_ghn.graph import to_graph
-from timm_ghn.graph.meta import build_on_meta
-from timm_ghn.graph.render import save as save_picture
 from timm_ghn.hub.card import model_card
 from timm_ghn.hub.manifest import FILE, WEIGHTS, FileRecord, Manifest, versions
-from timm_ghn.initialize.request import input_size_of
 from timm_ghn.initialize.stream import init_to_folder
-from timm_ghn.methods import Init
+from timm_ghn.request import input_size_of
+from timm_ghn.settings import Init
+from timm_ghn.storage.files.paths import file_sha256, write_atomically
+from timm_ghn.trace.meta import build_on_meta
 
 _logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import torch
 from timm_ghn._version import __version__
 from timm_ghn.errors import CheckpointError
 from timm_ghn.initialize.report import ParameterReport, Status
-from timm_ghn.methods import METHODS
+from timm_ghn.settings import METHODS
 
 FILE = "timm_ghn.json"
 FORMAT = 1

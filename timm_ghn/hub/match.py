@@ -12,8 +12,8 @@ from timm_ghn.hub.folder import tensor_table
 from timm_ghn.hub.manifest import Manifest
 from timm_ghn.initialize.plan import Plan, find_hypernetwork
 from timm_ghn.initialize.provenance import Provenance
-from timm_ghn.methods import Init
-from timm_ghn.postprocess import resolve_start_layer, selected_layers, weight_layers
+from timm_ghn.orthogonalization import resolve_start_layer, selected_layers, weight_layers
+from timm_ghn.settings import Init
 
 _LABELS = ("ghn",)
 """Parts of a provenance that are names of something whose hash stands beside it."""

@@ -17,15 +17,15 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_ghn.errors import CheckpointError, DownloadError, PushError
-from timm_ghn.files.writer import INDEX_FILE
 from timm_ghn.hub import match
 from timm_ghn.hub.card import settings_of
 from timm_ghn.hub.client import HubSource, Snapshot, api, bounded_silence, fetch, hub_errors, look_up
 from timm_ghn.hub.folder import CARD, PICTURES, Request, first_difference, make_folder
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, WEIGHTS, Manifest, versions
-from timm_ghn.initialize.export import CONFIG_FILE, MAX_SHARD_SIZE
 from timm_ghn.initialize.provenance import provenance
-from timm_ghn.methods import Init, Source
+from timm_ghn.settings import Init, Source
+from timm_ghn.storage.export import CONFIG_FILE, MAX_SHARD_SIZE
+from timm_ghn.storage.files.writer import INDEX_FILE
 
 _logger = logging.getLogger(__name__)
 

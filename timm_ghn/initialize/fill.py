@@ -18,8 +18,8 @@ from timm_ghn.ghn import Prediction
 from timm_ghn.initialize.plan import Plan
 from timm_ghn.initialize.provenance import Facts
 from timm_ghn.initialize.report import Status
-from timm_ghn.initialize.rescale import bounded, gaining_norms
-from timm_ghn.postprocess import PostProcess, WeightLayer, postprocess_many, single_threaded, weight_layers
+from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_many, single_threaded, weight_layers
+from timm_ghn.scale.rule import bounded, gaining_norms
 
 Finished = Callable[[str, Prediction | None], None]
 """Called once for each parameter when it is final: its name, and what it was tiled from if nothing followed that."""

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from timm_ghn._version import __version__
 from timm_ghn.baselines import apply_baseline
-from timm_ghn.cache import Entry, WeightCache, cache_key
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.ghn import Prediction
 from timm_ghn.graph import Layout
@@ -31,7 +30,8 @@ from timm_ghn.initialize.plan import (
 )
 from timm_ghn.initialize.provenance import Facts, model_name, record_
 from timm_ghn.initialize.report import Report
-from timm_ghn.methods import Init, Source
+from timm_ghn.settings import Init, Source
+from timm_ghn.storage.cache import Entry, WeightCache, cache_key
 
 _logger = logging.getLogger(__name__)
 

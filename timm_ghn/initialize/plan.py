@@ -15,9 +15,9 @@ from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
 from timm_ghn.graph import Graph, Layout, Reading, Role, Target, capture, condense
 from timm_ghn.graph.facts import find_facts
-from timm_ghn.initialize.structure import find_structure
-from timm_ghn.methods import Init, Source
-from timm_ghn.postprocess import PostProcess, WeightLayer, resolve_start_layer, selected_layers, weight_layers
+from timm_ghn.orthogonalization import PostProcess, WeightLayer, resolve_start_layer, selected_layers, weight_layers
+from timm_ghn.scale.structure import find_structure
+from timm_ghn.settings import Init, Source
 
 
 @dataclass(frozen=True)

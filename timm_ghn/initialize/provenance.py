@@ -12,7 +12,7 @@ from torch import nn
 from timm_ghn._version import __version__
 from timm_ghn.initialize.plan import Plan
 from timm_ghn.initialize.report import ParameterReport, Report, Status
-from timm_ghn.initialize.rescale import describe_factor
+from timm_ghn.scale.rule import describe_factor
 
 _PREFIX = "timm-ghn: "
 """Start of the note in `model.pretrained_cfg` that holds the provenance."""

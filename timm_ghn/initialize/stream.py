@@ -21,15 +21,15 @@ from tqdm import tqdm
 
 from timm_ghn.deferred import DeferredRandom, ReplayedRandom, seeded, storage_id
 from timm_ghn.errors import InitError
-from timm_ghn.files.writer import TensorSpec, WeightFiles
-from timm_ghn.initialize.export import MAX_SHARD_SIZE, check_destination, model_folder
 from timm_ghn.initialize.fill import fill_generated, fill_others
 from timm_ghn.initialize.memory import LazyMemory
 from timm_ghn.initialize.plan import find_hypernetwork, make_plan
 from timm_ghn.initialize.provenance import Facts, record_
 from timm_ghn.initialize.report import Report
-from timm_ghn.initialize.request import builder_of, input_size_of
-from timm_ghn.methods import Init, Source
+from timm_ghn.request import builder_of, input_size_of
+from timm_ghn.settings import Init, Source
+from timm_ghn.storage.export import MAX_SHARD_SIZE, check_destination, model_folder
+from timm_ghn.storage.files.writer import TensorSpec, WeightFiles
 
 _logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What is wrong or unusual: the installation, activations of a network, coverage of timm."""

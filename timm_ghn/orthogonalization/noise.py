@@ -1,0 +1,176 @@
+"""Noise in proportion to how alike the channels of a weight are (arXiv 2207.10049, Eq. 1).
+
+Shapes: a weight is a matrix `K x D` of `K` channels; `X` (`n x m`) holds the `n` variables that are correlated over `m`
+observations, and `Z` its rows, centred and scaled to norm 1, so that `r = Z Z^T`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from timm_ghn.orthogonalization.orthogonal import TILE, checked_scales, wide_dtype
+
+Correlation = Literal["paper", "ppuda"]
+"""What Eq. 1 correlates: the `K` channels (the paper), or the `max(K, D)` rows of the tall matrix (ppuda's code)."""
+
+_GRAM_BLOCK = 128
+_DRAWN = 1 << 15
+"""How many numbers are drawn at once."""
+_SMALL = 1 << 18
+"""Up to this many entries float64 costs next to nothing; larger matrices are standardized in parts of that size."""
+
+
+def layer_generator(seed: int, layer: int, shape: Sequence[int], expert: int = 0) -> torch.Generator:
+    """Returns the CPU generator of a layer's noise, which depends on these values and nothing else.
+
+    Args:
+        seed: The user's seed.
+        layer: Number of the layer, from 1.
+        shape: Shape of its weight, or of one kernel of a mixture.
+        expert: Which kernel of a mixture it is, from 0.
+    """
+    key = f"timm-ghn noise seed={seed} layer={layer} shape={tuple(shape)}" + (f" expert={expert}" if expert else "")
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def add_noise_(
+    weight: Tensor, noise: float, layer: int, seed: int, correlation: Correlation, name: str, expert: int = 0
+) -> None:
+    """Replaces a weight by `w + N(0, beta sigma(r(w)))` (Eq. 1).
+
+    Args:
+        weight: `(K, ...)`, float32 or float64, in which the noise survives, on the CPU, contiguous.
+        noise: `beta`.
+        layer: Number of the layer, from 1.
+        seed: The user's seed.
+        correlation: What is correlated.
+        name: What error messages call the weight.
+        expert: Which kernel of a mixture it is, from 0.
+
+    Raises:
+        InitError: The weight holds NaN or infinity; it is then not changed.
+    """
+    deviation = noise * correlation_std(weight.view(weight.shape[0], -1), correlation, name) if noise > 0 else 0.0
+    if deviation == 0:
+        return
+    generator = layer_generator(seed, layer, weight.shape, expert)
+    entries = weight.view(-1)
+    # In parts that stay in the cache. torch draws fewer than 16 numbers in another way, so that the last part has more,
+    # and the parts together are what one call would draw.
+    for part in entries.tensor_split(list(range(_DRAWN, entries.numel() - 15, _DRAWN))):
+        draws = torch.randn(part.shape, generator=generator, dtype=torch.float32, device="cpu")
+        part.add_(draws.to(part.dtype), alpha=deviation)
+
+
+def correlation_std(matrix: Tensor, correlation: Correlation = "paper", name: str = "matrix") -> float:
+    """Returns `sigma(r)`, the unbiased standard deviation of all `n^2` entries of the Pearson correlation matrix.
+
+    The matrix `r` is never formed: its entries sum to `|sum_i z_i|^2` and their squares to
+    `|Z Z^T|_F^2 = |Z^T Z|_F^2`, of which the smaller is computed. Channels that repeat exactly every 64, as predicted
+    ones do, are reduced to one copy with its multiplicity.
+
+    A variable without variance has no correlations; its entries of `r` count as 0, the diagonal one included.
+
+    Args:
+        matrix: `(K, D)` of a floating dtype, on the CPU.
+        correlation: Whether the variables are the `K` channels ("paper"), or the `max(K, D)` rows after the transpose
+            of Eq. 2 ("ppuda").
+        name: What error messages call the matrix.
+
+    Returns:
+        The standard deviation, 0 for fewer than two entries.
+
+    Raises:
+        InitError: The matrix holds NaN or infinity.
+    """
+    if matrix.numel() == 0:
+        return 0.0
+    transposed = correlation == "ppuda" and matrix.shape[0] < matrix.shape[1]
+    num_variables = matrix.shape[1] if transposed else matrix.shape[0]
+    distinct, counts = _distinct_channels(matrix.detach())
+    scales = checked_scales(distinct, name)
+    distinct = distinct.to(torch.float64 if distinct.numel() <= _SMALL else wide_dtype(distinct.dtype))
+    for scale in scales:
+        distinct = distinct * scale
+    counts = counts.to(distinct.dtype)
+    if transposed:
+        standardized, total = _standardized(distinct.mT, counts, None)
+    else:
+        standardized, total = _standardized(distinct, None, counts)
+    num_entries = num_variables**2
+    if num_entries < 2:
+        return 0.0
+    sum_of_squares = _gram_norm_squared(standardized)
+    sum_of_entries = float(total.square().sum())
+    return math.sqrt(max(sum_of_squares - sum_of_entries**2 / num_entries, 0.0) / (num_entries - 1))
+
+
+def _distinct_channels(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the channels without their exact copies (`k x D`), and how often each occurs (`k`, int64)."""
+    channels = matrix.shape[0]
+    tiled = channels > TILE and torch.equal(matrix[TILE], matrix[0]) and torch.equal(matrix[TILE:], matrix[:-TILE])
+    distinct = min(channels, TILE) if tiled else channels
+    return matrix[:distinct], torch.bincount(torch.arange(channels, device="cpu") % distinct, minlength=distinct)
+
+
+def _standardized(variables: Tensor, observed: Tensor | None, occurring: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the rows of `X`, centred and scaled to norm 1, and their sum; a row that is constant becomes 0.
+
+    Both are weighted, so that products of two rows are sums over all observations, and products of two columns are
+    sums over all variables. Constant means up to rounding.
+
+    Args:
+        variables: `(n, m)`, float32 or float64.
+        observed: `(m,)`, how often each observation counts; None for once.
+        occurring: `(n,)`, how often each variable counts; None for once.
+
+    Returns:
+        `(n, m)`, entry `i, j` multiplied by the roots of both counts; and `(m,)` in float64, the sum of all variables.
+    """
+    standardized = torch.empty_like(variables)
+    total = torch.zeros(variables.shape[1], dtype=torch.float64, device="cpu")
+    length = max(1, _SMALL // max(1, variables.shape[1]))
+    for start in range(0, variables.shape[0], length):
+        rows = slice(start, start + length)
+        part = torch.sub(variables[rows], _mean(variables[rows], observed), out=standardized[rows])
+        before = variables[rows]
+        if observed is not None:
+            root = observed.sqrt()
+            part.mul_(root)
+            before = before * root
+        norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
+        constant = norm <= 8 * torch.finfo(norm.dtype).eps * torch.linalg.vector_norm(before, dim=1, keepdim=True)
+        part.mul_(torch.where(constant, 0.0, norm.reciprocal()))
+        if occurring is None:
+            total += part.sum(dim=0, dtype=torch.float64)
+        else:
+            root = occurring[rows].sqrt().unsqueeze(1)
+            part.mul_(root)
+            total += (part * root).sum(dim=0, dtype=torch.float64)
+    return standardized, total
+
+
+def _mean(variables: Tensor, observed: Tensor | None) -> Tensor:
+    """Returns the means of the rows, `(n, 1)`."""
+    if observed is None:
+        return variables.mean(dim=1, keepdim=True)
+    return (variables @ observed).unsqueeze(1) / observed.sum()
+
+
+def _gram_norm_squared(standardized: Tensor) -> float:
+    """Returns `|Z Z^T|_F^2 = |Z^T Z|_F^2` from the upper blocks of the smaller of the two."""
+    tall = standardized if standardized.shape[0] >= standardized.shape[1] else standardized.mT
+    total = 0.0
+    for start in range(0, tall.shape[1], _GRAM_BLOCK):
+        block = tall[:, start : start + _GRAM_BLOCK].mT @ tall[:, start:]
+        diagonal = block[:, : block.shape[0]]
+        total += 2 * float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+        total -= float(torch.linalg.vector_norm(diagonal, dtype=torch.float64)) ** 2
+    return total

@@ -1,0 +1,258 @@
+"""Post-processing of weights (arXiv 2207.10049): noise (Eq. 1), then orthogonalization (Eq. 2), in parallel."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from timm_ghn.errors import InitError
+from timm_ghn.orthogonalization.layers import WeightLayer, resolve_start_layer, weight_layers
+from timm_ghn.orthogonalization.noise import Correlation, add_noise_
+from timm_ghn.orthogonalization.orthogonal import orthogonal_factor_, wide_dtype
+
+Progress = Callable[[int, int, str], None]
+"""Called after each layer with the number of finished layers, their total, and the name of the parameter."""
+
+_QUEUED_PER_WORKER = 4
+"""Bounds how many weights wait while the next ones are predicted. Only those that run need memory beyond their own."""
+
+_ALIGNMENT = 64
+"""Bytes, as of memory that torch allocates on CPUs."""
+
+
+@dataclass(frozen=True)
+class PostProcess:
+    """Settings of the post-processing.
+
+    Attributes:
+        noise: `beta` of Eq. 1; 0 for none.
+        orthogonal: Whether Eq. 2 is applied.
+        seed: Seed of the noise.
+        correlation: What Eq. 1 correlates: the channels ("paper"), or the rows of the tall matrix ("ppuda").
+    """
+
+    noise: float = 3e-5
+    orthogonal: bool = True
+    seed: int = 0
+    correlation: Correlation = "paper"
+
+    def __post_init__(self) -> None:
+        """Validates the settings.
+
+        Raises:
+            InitError: A setting has the wrong type or lies outside of its range.
+        """
+        if isinstance(self.noise, bool) or not isinstance(self.noise, (int, float)):
+            raise InitError(f"noise={self.noise!r}: expected a number, beta of Eq. 1, such as 3e-5")
+        if not math.isfinite(self.noise) or self.noise < 0:
+            raise InitError(f"noise={self.noise!r}: expected a finite number from 0 on")
+        if not isinstance(self.orthogonal, bool):
+            raise InitError(f"orthogonal={self.orthogonal!r}: expected True or False")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise InitError(f"seed={self.seed!r}: expected an integer")
+        if self.correlation not in get_args(Correlation):
+            raise InitError(f"correlation={self.correlation!r}: expected one of {get_args(Correlation)}")
+
+
+def postprocess_tensor(weight: Tensor, layer: WeightLayer, settings: PostProcess, *, in_place: bool = False) -> Tensor:
+    """Post-processes one weight: Eq. 1, then Eq. 2.
+
+    The result depends on the weight, the number of the layer and the settings alone. To that end it is computed on the
+    CPU by one thread, wherever the weight lies. A weight of more than two dimensions is the matrix `K x rest` of its
+    first dimension as stored, also that of a transposed convolution, as in ppuda. The kernels of a mixture (`kernel` of
+    the layer) are post-processed one by one, each with noise of its own.
+
+    Args:
+        weight: `(K, ...)` of a floating dtype, of two or more dimensions.
+        layer: Which layer it is.
+        settings: What is done.
+        in_place: Whether the weight is overwritten with the result. If it is a float32 or float64 tensor on the CPU,
+            contiguous and aligned, it is also where the result is computed; otherwise that is a copy. Beyond these,
+            less than the size of the weight is allocated if it is wide, and less than twice its size if it is tall or
+            its channels do not repeat.
+
+    Returns:
+        The weight if it is overwritten, else a new tensor of the same shape, dtype and device.
+
+    Raises:
+        InitError: The weight has fewer than two dimensions, lies on the meta device, or holds NaN or infinity. It is
+            then not changed.
+    """
+    _check_weight(weight, layer)
+    # Tensors made in inference mode are changed in that mode alone, and threads do not inherit it.
+    with torch.inference_mode(in_place and weight.is_inference()), torch.no_grad():
+        source = weight.detach()
+        dtype = wide_dtype(source.dtype)
+        here = in_place and source.dtype == dtype and _is_like_new(source)
+        result = source if here else torch.empty(source.shape, dtype=dtype, device="cpu").copy_(source)
+        if result.numel() > 0:
+            with single_threaded():
+                _process_(result, layer, settings)
+        if in_place:
+            return weight if here else weight.copy_(result)
+        return result.to(device=weight.device, dtype=weight.dtype)
+
+
+def _is_like_new(tensor: Tensor) -> bool:
+    """Tells whether a tensor is on the CPU, contiguous, and as aligned as one that torch allocates.
+
+    Matrix products round in another way where memory is not aligned.
+    """
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
+
+
+def _process_(weight: Tensor, layer: WeightLayer, settings: PostProcess) -> None:
+    """Post-processes a contiguous float32 or float64 tensor on the CPU, one kernel after the other."""
+    kernels = weight.view(weight.shape[0], *layer.kernel) if layer.kernel else weight.unsqueeze(0)
+    for index, kernel in enumerate(kernels):
+        add_noise_(kernel, settings.noise, layer.number, settings.seed, settings.correlation, layer.parameter, index)
+        if settings.orthogonal:
+            orthogonal_factor_(kernel.view(kernel.shape[0], -1), layer.parameter)
+
+
+def postprocess_many(
+    items: Iterable[tuple[WeightLayer, Tensor]],
+    settings: PostProcess,
+    workers: int | None = None,
+    *,
+    in_place: bool = False,
+    queued: int | None = None,
+) -> Iterator[tuple[WeightLayer, Tensor]]:
+    """Post-processes a stream of weights in parallel, one thread to a weight.
+
+    The stream is read in the calling thread while the pool works, so a generator that predicts one weight at a time
+    overlaps with the post-processing of the weights before it. Only a few weights are held at a time. The number of
+    threads of the calling thread is not touched; that of threads started meanwhile elsewhere is 1.
+
+    Args:
+        items: Layers and their weights; all of them are processed.
+        settings: What is done.
+        workers: Number of threads, `torch.get_num_threads()` by default. It does not change the result.
+        in_place: Whether the weights themselves, such as the memory of parameters, are overwritten. What is allocated
+            is then only what `postprocess_tensor` needs for one weight per thread. After an error, or if the iterator
+            is not exhausted, some weights are final and others are not.
+        queued: How many weights are worked on or wait at once, a few per thread by default. One more is held while it
+            is waited for them.
+
+    Yields:
+        The layers in the order of the stream, with what `postprocess_tensor` returns for them.
+
+    Raises:
+        InitError: As `postprocess_tensor`, or `workers` is not positive.
+    """
+    num_threads = torch.get_num_threads()
+    workers = num_threads if workers is None else workers
+    if workers < 1:
+        raise InitError(f"workers={workers}: expected at least one thread")
+    queued = workers * _QUEUED_PER_WORKER if queued is None else queued
+    pending: deque[tuple[WeightLayer, Future[Tensor]]] = deque()
+    pool = ThreadPoolExecutor(workers, "timm-ghn", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for layer, weight in items:
+            pending.append((layer, pool.submit(postprocess_tensor, weight, layer, settings, in_place=in_place)))
+            while pending and (pending[0][1].done() or len(pending) > queued):
+                done, future = pending.popleft()
+                yield done, future.result()
+        while pending:
+            done, future = pending.popleft()
+            yield done, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(num_threads)
+
+
+def selected_layers(layers: Sequence[WeightLayer], start: int) -> tuple[WeightLayer, ...]:
+    """Returns the layers that are post-processed: from number `start` on, without the classifier."""
+    return tuple(layer for layer in layers if layer.number >= start and not layer.is_classifier)
+
+
+@torch.no_grad()
+def orthogonalize_(
+    model: nn.Module,
+    *,
+    start_layer: int | float | str | None = None,
+    noise: float = 3e-5,
+    seed: int = 0,
+    orthogonal: bool = True,
+    correlation: Correlation = "paper",
+    progress: Progress | None = None,
+) -> tuple[str, ...]:
+    """Post-processes the weights of any model in place, from layer `L` on and without the classifier.
+
+        model = timm.create_model("resnet50", pretrained=True)
+        timm_ghn.orthogonalize_(model, start_layer="layer3.3.conv3")
+
+    Everything is checked before anything is changed. Dtype, device and `requires_grad` of the parameters stay as they
+    are, and neither the global random state nor the number of threads changes.
+
+    Args:
+        model: The model; parameters of any floating dtype on any device but "meta".
+        start_layer: `L`, see `resolve_start_layer`; None for `default_start_layer`.
+        noise: `beta` of Eq. 1.
+        seed: Seed of the noise.
+        orthogonal: Whether Eq. 2 is applied.
+        correlation: What Eq. 1 correlates, "paper" or "ppuda".
+        progress: Called after each layer.
+
+    Returns:
+        The names of the changed parameters, in order.
+
+    Raises:
+        InitError: A setting is invalid, the model has no layers, or a weight is on the meta device or not finite.
+    """
+    settings = PostProcess(noise=noise, orthogonal=orthogonal, seed=seed, correlation=correlation)
+    layers = weight_layers(model)
+    selected = selected_layers(layers, resolve_start_layer(layers, start_layer))
+    weights = [model.get_parameter(layer.parameter) for layer in selected]
+    for layer, weight in zip(selected, weights, strict=True):
+        _check_weight(weight, layer)
+        _check_finite(weight, layer)
+    results = postprocess_many(zip(selected, weights, strict=True), settings, in_place=True)
+    for done, (layer, _) in enumerate(results, start=1):
+        if progress is not None:
+            progress(done, len(selected), layer.parameter)
+    return tuple(layer.parameter for layer in selected)
+
+
+def _check_weight(weight: Tensor, layer: WeightLayer) -> None:
+    """Raises InitError for a tensor that is not a matrix with values."""
+    if weight.dim() < 2 or not weight.is_floating_point():
+        raise InitError(
+            f"{layer.parameter}: expected a floating weight of two or more dimensions, "
+            f"got {weight.dtype} {tuple(weight.shape)}"
+        )
+    if weight.is_meta:
+        raise InitError(
+            f"{layer.parameter} is on the meta device and has no values: create the model outside of "
+            'torch.device("meta"), or give it storage by model.to_empty(device="cpu") and load weights first'
+        )
+
+
+def _check_finite(weight: Tensor, layer: WeightLayer) -> None:
+    """Raises InitError for NaN or infinity."""
+    if weight.numel() == 0:
+        return
+    low, high = torch.aminmax(weight)
+    if not (math.isfinite(float(low)) and math.isfinite(float(high))):
+        raise InitError(f"{layer.parameter} holds NaN or infinity, so nothing was changed; repair the weights first")
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Lets torch use one thread in the calling thread, because sums depend on how they are split among threads."""
+    num_threads = torch.get_num_threads()
+    if num_threads != 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if num_threads != 1:
+            torch.set_num_threads(num_threads)

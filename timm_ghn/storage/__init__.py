@@ -1,0 +1,1 @@
+"""Weights on disk: safetensors files, folders that plain timm loads, and the cache."""

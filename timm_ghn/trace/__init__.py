@@ -1,0 +1,1 @@
+"""Recording a model's forward pass on the meta device."""
