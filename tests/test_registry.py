@@ -132,7 +132,7 @@ def refused(server: Server, message: str) -> None:
 
 def test_another_content_is_refused_before_it_is_parsed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.body += b"!"
-    monkeypatch.setattr(registry.checkpoint, "parse_ppuda", lambda *args: pytest.fail("parsed"))
+    monkeypatch.setattr("timm_ghn.ghn.checkpoint.parse_ppuda", lambda *args: pytest.fail("parsed"))
     refused(server, "has git hash [0-9a-f]{40}, not the published [0-9a-f]{40}")
 
 

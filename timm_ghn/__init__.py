@@ -13,20 +13,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from timm_ghn import errors as errors
 from timm_ghn._version import __version__
-from timm_ghn.ghn import list_ghns, load_ghn
-from timm_ghn.graph import Graph, to_graph
-from timm_ghn.hook import install, report_of, uninstall
-from timm_ghn.initialize.model import init_model
-from timm_ghn.initialize.provenance import provenance
-from timm_ghn.initialize.report import Report
-from timm_ghn.initialize.stream import init_to_folder
-from timm_ghn.orthogonalization import orthogonalize_
+from timm_ghn.hook import install, install_with_timm, report_of, uninstall
 from timm_ghn.settings import METHODS, Init
 
 if TYPE_CHECKING:
+    from timm_ghn.ghn import list_ghns, load_ghn
+    from timm_ghn.graph import Graph, to_graph
     from timm_ghn.hub.ghns import push_ghn
     from timm_ghn.hub.push import push
+    from timm_ghn.initialize.model import init_model
+    from timm_ghn.initialize.provenance import provenance
+    from timm_ghn.initialize.report import Report
+    from timm_ghn.initialize.stream import init_to_folder
+    from timm_ghn.orthogonalization import orthogonalize_
 
 __all__ = [
     "METHODS",
@@ -48,8 +49,20 @@ __all__ = [
     "uninstall",
 ]
 
-_LAZY = {"push": "timm_ghn.hub.push", "push_ghn": "timm_ghn.hub.ghns"}
-"""Functions whose modules import the whole client of the Hub."""
+_LAZY = {
+    "Graph": "timm_ghn.graph",
+    "Report": "timm_ghn.initialize.report",
+    "init_model": "timm_ghn.initialize.model",
+    "init_to_folder": "timm_ghn.initialize.stream",
+    "list_ghns": "timm_ghn.ghn",
+    "load_ghn": "timm_ghn.ghn",
+    "orthogonalize_": "timm_ghn.orthogonalization",
+    "provenance": "timm_ghn.initialize.provenance",
+    "push": "timm_ghn.hub.push",
+    "push_ghn": "timm_ghn.hub.ghns",
+    "to_graph": "timm_ghn.graph",
+}
+"""Modules that import torch, timm or the client of the Hub: imported when one of these names is used (PEP 562)."""
 
 
 def __getattr__(name: str) -> Any:
@@ -58,4 +71,8 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LAZY[name]), name)
 
 
-install()
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+install_with_timm()

@@ -2,6 +2,9 @@
 
 The function is bound in several of timm's modules; all of them are given the same wrapper, and get back what they had
 on `uninstall`. A call that asks for no initialization goes to timm's function untouched.
+
+This module imports neither timm nor torch: `import timm_ghn` has to be quick for the commands that need neither, and
+`install_with_timm` runs while timm is being imported, perhaps by another module of this package.
 """
 
 from __future__ import annotations
@@ -12,20 +15,20 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import timm
-import torch
-from torch import nn
-
-from timm_ghn.deferred import DeferredRandom, seeded
 from timm_ghn.errors import InitError
-from timm_ghn.initialize.model import initialize_
-from timm_ghn.initialize.report import Report
 from timm_ghn.request import input_size_of, requested_settings, split_request
 from timm_ghn.settings import Init, Source
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from timm_ghn.initialize.report import Report
 
 _logger = logging.getLogger(__name__)
 
@@ -51,8 +54,40 @@ def install() -> None:
             vars(module)["create_model"] = wrapper
 
 
+def install_with_timm() -> None:
+    """`install` now if timm has been imported, else as soon as it is."""
+    if "timm" in sys.modules:
+        install()
+    elif not any(isinstance(finder, _TimmFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TimmFinder())
+
+
+class _TimmFinder:
+    """Finds timm as the other finders of `sys.meta_path` do, and calls `install` when its import is complete."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The specification of timm; None for any other module, which is left to the other finders."""
+        if name != "timm":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    install()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
 def uninstall() -> None:
     """Give timm its own `create_model` back. Calling it again changes nothing."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _TimmFinder)]
     while _original:
         name, original = _original.popitem()
         importlib.import_module(name).create_model = original  # type: ignore[attr-defined]
@@ -60,7 +95,7 @@ def uninstall() -> None:
 
 def is_installed() -> bool:
     """Whether `timm.create_model` knows `init=`."""
-    return getattr(timm.create_model, "__timm_ghn__", False)
+    return getattr(importlib.import_module("timm").create_model, "__timm_ghn__", False)
 
 
 def report_of(model: nn.Module) -> Report | None:
@@ -140,6 +175,8 @@ def _plain(value: object) -> str:
     Raises:
         TypeError: If the value is of another type.
     """
+    import torch
+
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
     raise TypeError(f"{type(value).__name__} is not plain data")
@@ -149,6 +186,11 @@ def _initialized(
     build: Callable[[], nn.Module], settings: Init, kwargs: Mapping[str, Any], recipe: Mapping[str, Any] | None
 ) -> nn.Module:
     """Build a model without the cost of random weights, and initialize it."""
+    import torch
+
+    from timm_ghn.deferred import DeferredRandom, seeded
+    from timm_ghn.initialize.model import initialize_
+
     if settings.spec.source is Source.TIMM:
         return build()
     if torch.device(kwargs.get("device") or torch.get_default_device()).type == "meta":

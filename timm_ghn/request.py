@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from timm_ghn.errors import InitError
 from timm_ghn.settings import METHODS, Init
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def builder_of(

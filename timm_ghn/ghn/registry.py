@@ -1,4 +1,7 @@
-"""GHNs by name: where the published ones are, how they are fetched and verified, and which one is the default."""
+"""GHNs by name: where the published ones are, how they are fetched and verified, and which one is the default.
+
+The table of names needs no torch, so that `timm-ghn ghns` is quick; functions that load a GHN import it.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,18 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from timm_ghn.errors import CheckpointError, DownloadError, UnknownGhnError
-from timm_ghn.ghn import checkpoint
 from timm_ghn.ghn.config import HUB_FILE
-from timm_ghn.ghn.model import GHN
 from timm_ghn.storage.files.paths import cache_directory, is_offline
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from timm_ghn.ghn.model import GHN
 
 _logger = logging.getLogger(__name__)
 
@@ -184,6 +189,11 @@ def load_ghn(source: str | os.PathLike[str] | nn.Module, *, download: bool = Tru
         DownloadError: If a published file is not on disk and cannot be fetched, or is not what was published.
         CheckpointError: If a file is damaged or is not a GHN.
     """
+    from torch import nn
+
+    from timm_ghn.ghn import checkpoint
+    from timm_ghn.ghn.model import GHN
+
     if isinstance(source, GHN):
         return source
     if isinstance(source, nn.Module):
@@ -236,6 +246,8 @@ def default_ghn() -> GHN:
 
 def _load_named(entry: NamedGHN, online: bool) -> GHN:
     """Load from the cache, from a file put there by hand, or from the network, in this order."""
+    from timm_ghn.ghn import checkpoint
+
     if entry.path_in_repository is None:
         return _named(checkpoint.read(entry.path), entry.name)
     if entry.path.is_file():
@@ -252,6 +264,8 @@ def _load_named(entry: NamedGHN, online: bool) -> GHN:
 
 def _convert(entry: NamedGHN, data: bytes, origin: str) -> GHN:
     """Verify a published file, parse it, and keep it in the cache as safetensors."""
+    from timm_ghn.ghn import checkpoint
+
     found = git_blob_sha1(data)
     if found != entry.git_blob_sha1:
         raise _download_error(entry, f"{origin} has git hash {found}, not the published {entry.git_blob_sha1}")
