@@ -33,7 +33,16 @@ from timm_ghn.finetune import Execution, FineTuneConfig, Grid, Job, ResultStore,
 from timm_ghn.finetune import data as data_module
 from timm_ghn.finetune.batches import DeviceImages, epoch_picks
 from timm_ghn.finetune.config import PRESETS, learning_rate
-from timm_ghn.finetune.data import Benchmark, Task, first_of_each_class, make_task, part_of, statistics_of
+from timm_ghn.finetune.data import (
+    Benchmark,
+    Task,
+    classes_in_turn,
+    first_of_each_class,
+    make_task,
+    part_of,
+    statistics_of,
+    stratified,
+)
 from timm_ghn.finetune.experiment import explained_memory
 from timm_ghn.finetune.measure import measure_throughput
 from timm_ghn.finetune.network import build_network
@@ -117,12 +126,43 @@ def test_more_labels_than_there_are(benchmark: Benchmark) -> None:
 
 def test_tuning_does_not_look_at_the_test_images(benchmark: Benchmark) -> None:
     task = make_task(benchmark, replace(CONFIG, split="validation"))
-    assert torch.equal(task.test.images, benchmark.train.images[-9:])  # a tenth; 5,000 of CIFAR-10's 50,000
+    tenths = [round(count / 10) for count in torch.bincount(benchmark.train.labels).tolist()]
+    assert torch.bincount(task.test.labels).tolist() == tenths  # 5,000 of CIFAR-10's 50,000
     used = {bytes(image.numpy().tobytes()) for image in task.train.images}
     assert not used & {bytes(image.numpy().tobytes()) for image in task.test.images}
     other = replace(benchmark, test=images(40, 2))
     assert make_task(other, replace(CONFIG, split="validation")).digest == task.digest
     assert make_task(other, CONFIG).digest != make_task(benchmark, CONFIG).digest
+
+
+def test_a_folder_that_is_sorted_by_class_is_tuned_and_tested_on_every_class(tmp_path: Path) -> None:
+    size, classes = 20, 10
+    labels = torch.arange(classes).repeat_interleave(size)
+    write_folder(tmp_path, ImageSet(images(size * classes, 0).images, labels, tuple("abcdefghij")))
+    data = load_benchmark("folder", tmp_path, size=16, progress=False)
+    assert torch.bincount(data.test.labels).tolist() == [4] * classes
+    task = make_task(data, replace(CONFIG, split="validation", labels_per_class=None))
+    assert torch.bincount(task.test.labels).tolist() == [2] * classes
+    assert torch.bincount(task.train.labels).tolist() == [14] * classes
+    again = load_benchmark("folder", tmp_path, size=16, progress=False)
+    assert torch.equal(data.test.images, again.test.images)
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=60).filter(lambda labels: len(set(labels)) < len(labels)))
+def test_a_stratified_draw_takes_some_of_every_class_and_leaves_some(labels: list[int]) -> None:
+    drawn = stratified(torch.tensor(labels), 0.2, "a test")
+    for label in set(labels):
+        members = [bool(drawn[index]) for index, value in enumerate(labels) if value == label]
+        assert sum(members) == (max(1, round(0.2 * len(members))) if len(members) > 1 else 0)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 64))
+def test_a_few_images_are_of_all_classes(labels: list[int], count: int) -> None:
+    chosen = classes_in_turn(torch.tensor(labels), count).tolist()
+    assert len(set(chosen)) == len(chosen) == min(count, len(labels))
+    counts = [sum(labels[index] == label for index in chosen) for label in set(labels)]
+    for label, found in zip(set(labels), counts, strict=True):
+        assert found in (labels.count(label), max(counts), max(counts) - 1)
 
 
 def test_classes_that_a_ghn_was_trained_on_and_those_that_it_never_saw() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision import datasets
 
+from timm_ghn.deferred import derived_seed
 from timm_ghn.errors import FineTuneError, TrainingError
 from timm_ghn.finetune.config import VALIDATION_IMAGES, FineTuneConfig
 from timm_ghn.storage.files.paths import cache_directory, write_atomically
@@ -73,22 +74,58 @@ class Task:
 def make_task(data: Benchmark, config: FineTuneConfig) -> Task:
     """Choose images: the first of each class, and the test images or those held out for tuning.
 
-    For tuning, the last 5,000 training images (a tenth of a smaller set) are held out, and the first images of each
-    class are taken from the others. Test images are not looked at then.
+    For tuning, 5,000 training images (a tenth of a smaller set) are held out, drawn from every class, and the first
+    images of each class are taken from the others. Test images are not looked at then.
 
     Raises:
         FineTuneError: If a class has fewer images than are asked for.
     """
     pool, test = data.train, data.test
     if config.split == "validation":
-        held_out = min(VALIDATION_IMAGES, len(pool) // 10)
-        pool, test = pool.subset(torch.arange(len(pool) - held_out)), pool.subset(torch.arange(len(pool))[-held_out:])
+        share = min(VALIDATION_IMAGES / len(pool), 0.1)
+        is_held_out = stratified(pool.labels, share, "held out for tuning")
+        pool, test = pool.subset(~is_held_out), pool.subset(is_held_out)
     train = pool if config.labels_per_class is None else pool.subset(first_of_each_class(pool, config.labels_per_class))
     mean, std = statistics_of(data.train)
     digest = hashlib.sha256(data.name.encode())
     for tensor in (train.images, train.labels, test.images, test.labels):
         digest.update(tensor.contiguous().numpy().tobytes())
     return Task(train, test, mean, std, digest.hexdigest()[:16], data.copy)
+
+
+def stratified(labels: Tensor, share: float, purpose: str) -> Tensor:
+    """Draw the same share of every class, the same images each time.
+
+    Args:
+        labels: int64 (N,).
+        share: In (0, 1). At least one image of every class is drawn, and one is left, where a class has two.
+        purpose: Seeds the draw; two purposes draw independently.
+
+    Returns:
+        bool (N,): Which images are drawn.
+
+    Raises:
+        FineTuneError: If no class has two images.
+    """
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in torch.unique(labels).tolist():
+        members = torch.nonzero(labels == label).flatten()
+        generator = torch.Generator().manual_seed(derived_seed(f"images {purpose}", label))
+        count = min(max(round(share * len(members)), 1), len(members) - 1)
+        chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    if not chosen.any():
+        raise FineTuneError("there are too few images to measure on: at least one class needs two or more")
+    return chosen
+
+
+def classes_in_turn(labels: Tensor, count: int) -> Tensor:
+    """Indices of `count` images in which all classes come equally often, as far as possible; always the same ones."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derived_seed("classes in turn")))
+    turn = torch.zeros(len(labels), dtype=torch.int64)
+    for label in torch.unique(labels).tolist():
+        members = torch.nonzero(labels[order] == label).flatten()
+        turn[members] = torch.arange(len(members))
+    return order[torch.argsort(turn, stable=True)[:count]]
 
 
 def first_of_each_class(data: ImageSet, count: int) -> Tensor:
@@ -174,7 +211,7 @@ def load_benchmark(
     - "cifar10", "cifar100", "svhn", "fashion-mnist": torchvision's files in `path`, or JPEG shards named
       `NAME-train*.safetensors` and `NAME-test*.safetensors` there. Fashion-MNIST is also taken from Debian's package.
     - "folder": `path` with `train` and `test` (or `val`), each with a folder a class; or with the classes themselves,
-      of which every fifth image is then a test image.
+      of which a fifth of the images of every class are then test images.
     - "shards": `path` is a prefix such as `data/tinyimagenet32`, for `PREFIX-train*.safetensors` and
       `PREFIX-test*.safetensors` (or `-val`).
 
@@ -310,12 +347,8 @@ def _from_folder(root: Path, size: int, progress: bool) -> Benchmark:
             raise FineTuneError(f"{root}: train and {other.name} have different classes: {', '.join(differ[:5])}")
         return Benchmark(root.name, train, test, f"folder {root.name}")
     images = load_folder(root, size, progress=progress)
-    every_fifth = torch.zeros(len(images), dtype=torch.bool)
-    for label in range(len(images.classes)):
-        every_fifth[torch.nonzero(images.labels == label).flatten()[4::5]] = True
-    if not every_fifth.any():
-        raise FineTuneError(f"{root} has too few images to measure on: make folders 'train' and 'test' in it")
-    return Benchmark(root.name, images.subset(~every_fifth), images.subset(every_fifth), f"folder, fifths: {root.name}")
+    is_test = stratified(images.labels, 0.2, "to measure on")
+    return Benchmark(root.name, images.subset(~is_test), images.subset(is_test), f"folder, fifths: {root.name}")
 
 
 # --- JPEG shards ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.batches import DeviceImages
 from timm_ghn.finetune.config import FineTuneConfig
-from timm_ghn.finetune.data import Benchmark, Task, make_task
+from timm_ghn.finetune.data import Benchmark, Task, classes_in_turn, make_task
 from timm_ghn.finetune.network import build_network, weights_digest
 from timm_ghn.finetune.results import ResultStore, RunResult, Summary, environment, summarize
 from timm_ghn.finetune.run import Execution, Point, Run
@@ -125,8 +125,8 @@ def _start(key: str, job: Job, task: Task, store: ResultStore, execution: Execut
 
 
 def _initial_images(config: FineTuneConfig, task: Task) -> Tensor:
-    """The first training images, normalized, on the CPU."""
-    first = task.train.subset(torch.arange(min(_INITIAL_IMAGES, len(task.train))))
+    """A few training images of every class, normalized, on the CPU."""
+    first = task.train.subset(classes_in_turn(task.train.labels, _INITIAL_IMAGES))
     images = DeviceImages.of(first, task, config, torch.device("cpu"), padding=0, channels_last=False)
     return images.plain(0, len(first))[0]
 

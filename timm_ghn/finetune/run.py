@@ -204,19 +204,20 @@ class Run:
         return self.is_done or epoch in self.execution.evaluate_at or (every > 0 and epoch % every == 0)
 
     @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Mean loss and accuracy over all test images."""
+    def evaluate(self, images: DeviceImages | None = None) -> tuple[float, float]:
+        """Mean loss and accuracy over the test images, or over others."""
+        test = self.test if images is None else images
         self.module.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         with self.on_stream():
-            for start in range(0, len(self.test), _EVALUATION_BATCH):
-                inputs, labels = self.test.plain(start, start + _EVALUATION_BATCH)
+            for start in range(0, len(test), _EVALUATION_BATCH):
+                inputs, labels = test.plain(start, start + _EVALUATION_BATCH)
                 logits = forward(self.module, inputs, self.config)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 sums += torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()])
             loss_sum, right = (float(value) for value in sums.cpu())
         self.module.train()
-        return loss_sum / len(self.test), right / len(self.test)
+        return loss_sum / len(test), right / len(test)
 
     def _wait_for_transfers(self) -> None:
         """Let the run's own stream begin after what was put on the device before."""
