@@ -85,7 +85,7 @@ def test_shard_gives_images_labels_and_classes(images: ImageSet) -> None:
     assert images.images.dtype == torch.uint8
     assert images.classes == CLASSES
     assert images.labels[:7].tolist() == [0, 1, 2, 3, 4, 5, 0]
-    means = [images.of_classes([label]).images.float().mean() for label in range(6)]
+    means = [images.images[images.labels == label].float().mean() for label in range(6)]
     assert means == sorted(means)
 
 
@@ -122,6 +122,54 @@ def test_dataset_of_tensors() -> None:
     data = from_dataset([(torch.ones(3, 32, 32), 1), (torch.zeros(1, 32, 32), 0)], progress=False)
     assert data.images[0].unique().tolist() == [255]
     assert data.images[1].unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_images_of_16_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "a").mkdir()
+    ramp = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(ramp).save(tmp_path / "a" / f"x.{suffix}")
+    (image,) = load_images([tmp_path], progress=False).images
+    assert image[0].tolist() == image[2].tolist() == np.round(ramp / 257).astype(int).tolist()
+
+
+def test_images_of_floating_point_numbers_are_scaled_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    ramp = np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32)
+    Image.fromarray(ramp).save(tmp_path / "a" / "x.tif")
+    (image,) = load_images([tmp_path], progress=False).images
+    assert image[1].tolist() == np.round(255 * ramp.astype(np.float64)).astype(int).tolist()
+    Image.fromarray(1000 * ramp).save(tmp_path / "a" / "x.tif")
+    with pytest.raises(TrainingError, match=r"x\.tif: its pixels run from 0 to 1000, but 0 is black and 1 is white"):
+        load_images([tmp_path], progress=False)
+    Image.fromarray((1000 * ramp).astype(np.int32)).save(tmp_path / "a" / "x.tif")
+    with pytest.raises(TrainingError, match=r"x\.tif: its pixels run from 0 to 1000, but 0 is black and 255 is white"):
+        load_images([tmp_path], progress=False)
+
+
+@pytest.mark.parametrize("item", [torch.randn(3, 8, 8), torch.full((3, 8, 8), 300), torch.full((3, 8, 8), np.nan)])
+def test_tensors_that_are_no_images_are_refused(item: torch.Tensor) -> None:
+    with pytest.raises(TrainingError, match=r"item 1 of the data set .* its pixels run from"):
+        from_dataset([(torch.ones(3, 8, 8), 0), (item, 1)], 8, progress=False)
+
+
+def test_an_image_that_is_too_large_to_decode_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (100, 100)).save(tmp_path / "a" / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(TrainingError, match=r"cannot decode .*x\.png: Image size"):
+        load_images([tmp_path], progress=False)
+
+
+def test_hidden_files_and_folders_are_neither_images_nor_classes(tmp_path: Path) -> None:
+    places = (".ipynb_checkpoints", "__MACOSX/a", "a", "a/.thumbnails", "a/@eaDir", "b/images")
+    for place in places:
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "x.png")
+    (tmp_path / "a" / "._x.png").write_bytes(b"not an image")
+    data = load_images([tmp_path], 8, progress=False)
+    assert data.classes == ("a", "b")
+    assert data.labels.tolist() == [0, 1]
 
 
 def test_missing_images_say_where_to_get_some(tmp_path: Path) -> None:

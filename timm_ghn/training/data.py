@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,8 @@ from timm_ghn.errors import TrainingError
 
 _SHARD_TENSORS = ("jpeg", "offsets", "labels")
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+_NOT_THE_USERS = ("__MACOSX", "@eaDir")
+"""Folders that archives of macOS and Synology's file servers add, with files that look like images."""
 
 
 class MapDataset(Protocol):
@@ -72,10 +74,6 @@ class ImageSet:
     def subset(self, mask: Tensor) -> ImageSet:
         """The images that a boolean mask or an index tensor selects; labels and class names stay."""
         return replace(self, images=self.images[mask], labels=self.labels[mask])
-
-    def of_classes(self, classes: Iterable[int]) -> ImageSet:
-        """The images of some classes; labels and class names stay."""
-        return self.subset(torch.isin(self.labels, torch.tensor(sorted(classes), dtype=torch.int64)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,16 +174,18 @@ def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[s
 def load_folder(path: Path, size: int = 32, *, progress: bool = True) -> ImageSet:
     """Decode a folder with one sub-folder a class (images may lie deeper, as in Tiny-ImageNet's `class/images/`).
 
+    Hidden files and folders (`.ipynb_checkpoints`, `._00.jpg`) are neither classes nor images.
+
     Raises:
         TrainingError: If there are no classes, a class has no images, or an image cannot be decoded.
     """
-    classes = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
+    classes = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not _is_hidden(entry.name)))
     if not classes:
         raise TrainingError(f"{path} has no sub-folders: one a class is expected")
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(file for file in (path / name).rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
+        found = sorted(file for file in (path / name).rglob("*") if _is_image(file.relative_to(path)))
         if not found:
             raise TrainingError(f"class folder {path / name} has no images")
         files += found
@@ -194,6 +194,16 @@ def load_folder(path: Path, size: int = 32, *, progress: bool = True) -> ImageSe
     for index, file in enumerate(tqdm(files, desc="decoding", unit="image", disable=not progress, leave=False)):
         images[index] = _decode(file, size, str(file))
     return ImageSet(images, torch.tensor(labels), classes)
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name was put there by a program, for itself."""
+    return name.startswith(".") or name in _NOT_THE_USERS
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a path, relative to the folder of classes, names an image of the user's."""
+    return path.suffix.lower() in _IMAGE_SUFFIXES and not any(map(_is_hidden, path.parts))
 
 
 def from_dataset(dataset: MapDataset, size: int = 32, *, progress: bool = True) -> ImageSet:
@@ -208,35 +218,58 @@ def from_dataset(dataset: MapDataset, size: int = 32, *, progress: bool = True) 
         try:
             image, label = dataset[index]
             labels.append(int(label))
+            images[index] = _to_bytes(_as_image(image), size)
         except (TypeError, ValueError) as error:
             raise TrainingError(f"item {index} of the data set is not an (image, label) pair: {error}") from error
-        images[index] = _to_bytes(_as_image(image, index), size)
     names = getattr(dataset, "classes", None) or [str(label) for label in range(max(labels, default=0) + 1)]
     return ImageSet(images, torch.tensor(labels, dtype=torch.int64), tuple(str(name) for name in names))
 
 
-def _as_image(image: object, index: int) -> Image.Image:
+def _as_image(image: object) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] in (1, 3):
-        array = image.detach().cpu()
-        if array.is_floating_point():
-            array = (array.clamp(0, 1) * 255).round()
-        array = array.to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).contiguous()
-        return Image.fromarray(array.numpy())
-    raise TrainingError(f"item {index} of the data set is neither a PIL image nor a (3, H, W) tensor: {type(image)}")
+        tensor = image.detach().cpu()
+        array = (tensor.double() if tensor.is_floating_point() else tensor).expand(3, -1, -1).permute(1, 2, 0).numpy()
+        return Image.fromarray(_as_bytes(array, 1 if array.dtype.kind in "fb" else 255))
+    raise ValueError(f"neither a PIL image nor a (3, H, W) tensor, but {type(image)}")
 
 
 def _decode(source: Path | io.BytesIO, size: int, where: str) -> Tensor:
     try:
         with Image.open(source) as image:
             return _to_bytes(image, size)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise TrainingError(f"cannot decode {where}: {error}") from error
 
 
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """The image with bytes for pixels; PIL's own conversion cuts larger numbers off at 255.
+
+    Raises:
+        ValueError: If the scale of the numbers is not known.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray(_as_bytes(np.asarray(image), 65535))
+    if image.mode == "I":
+        return Image.fromarray(_as_bytes(np.asarray(image), 255))
+    return Image.fromarray(_as_bytes(np.asarray(image), 1)) if image.mode == "F" else image
+
+
+def _as_bytes(array: np.ndarray, white: int) -> np.ndarray:
+    """Scale pixels from 0 to `white` to bytes.
+
+    Raises:
+        ValueError: If there are others: nothing says then what is black and what is white.
+    """
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= white):
+        raise ValueError(f"its pixels run from {low:g} to {high:g}, but 0 is black and {white} is white")
+    return np.asarray((array.astype(np.float64) * (255 / white)).round(), dtype=np.uint8)
+
+
 def _to_bytes(image: Image.Image, size: int) -> Tensor:
-    image = image.convert("RGB")
+    image = _with_8_bits(image).convert("RGB")
     if image.size != (size, size):
         scale = size / min(image.size)
         image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), 2)
