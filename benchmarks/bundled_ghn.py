@@ -54,7 +54,7 @@ from timm_ghn.finetune import (
 from timm_ghn.finetune.network import build_network
 from timm_ghn.ghn import GHNConfig, content_hash, load_ghn
 from timm_ghn.ghn.checkpoint import write_safetensors
-from timm_ghn.storage.files.paths import write_atomically
+from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.training.begin import new_ghn
 from timm_ghn.training.config import PRESETS
 

@@ -39,7 +39,7 @@ from timm_ghn.ghn import GHN, default_ghn, load_ghn
 from timm_ghn.graph import to_graph
 from timm_ghn.orthogonalization import weight_layers
 from timm_ghn.orthogonalization.noise import correlation_std
-from timm_ghn.storage.files.paths import write_atomically
+from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.training.networks import build
 from timm_ghn.training.pool import architecture_graph
 from timm_ghn.training.probe import few_labels, probe

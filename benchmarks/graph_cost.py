@@ -31,7 +31,7 @@ from tqdm import tqdm
 from timm_ghn import Init, init_model
 from timm_ghn.ghn import GHN, load_ghn
 from timm_ghn.graph import capture, condense
-from timm_ghn.storage.files.paths import write_atomically
+from timm_ghn.storage.atomic import write_atomically
 
 STEPS = ("capture", "condense", "distances", "gnn", "whole")
 NODES = (250, 500, 1000, 2000, 3000)

@@ -34,7 +34,7 @@ from timm_ghn.finetune import Execution, FineTuneConfig, Job, ResultStore, load_
 from timm_ghn.finetune.data import DATASETS
 from timm_ghn.finetune.experiment import run_jobs
 from timm_ghn.finetune.run import Point
-from timm_ghn.storage.files.paths import write_atomically
+from timm_ghn.storage.atomic import write_atomically
 
 try:
     import ray

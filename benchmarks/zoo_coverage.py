@@ -30,7 +30,7 @@ from timm_ghn.diagnosis.coverage.results import Results, RunInfo, open_results, 
 from timm_ghn.diagnosis.coverage.survey import Plan, skipped, survey
 from timm_ghn.diagnosis.coverage.table import markdown
 from timm_ghn.errors import TimmGhnError
-from timm_ghn.storage.files.paths import write_atomically
+from timm_ghn.storage.atomic import write_atomically
 
 
 def number(text: str) -> int:

@@ -14,7 +14,7 @@ import timm
 import torch
 
 import timm_ghn
-from timm_ghn.storage.export import save
+from timm_ghn.storage.folder import save
 
 
 def main() -> None:

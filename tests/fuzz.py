@@ -42,8 +42,8 @@ from timm_ghn.ghn.checkpoint import CONFIG_KEY, HASH_KEY
 from timm_ghn.hub.manifest import FileRecord, Manifest
 from timm_ghn.storage.cache import WeightCache
 from timm_ghn.storage.cache.entry import DIGEST_KEY, HEADER_KEY
-from timm_ghn.storage.files.reader import TensorReader
-from timm_ghn.storage.files.writer import write_file
+from timm_ghn.storage.reader import TensorReader
+from timm_ghn.storage.writer import write_file
 
 HANG_SECONDS = 20
 MEMORY = 2 * 2**30

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import timm_ghn
 import timm_ghn.errors
 from timm_ghn.storage.cache import Entry, WeightCache
-from timm_ghn.storage.files.reader import TensorReader
+from timm_ghn.storage.reader import TensorReader
 
 WORKER = Path(__file__).with_name("cache_worker.py")
 MODEL = "test_vit"

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from ghn_reference import PPUDA_CONFIG, SMALL, ppuda_checkpoint, seeded_ghn
+from timm_ghn.storage.files import paths
 from torch import nn
 
 from timm_ghn.errors import CheckpointError, TensorFileError
@@ -29,8 +30,7 @@ from timm_ghn.ghn import (
     read_safetensors,
     write_safetensors,
 )
-from timm_ghn.storage.files import paths
-from timm_ghn.storage.files.reader import TensorReader
+from timm_ghn.storage.reader import TensorReader
 
 
 @pytest.fixture(scope="module")

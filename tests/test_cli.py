@@ -187,14 +187,14 @@ def test_init_replaces_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet5"], r"unknown model 'resnet5'; did you mean resnet50"),
-        (["resnet50.a1_in1"], r"no tag 'a1_in1'; did you mean a1_in1k"),
+        (["resnet5"], r"unknown model 'resnet5'; did you mean 'resnet50'"),
+        (["resnet50.a1_in1"], r"no tag 'a1_in1'; did you mean 'a1_in1k'"),
         (["qqqqqqqqq"], "unknown model 'qqqqqqqqq'"),
         (["nowhere:model"], "Unknown model source 'nowhere'"),
         (["local-dir:/does/not/exist"], "Config file not found"),
         (["test_resnet", "--method", "ghnorth"], "did you mean 'ghn-orth'"),
         (["test_resnet.ghn", "--method", "orth"], "ask for different weights"),
-        (["test_resnet", "--ghn", "ghn2-imagenett"], "did you mean ghn2-imagenet"),
+        (["test_resnet", "--ghn", "ghn2-imagenett"], "did you mean 'ghn2-imagenet'"),
         (["test_resnet", "--ghn", "ghn2-imagenet"], "could not be fetched"),
         (["test_resnet", "--noise", "-1"], "noise"),
         (["test_resnet", "--start-layer", "1000"], "layer number from 1 to 16"),
@@ -291,7 +291,7 @@ def test_graph_files(suffix: str, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["resnet5"], "did you mean"),
-        (["torchvision:resnet19"], "torchvision has no model 'resnet19'; did you mean resnet"),
+        (["torchvision:resnet19"], "torchvision has no model 'resnet19'; did you mean 'resnet"),
         (["test_resnet", "--out", "graph.gif"], "the suffix has to be one of"),
         (["test_resnet", "--model-kwargs", "nonsense=1"], "nonsense"),
         (["test_resnet", "--input-size", "4", "64", "64"], "input_size=(channels, height, width)"),

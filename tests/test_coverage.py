@@ -214,7 +214,7 @@ def test_patterns_select_names_once_and_in_order() -> None:
 
 
 def test_an_unknown_pattern_names_close_ones() -> None:
-    with pytest.raises(UnknownPatternError, match=r"no model 'resnt50'; did you mean resnet50"):
+    with pytest.raises(UnknownPatternError, match=r"no model 'resnt50'; did you mean 'resnet50'"):
         select_names(["resnet18", "resnt50"])
     with pytest.raises(ValueError, match=r"no model 'zzzz\*'; `\*` stands for"):
         select_names(["zzzz*"])
@@ -491,6 +491,6 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_command_suggests_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["coverage", "resnt50"]) == 2
-    assert "timm has no model 'resnt50'; did you mean resnet50" in capsys.readouterr().err
+    assert "timm has no model 'resnt50'; did you mean 'resnet50'" in capsys.readouterr().err
     assert main(["coverage", "resnet50", "--jobs", "0"]) == 2
     assert "have to be positive" in capsys.readouterr().err

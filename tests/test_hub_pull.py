@@ -245,7 +245,7 @@ def test_a_download_that_breaks_off_is_resumed(stocked: Hub, client: Client) -> 
     stocked.change("GET", "/cdn/", cut, times=2)
     done = client.run(
         "from timm_ghn.hub.client import HubSource, fetch, look_up\n"
-        "from timm_ghn.storage.files.paths import file_sha256\n"
+        "from timm_ghn.storage.paths import file_sha256\n"
         f"snapshot = look_up(HubSource('{NAME}'))\n"
         f"result = file_sha256(fetch(snapshot, '{WEIGHTS}', limit={size}))"
     )

@@ -228,9 +228,9 @@ def test_paths_modules_and_ghns_are_sources(ghn: GHN, tmp_path: Path, published:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(UnknownGhnError, match=r"did you mean ghn2-imagenet.*Known names: ghn2-imagenet, ghn1-imagenet"):
+    with pytest.raises(UnknownGhnError, match=r"did you mean 'ghn2-imagenet'.*Known names: ghn2-imagenet"):
         load_ghn("ghn2-imagnet")
-    with pytest.raises(UnknownGhnError, match="no such file; Known names"):
+    with pytest.raises(UnknownGhnError, match=r"no such file\. Known names"):
         load_ghn("/no/such/file.pt")
 
 

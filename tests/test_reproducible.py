@@ -21,16 +21,16 @@ import timm_ghn
 from timm_ghn.errors import TensorFileError
 from timm_ghn.ghn import write_safetensors
 from timm_ghn.initialize.report import Status
-from timm_ghn.storage.export import save
-from timm_ghn.storage.files.reader import TensorReader, bytes_of
-from timm_ghn.storage.files.writer import write_file
+from timm_ghn.storage.folder import save
+from timm_ghn.storage.reader import TensorReader, bytes_of
+from timm_ghn.storage.writer import write_file
 
 MODEL = "test_vit"
 PROGRAM = """
 import hashlib, json, os, sys, warnings
 import torch, timm, timm_ghn
 from timm_ghn.storage.cache import WeightCache
-from timm_ghn.storage.export import save
+from timm_ghn.storage.folder import save
 model = timm.create_model(sys.argv[1], init=timm_ghn.Init("ghn-orth", ghn="bundled"))
 folder = sys.argv[2]
 save(model, folder)

@@ -23,7 +23,7 @@ from timm_ghn.initialize import stream
 from timm_ghn.initialize.memory import LazyMemory
 from timm_ghn.initialize.report import Status
 from timm_ghn.initialize.stream import init_to_folder
-from timm_ghn.storage.export import ExportError, save
+from timm_ghn.storage.folder import ExportError, save
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from timm_ghn.storage.files.writer import TensorFile, TensorSpec, WeightFiles, split
+from timm_ghn.storage.writer import TensorFile, TensorSpec, WeightFiles, split
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,

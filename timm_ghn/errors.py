@@ -19,6 +19,10 @@ class CheckpointError(TimmGhnError, ValueError):
     """A GHN checkpoint is truncated, damaged, unsafe, or of another format."""
 
 
+class ExportError(TimmGhnError, OSError):
+    """A model cannot be written in timm's form, or the folder cannot be written."""
+
+
 class TensorFileError(TimmGhnError, ValueError):
     """A safetensors file is truncated or damaged, or its header promises what the file does not have."""
 
@@ -29,6 +33,10 @@ class UnknownGhnError(TimmGhnError, ValueError):
 
 class DownloadError(TimmGhnError, OSError):
     """A GHN could not be downloaded, or what arrived is not what was published."""
+
+
+class HubUnreachableError(DownloadError):
+    """The Hub does not answer, fails, or must not be asked."""
 
 
 class InitError(TimmGhnError, ValueError):
@@ -53,3 +61,7 @@ class MissingDependencyError(TimmGhnError, ImportError):
 
 class PushError(TimmGhnError, OSError):
     """Something could not be pushed to the Hub, or should not be."""
+
+
+class CommandError(TimmGhnError):
+    """A command of `timm-ghn` cannot do what was asked."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
 from timm_ghn.errors import InitError
+from timm_ghn.text import did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,9 +74,9 @@ def find_method(name: str) -> Method:
     """
     method = METHODS.get(name.replace("_", "-").lower())
     if method is None:
-        close = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise InitError(f"unknown initialization {name!r}{hint}; known are {', '.join(METHODS)}")
+        raise InitError(
+            f"unknown initialization {name!r}{did_you_mean(name, METHODS) or '.'} Known are {', '.join(METHODS)}"
+        )
     return method
 
 

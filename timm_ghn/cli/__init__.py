@@ -12,8 +12,8 @@ from contextlib import nullcontext
 
 from timm_ghn._version import __version__
 from timm_ghn.cli import cache, coverage, doctor, ghns, graph, init, push, run, train
-from timm_ghn.cli.common import PROGRAM, CommandError, exit_status, logging_to_stderr
-from timm_ghn.errors import TimmGhnError
+from timm_ghn.cli.common import PROGRAM, exit_status, logging_to_stderr
+from timm_ghn.errors import CommandError, TimmGhnError
 
 _COMMANDS = {
     "init": init,

@@ -10,7 +10,8 @@ from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm_ghn.cli.common import CommandError, table
+from timm_ghn.errors import CommandError
+from timm_ghn.text import format_size, table
 
 if TYPE_CHECKING:
     from timm_ghn.storage.cache import EntryInfo, Pruned
@@ -137,14 +138,6 @@ def _as_json(info: EntryInfo) -> dict[str, Any]:
 
 def _count(items: Sized, one: str, many: str) -> str:
     return f"{len(items)} {one if len(items) == 1 else many}"
-
-
-def format_size(size: int) -> str:
-    """Bytes in the largest decimal unit that gives a number above one."""
-    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
 def format_age(seconds: float) -> str:

@@ -1,29 +1,24 @@
-"""What several commands share: arguments, names of models, errors and tables."""
+"""What several commands share: arguments, names of models, and errors."""
 
 from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from timm_ghn.errors import TimmGhnError
+from timm_ghn.errors import CommandError, TimmGhnError
+from timm_ghn.settings import METHODS
+from timm_ghn.text import did_you_mean
 
 PROGRAM = "timm-ghn"
-METHODS = ("ghn-orth", "ghn", "orth", "rand")
-
 
 FAILED, INTERRUPTED = 2, 130
 
 _logger = logging.getLogger(__name__)
-
-
-class CommandError(TimmGhnError):
-    """A command cannot do what was asked."""
 
 
 def exit_status(
@@ -116,20 +111,14 @@ def check_name(name: str) -> None:
         return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        raise CommandError(f"unknown model {architecture!r}{close_matches(architecture, timm.list_models())}")
+        raise CommandError(f"unknown model {architecture!r}{did_you_mean(architecture, timm.list_models())}")
     if tag and not method_tag(name):
         try:
             timm.models.get_pretrained_cfg(name)
         except RuntimeError as error:
             known = [item.partition(".")[2] for item in timm.list_models(f"{architecture}.*", pretrained=True)]
-            hint = close_matches(tag, [*known, *METHODS])
+            hint = did_you_mean(tag, [*known, *METHODS])
             raise CommandError(f"model {architecture} has no tag {tag!r}{hint}") from error
-
-
-def close_matches(name: str, known: Sequence[str]) -> str:
-    """The end of a message that suggests names; empty if none is close."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 @contextmanager
@@ -142,24 +131,6 @@ def explained(name: str) -> Iterator[None]:
     except Exception as error:  # constructors of models raise anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CommandError(f"{name} cannot be created: {reason[0]} (-vv shows where)") from error
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Aligned columns, numbers to the right."""
-    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    numeric = [all(_is_number(row[column]) for row in cells[1:]) for column in range(len(header))]
-    return [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in cells
-    ]
-
-
-def _is_number(cell: str) -> bool:
-    return cell.replace(",", "").replace(".", "").removesuffix("%").isdigit()
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from timm_ghn.cli.common import CommandError, table
+from timm_ghn.errors import CommandError
+from timm_ghn.text import table
 
 if TYPE_CHECKING:
     from timm_ghn.diagnosis.coverage import Coverage

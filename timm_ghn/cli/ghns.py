@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from timm_ghn.cli.common import table
 from timm_ghn.cli.push import add_push_arguments, print_results, push_options
+from timm_ghn.text import table
 
 HELP = "list the GHNs that are known by name, or push one to the Hub"
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm_ghn.cli.common import CommandError, add_model_kwargs, check_name, close_matches, explained, method_tag, table
+from timm_ghn.cli.common import add_model_kwargs, check_name, explained, method_tag
+from timm_ghn.errors import CommandError
+from timm_ghn.text import did_you_mean, table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +70,7 @@ def _create_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         create: Callable[..., nn.Module] = models.get_model
         found = name.removeprefix(_TORCHVISION)
         if found not in (known := models.list_models()):
-            raise CommandError(f"torchvision has no model {found!r}{close_matches(found, known)}")
+            raise CommandError(f"torchvision has no model {found!r}{did_you_mean(found, known)}")
     else:
         import timm
 
@@ -125,7 +127,7 @@ def _summary_lines(summary: Mapping[str, Any], graph: Graph, sizes: Mapping[str,
 
 def _write_graph(graph: Graph, path: Path, title: str) -> None:
     from timm_ghn import drawing
-    from timm_ghn.storage.files.paths import write_atomically
+    from timm_ghn.storage.atomic import write_atomically
 
     try:
         if path.suffix.lower() in drawing.SUFFIXES:

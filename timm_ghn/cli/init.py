@@ -6,19 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm_ghn.cli.common import (
-    METHODS,
-    CommandError,
-    add_init_settings,
-    add_model_kwargs,
-    check_name,
-    explained,
-    method_tag,
-)
+from timm_ghn.cli.common import add_init_settings, add_model_kwargs, check_name, explained, method_tag
+from timm_ghn.errors import CommandError
+from timm_ghn.settings import METHODS, Init
 
 if TYPE_CHECKING:
     from timm_ghn.initialize.report import Report
-    from timm_ghn.settings import Init
 
 HELP = "create a model with predicted weights and write it for plain timm"
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -28,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments and the handler."""
     parser.add_argument("name", metavar="NAME", help="name of a timm model")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the weights and config.json")
-    parser.add_argument("--method", metavar="METHOD", help=f"{', '.join(METHODS)} (default: {METHODS[0]})")
+    parser.add_argument("--method", metavar="METHOD", help=f"{', '.join(METHODS)} (default: {Init.method})")
     add_init_settings(parser)
     parser.add_argument("--num-classes", type=int, metavar="N", help="classes")
     parser.add_argument("--in-chans", type=int, metavar="N", help="channels of the images")
@@ -48,11 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Create the model and write it."""
-    from timm_ghn.settings import Init
-
     given = {"ghn": args.ghn, "noise": args.noise, "start_layer": args.start_layer}
     settings = {key: value for key, value in given.items() if value is not None}
-    method = args.method or method_tag(args.name) or METHODS[0]
+    method = args.method or method_tag(args.name) or Init.method
     init = Init(method, seed=args.seed, **settings)
     report = _init_to_folder(args, init)
     print(report.table(parameters=args.parameters))
@@ -77,7 +68,7 @@ def _init_to_folder(args: argparse.Namespace, init: Init) -> Report:
 
 def _how_to_load(directory: Path) -> str:
     """The call that loads what was written: timm's own reads a single file."""
-    from timm_ghn.storage.files.writer import SINGLE_FILE
+    from timm_ghn.storage.writer import SINGLE_FILE
 
     if (directory / SINGLE_FILE).is_file():
         return f"To load it: timm.create_model('local-dir:{directory}', pretrained=True)"

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from timm_ghn.cli.common import METHODS, CommandError, add_init_settings, close_matches, table
+from timm_ghn.cli.common import add_init_settings
+from timm_ghn.errors import CommandError
+from timm_ghn.settings import METHODS, Init, Source
+from timm_ghn.text import did_you_mean, table
 
 if TYPE_CHECKING:
     from timm_ghn.hub.push import Pushed
 
 HELP = "initialize models and push them to the Hugging Face Hub"
+_PUSHED = [name for name, method in METHODS.items() if method.source in (Source.GHN, Source.GAUSSIAN)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--org", required=True, metavar="ORG", help="organization or user; repositories are ORG/NAME.METHOD"
     )
-    parser.add_argument("--method", choices=METHODS[:-1], default=METHODS[0], help=f"(default: {METHODS[0]})")
+    parser.add_argument("--method", choices=_PUSHED, default=Init.method, help=f"(default: {Init.method})")
     add_init_settings(parser)
     parser.add_argument(
         "--max-shard-size",
@@ -44,7 +48,6 @@ def run(args: argparse.Namespace) -> int:
     """Push the models and print a table of what became of them."""
     from timm_ghn.ghn import load_ghn
     from timm_ghn.hub.push import Outcome, push_all
-    from timm_ghn.settings import Init
 
     names = _names(args.patterns)
     given: dict[str, Any] = {"noise": args.noise, "start_layer": args.start_layer}
@@ -93,6 +96,6 @@ def _names(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         matches = [pattern] if timm.is_model(pattern) else timm.list_models(pattern)
         if not matches:
-            raise CommandError(f"timm has no model {pattern!r}{close_matches(pattern, timm.list_models())}")
+            raise CommandError(f"timm has no model {pattern!r}{did_you_mean(pattern, timm.list_models())}")
         found.update(dict.fromkeys(matches))
     return list(found)

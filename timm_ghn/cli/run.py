@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from timm_ghn.cli.common import PROGRAM, CommandError
+from timm_ghn.cli.common import PROGRAM
+from timm_ghn.errors import CommandError
 
 HELP = "run a script whose timm.create_model knows init="
 

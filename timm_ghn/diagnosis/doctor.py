@@ -212,7 +212,7 @@ def _free(folder: Path) -> str:
 def _hub(network: bool) -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    from timm_ghn.storage.files.paths import is_offline
+    from timm_ghn.storage.paths import is_offline
 
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     shown = _without_login(endpoint)

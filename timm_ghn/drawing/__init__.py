@@ -15,7 +15,7 @@ from timm_ghn.drawing.symbols import MARGIN, legend
 from timm_ghn.drawing.writers import scene_to_svg, to_png
 from timm_ghn.errors import GraphError
 from timm_ghn.graph.graph import Graph
-from timm_ghn.storage.files.paths import write_atomically
+from timm_ghn.storage.atomic import write_atomically
 
 __all__ = ["SUFFIXES", "Curve", "Scene", "Text", "save", "to_scene", "to_svg"]
 

@@ -22,7 +22,8 @@ from torchvision import datasets
 from timm_ghn.deferred import derived_seed
 from timm_ghn.errors import FineTuneError, TrainingError
 from timm_ghn.finetune.config import VALIDATION_IMAGES, FineTuneConfig
-from timm_ghn.storage.files.paths import cache_directory, write_atomically
+from timm_ghn.storage.atomic import write_atomically
+from timm_ghn.storage.paths import cache_directory
 from timm_ghn.training.data import ImageSet, from_dataset, load_folder, load_shards, split
 
 _logger = logging.getLogger(__name__)

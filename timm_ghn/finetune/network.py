@@ -18,7 +18,7 @@ from timm_ghn.finetune.stem import adjust_stem
 from timm_ghn.ghn import content_hash, default_ghn, load_ghn
 from timm_ghn.initialize.model import init_model
 from timm_ghn.settings import METHODS, Init, Source
-from timm_ghn.storage.files.paths import file_sha256
+from timm_ghn.storage.paths import file_sha256
 
 PRETRAINED = "pretrained"
 """Initialization by timm's pretrained weights."""

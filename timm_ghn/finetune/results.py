@@ -25,7 +25,7 @@ from timm_ghn._version import __version__
 from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.run import Point
-from timm_ghn.storage.files.paths import write_atomically
+from timm_ghn.storage.atomic import write_atomically
 
 _logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from timm_ghn.finetune.config import FineTuneConfig, learning_rate
 from timm_ghn.finetune.data import Task
 from timm_ghn.finetune.network import Network
 from timm_ghn.finetune.steps import CapturedStep, EagerStep, Step, forward, make_optimizer, set_learning_rate
-from timm_ghn.storage.files.paths import write_atomically
+from timm_ghn.storage.atomic import write_atomically
 
 _EVALUATION_BATCH = 500
 

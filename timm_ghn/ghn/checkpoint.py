@@ -25,9 +25,9 @@ from timm_ghn.errors import CheckpointError, TensorFileError
 from timm_ghn.ghn import pickles
 from timm_ghn.ghn.config import MAX_PARAMETERS, GHNConfig, GHNInfo
 from timm_ghn.ghn.model import GHN
-from timm_ghn.storage.files.paths import save_atomically
-from timm_ghn.storage.files.reader import TensorReader
-from timm_ghn.storage.files.writer import write_file
+from timm_ghn.storage.atomic import save_atomically
+from timm_ghn.storage.reader import TensorReader
+from timm_ghn.storage.writer import write_file
 
 CONFIG_KEY = "timm_ghn"
 """Metadata key of a safetensors file whose value is the GHN's configuration as JSON."""

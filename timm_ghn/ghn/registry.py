@@ -5,7 +5,6 @@ The table of names needs no torch, so that `timm-ghn ghns` is quick; functions t
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import http.client
 import importlib.resources
@@ -24,7 +23,8 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from timm_ghn.errors import CheckpointError, DownloadError, UnknownGhnError
 from timm_ghn.ghn.config import HUB_FILE
-from timm_ghn.storage.files.paths import cache_directory, is_offline
+from timm_ghn.storage.paths import cache_directory, is_offline
+from timm_ghn.text import did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -290,10 +290,8 @@ def _named(ghn: GHN, name: str) -> GHN:
 
 
 def _unknown(source: str) -> UnknownGhnError:
-    close = difflib.get_close_matches(source, NAMED_GHNS, n=2)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
     return UnknownGhnError(
-        f"no GHN is named {source!r}, and there is no such file; {hint}"
+        f"no GHN is named {source!r}, and there is no such file{did_you_mean(source, NAMED_GHNS) or '.'} "
         f"Known names: {', '.join(NAMED_GHNS)}; also a path or hf-hub:organization/name"
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -15,6 +15,7 @@ from timm_ghn.hub.client import PREFIX
 from timm_ghn.hub.manifest import Manifest
 from timm_ghn.initialize.report import Status
 from timm_ghn.settings import METHODS, Init
+from timm_ghn.text import markdown_table
 
 PAPER = "https://arxiv.org/abs/2207.10049"
 _TITLES = {
@@ -59,7 +60,7 @@ def model_card(manifest: Manifest, repository: str, picture: str | None) -> str:
         f"---\n{metadata.to_yaml()}\n---\n\n# {name}",
         _summary(manifest),
         _usage(manifest, repository),
-        _table(("", ""), _facts(manifest)),
+        "\n".join(markdown_table(("", ""), _facts(manifest))),
         "## What the parameters got\n\n" + _parameters(manifest),
         *([f"## The graph that was read\n\n![Graph of {manifest.architecture}]({picture})"] if picture else []),
         _reproduction(manifest),
@@ -137,7 +138,7 @@ def _parameters(manifest: Manifest) -> str:
         (status, str(len(sizes)), f"{sum(sizes):,}", f"{sum(sizes) / total:.2%}", reason)
         for (status, reason), sizes in groups.items()
     ]
-    return _table(("what", "tensors", "parameters", "share", "why"), rows)
+    return "\n".join(markdown_table(("what", "tensors", "parameters", "share", "why"), rows))
 
 
 def _reproduction(manifest: Manifest) -> str:
@@ -227,7 +228,7 @@ def ghn_card(ghn: GHN, repository: str, *, license: str, description: str, notes
         'model = timm.create_model("convnext_base", init=init)\n```\n\n'
         f"On the command line: `timm-ghn init convnext_base --out DIR --ghn {PREFIX}{repository}`, for all commands: "
         f"`export TIMM_GHN={PREFIX}{repository}`.",
-        _table(("setting", "value"), facts),
+        "\n".join(markdown_table(("setting", "value"), facts)),
         *([notes] if notes else []),
         f"## Licence and citation\n\n{license}. If you use this GHN, cite:\n\n{_CITATIONS}",
     ]
@@ -236,8 +237,3 @@ def ghn_card(ghn: GHN, repository: str, *, license: str, description: str, notes
 
 def _told(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key != "format" and len(value) <= 200}
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

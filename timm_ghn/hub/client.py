@@ -31,8 +31,8 @@ from huggingface_hub.errors import (
 )
 
 from timm_ghn._version import __version__
-from timm_ghn.errors import DownloadError, TimmGhnError
-from timm_ghn.storage.files.paths import file_sha256, is_offline
+from timm_ghn.errors import DownloadError, HubUnreachableError, TimmGhnError
+from timm_ghn.storage.paths import file_sha256, is_offline
 
 _logger = logging.getLogger(__name__)
 
@@ -282,10 +282,6 @@ def git_blob_sha1(data: bytes) -> str:
 
 
 # --- failures -------------------------------------------------------------------------------------------------------
-
-
-class HubUnreachableError(DownloadError):
-    """The Hub does not answer, fails, or must not be asked."""
 
 
 @contextmanager

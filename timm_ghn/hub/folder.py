@@ -23,7 +23,8 @@ from timm_ghn.hub.manifest import FILE, WEIGHTS, FileRecord, Manifest, versions
 from timm_ghn.initialize.stream import init_to_folder
 from timm_ghn.request import input_size_of
 from timm_ghn.settings import Init
-from timm_ghn.storage.files.paths import file_sha256, write_atomically
+from timm_ghn.storage.atomic import write_atomically
+from timm_ghn.storage.paths import file_sha256
 from timm_ghn.trace.meta import build_on_meta
 
 _logger = logging.getLogger(__name__)

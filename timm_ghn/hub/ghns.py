@@ -19,8 +19,8 @@ from timm_ghn.hub.card import ghn_card
 from timm_ghn.hub.client import HubSource, Snapshot, bounded_silence
 from timm_ghn.hub.folder import CARD
 from timm_ghn.hub.push import Outcome, Pushed, PushOptions, find_repository, upload
-from timm_ghn.storage.files.paths import write_atomically
-from timm_ghn.storage.files.writer import TensorFile, TensorSpec
+from timm_ghn.storage.atomic import write_atomically
+from timm_ghn.storage.writer import TensorFile, TensorSpec
 
 CONFIG_FILE = "config.json"
 _PUBLISHED_LICENSE = "mit"

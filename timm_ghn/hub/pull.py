@@ -18,11 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from timm_ghn.deferred import DeferredRandom, seeded
-from timm_ghn.errors import CheckpointError, DownloadError, InitError
+from timm_ghn.errors import CheckpointError, DownloadError, HubUnreachableError, InitError
 from timm_ghn.hub.client import (
     PREFIX,
     HubSource,
-    HubUnreachableError,
     Snapshot,
     fetch,
     look_up,
@@ -33,7 +32,7 @@ from timm_ghn.hub.match import Asked
 from timm_ghn.initialize.provenance import Provenance, record_
 from timm_ghn.initialize.report import ParameterReport, Report, Status
 from timm_ghn.settings import Init, Source
-from timm_ghn.storage.files.paths import file_sha256, is_offline
+from timm_ghn.storage.paths import file_sha256, is_offline
 
 _logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from timm_ghn.hub.folder import CARD, PICTURES, Request, first_difference, make_
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, WEIGHTS, Manifest, versions
 from timm_ghn.initialize.provenance import provenance
 from timm_ghn.settings import Init, Source
-from timm_ghn.storage.export import CONFIG_FILE, MAX_SHARD_SIZE
-from timm_ghn.storage.files.writer import INDEX_FILE
+from timm_ghn.storage.folder import CONFIG_FILE, MAX_SHARD_SIZE
+from timm_ghn.storage.writer import INDEX_FILE
 
 _logger = logging.getLogger(__name__)
 
@@ -263,7 +263,8 @@ def find_repository(source: HubSource, options: PushOptions, *, mark: str = FILE
     has_model = CONFIG_FILE in found.files or any(name.endswith((".safetensors", ".bin")) for name in found.files)
     if has_model and mark not in found.files and not options.overwrite:
         raise PushError(
-            f"{source.repository} holds a model that timm-ghn did not make; choose another name, or overwrite it"
+            f"{source.repository} holds a model that timm-ghn did not make; choose another name, or replace it "
+            "(--overwrite on the command line, overwrite=True in Python)"
         )
     return found
 

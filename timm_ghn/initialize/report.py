@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
+
+from timm_ghn.text import table
 
 
 class Status(str, Enum):
@@ -125,17 +127,12 @@ class Report:
         for parameter in self.parameters:
             groups[parameter.status.value, parameter.reason].append(parameter)
         total = max(self.num_parameters, 1)
-        rows = [("what", "tensors", "parameters", "share", "why")]
+        rows = []
         for (status, reason), group in groups.items():
             count = sum(parameter.numel for parameter in group)
             rows.append((status, str(len(group)), f"{count:,}", f"{count / total:.2%}", reason))
-        return _aligned(rows)
+        return table(("what", "tensors", "parameters", "share", "why"), rows)
 
     def _parameter_lines(self) -> list[str]:
         rows = [(p.name, "x".join(map(str, p.shape)) or "scalar", p.status.value, p.reason) for p in self.parameters]
-        return _aligned([("parameter", "shape", "what", "why"), *rows])
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return table(("parameter", "shape", "what", "why"), rows)

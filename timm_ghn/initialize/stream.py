@@ -28,8 +28,8 @@ from timm_ghn.initialize.provenance import Facts, record_
 from timm_ghn.initialize.report import Report
 from timm_ghn.request import builder_of, input_size_of
 from timm_ghn.settings import Init, Source
-from timm_ghn.storage.export import MAX_SHARD_SIZE, check_destination, model_folder
-from timm_ghn.storage.files.writer import TensorSpec, WeightFiles
+from timm_ghn.storage.folder import MAX_SHARD_SIZE, check_destination, model_folder
+from timm_ghn.storage.writer import TensorSpec, WeightFiles
 
 _logger = logging.getLogger(__name__)
 

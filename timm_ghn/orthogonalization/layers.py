@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from timm.layers.cond_conv2d import CondConv2d
 from torch import nn
 
 from timm_ghn.errors import InitError
+from timm_ghn.text import did_you_mean
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()))  # RMSNorm: torch 2.4
@@ -185,6 +185,5 @@ def _first_layer_of(layers: Sequence[WeightLayer], name: str) -> int:
             return layer.number
     parts = (layer.module.split(".") for layer in layers)
     known = dict.fromkeys(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1))
-    close = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the first layer is in {layers[0].module!r}"
-    raise InitError(f"start_layer={name!r}: no module of this name has a layer; {hint}")
+    hint = did_you_mean(name, known) or f"; the first layer is in {layers[0].module!r}"
+    raise InitError(f"start_layer={name!r}: no module of this name has a layer{hint}")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from timm_ghn.errors import TrainingError
-from timm_ghn.storage.files.paths import write_atomically
+from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.training.config import TrainConfig
 
 _LATEST = "latest.json"

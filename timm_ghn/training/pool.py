@@ -19,7 +19,7 @@ from tqdm import tqdm
 from timm_ghn.errors import GraphError, TrainingError
 from timm_ghn.graph import to_graph
 from timm_ghn.graph.graph import Graph
-from timm_ghn.storage.files.paths import write_atomically
+from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.training.architectures import ArchitectureSpec
 from timm_ghn.training.networks import build
 from timm_ghn.training.sampling import SamplerConfig, sample_architecture

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Sequence
 
 import timm
 
 from timm_ghn.errors import TimmGhnError
+from timm_ghn.text import did_you_mean
 
 _WILDCARDS = frozenset("*?[")
 
@@ -45,7 +45,4 @@ def module_of(name: str) -> str:
 
 def _hint(pattern: str, known: Sequence[str]) -> str:
     plain = "".join(letter for letter in pattern if letter not in _WILDCARDS)
-    close = difflib.get_close_matches(plain, known, n=3, cutoff=0.5)
-    if close:
-        return f"; did you mean {', '.join(close)}?"
-    return "; `*` stands for any letters, as in 'resnet*'"
+    return did_you_mean(plain, known) or "; `*` stands for any letters, as in 'resnet*'"

@@ -20,8 +20,8 @@ from torch import Tensor
 from timm_ghn.errors import CacheError, TimmGhnError
 from timm_ghn.ghn.model import Prediction
 from timm_ghn.graph import Layout, Role, Target
-from timm_ghn.storage.files.reader import TensorReader, bytes_of
-from timm_ghn.storage.files.writer import write_file
+from timm_ghn.storage.reader import TensorReader, bytes_of
+from timm_ghn.storage.writer import write_file
 
 _logger = logging.getLogger(__name__)
 

@@ -16,10 +16,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from timm_ghn.ghn.model import Prediction
+from timm_ghn.storage.atomic import save_atomically
 from timm_ghn.storage.cache import upkeep
 from timm_ghn.storage.cache.entry import FORMAT, UNREADABLE, Entry, warn_damaged, write_entry
 from timm_ghn.storage.cache.folder import CacheFolder, read_recipe, recipe_digest
-from timm_ghn.storage.files.paths import cache_directory, save_atomically
+from timm_ghn.storage.paths import cache_directory
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class WeightCache(CacheFolder):
 
     @classmethod
     def default(cls) -> WeightCache:
-        """The cache in `timm_ghn.storage.files.paths.cache_directory()`."""
+        """The cache in `timm_ghn.storage.paths.cache_directory()`."""
         return cls(cache_directory())
 
     def open(self, key: str) -> Entry | None:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from timm_ghn.errors import CacheError
 from timm_ghn.storage.cache.entry import UNREADABLE, Entry, read_header
 from timm_ghn.storage.cache.folder import CacheFolder, read_recipe
-from timm_ghn.storage.files.reader import TensorReader
+from timm_ghn.storage.reader import TensorReader
 
 _logger = logging.getLogger(__name__)
 

@@ -7,28 +7,25 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from timm_ghn.errors import TimmGhnError
+from timm_ghn.errors import ExportError
 from timm_ghn.initialize.provenance import provenance
-from timm_ghn.storage.files.writer import INDEX_FILE, SINGLE_FILE, Shards, TensorSpec, WeightFiles, split
+from timm_ghn.storage.atomic import leftovers, staged
+from timm_ghn.storage.writer import INDEX_FILE, SINGLE_FILE, Shards, TensorSpec, WeightFiles, split
+from timm_ghn.text import format_size
 
 WEIGHTS_FILE = SINGLE_FILE
 CONFIG_FILE = "config.json"
 MAX_SHARD_SIZE = "50GB"
 """Up to what the Hub recommends for a file the weights stay in one, which is all that plain timm loads."""
 _SHARDS = "model-*-of-*.safetensors"
-
-
-class ExportError(TimmGhnError, OSError):
-    """A model cannot be written in timm's form, or the folder cannot be written."""
 
 
 def check_destination(directory: str | os.PathLike[str], *, overwrite: bool = False, num_bytes: int = 0) -> None:
@@ -46,7 +43,10 @@ def check_destination(directory: str | os.PathLike[str], *, overwrite: bool = Fa
     directory = Path(directory)
     existing = [name for name in (WEIGHTS_FILE, INDEX_FILE, CONFIG_FILE) if (directory / name).exists()]
     if existing and not overwrite:
-        raise ExportError(f"{directory} holds {' and '.join(existing)} already; choose another folder, or overwrite it")
+        raise ExportError(
+            f"{directory} holds {' and '.join(existing)} already; choose another folder, or replace what is there "
+            "(--force on the command line, overwrite=True in Python)"
+        )
     place = directory.absolute()
     while not os.path.lexists(place):
         place = place.parent
@@ -57,7 +57,7 @@ def check_destination(directory: str | os.PathLike[str], *, overwrite: bool = Fa
     free = shutil.disk_usage(place).free
     if num_bytes > free:
         raise ExportError(
-            f"{directory} cannot be written: the weights take {num_bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are "
+            f"{directory} cannot be written: the weights take {format_size(num_bytes)}, and {format_size(free)} are "
             "free there; choose another disk, or a smaller dtype"
         )
 
@@ -133,7 +133,9 @@ def model_folder(
     check_destination(directory, overwrite=overwrite, num_bytes=sum(spec.num_bytes for spec in specs.values()))
     shards = _split(specs, max_shard_size)
     try:
-        with _staged(directory) as place:
+        with staged(directory) as place:
+            for path in leftovers(directory):
+                path.unlink(missing_ok=True)
             _write_config(model, place(CONFIG_FILE), model_args)
             files = _weight_files(shards, specs, _metadata(model), place)
             yield files
@@ -145,40 +147,8 @@ def model_folder(
     kept = {*shards.files, *(() if shards.index is None else (INDEX_FILE,))}
     for path in (directory / WEIGHTS_FILE, directory / INDEX_FILE, *directory.glob(_SHARDS)):
         if path.name not in kept:  # of a model that was there before
-            _ignore_failure(path.unlink)
-
-
-@contextmanager
-def _staged(directory: Path) -> Iterator[Callable[[str], Path]]:
-    """Files that appear together, when the context is left, or not at all.
-
-    Yields:
-        Gives the temporary path for the name of a file.
-    """
-    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    mark = f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    temporary: dict[str, Path] = {}
-    placed: list[Path] = []
-
-    def place(name: str) -> Path:
-        return temporary.setdefault(name, directory / f".{name}{mark}")
-
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        yield place
-        for path in temporary.values():
-            _sync(path)
-        for name, path in temporary.items():
-            is_new = not (directory / name).exists()
-            os.replace(path, directory / name)
-            placed += [directory / name] if is_new else []
-        made.clear()
-        placed.clear()
-    finally:
-        for path in (*placed, *temporary.values()):
-            _ignore_failure(path.unlink)
-        for folder in made:  # nothing was written into them
-            _ignore_failure(folder.rmdir)
+            with suppress(OSError):
+                path.unlink()
 
 
 def _split(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> Shards:
@@ -224,15 +194,3 @@ def _write_config(model: nn.Module, path: Path, model_args: Mapping[str, Any] | 
             f"timm cannot describe {config['architecture']} ({type(model).__name__}) so that it could be built again: "
             f"{error}"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _ignore_failure(remove: Callable[[], object]) -> None:
-    try:
-        remove()
-    except OSError:
-        return

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from timm_ghn.errors import TensorFileError
-from timm_ghn.storage.files.writer import TYPES, TensorSpec
+from timm_ghn.storage.writer import TYPES, TensorSpec
 
 MAX_HEADER_BYTES = 16 * 2**20
 """Longer headers are refused. That of a model of 10,000 tensors has about 3 MB with all that a cache notes."""

@@ -1,1 +1,0 @@
-"""Files: where they lie, atomic writes, safetensors written and read as a stream."""
