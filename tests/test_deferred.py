@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from timm_ghn.deferred import DeferredRandom, derived_seed, seeded
+from timm_ghn import Init
+from timm_ghn.deferred import DeferredRandom
+from timm_ghn.seeding import PrivateRandom, derived_seed
 
 
 def test_replayed_fills_have_timms_distributions() -> None:
     torch.manual_seed(0)
     plain = timm.create_model("test_efficientnet")
     deferred = DeferredRandom(0)
-    with seeded(0), deferred:
+    with deferred:
         model = timm.create_model("test_efficientnet")
     for name, parameter in model.named_parameters():
         deferred.replay(parameter, name)
@@ -91,7 +95,7 @@ def test_fills_through_views_and_data() -> None:
 
 def test_orthogonal_and_other_derived_initializations() -> None:
     deferred = DeferredRandom(0)
-    with seeded(0), deferred:
+    with deferred:
         weight = torch.empty(6, 6)
         nn.init.orthogonal_(weight)
     torch.testing.assert_close(weight @ weight.T, torch.eye(6), atol=1e-5, rtol=0)
@@ -100,3 +104,49 @@ def test_orthogonal_and_other_derived_initializations() -> None:
 def test_derived_seeds() -> None:
     assert derived_seed(0, "a") == derived_seed(0, "a") != derived_seed(0, "b")
     assert 0 <= derived_seed("x") < 2**63
+
+
+def test_private_draws_are_those_of_the_global_generator() -> None:
+    def draw() -> list[torch.Tensor]:
+        like = torch.empty(3, 4)
+        return [
+            torch.rand(5),
+            torch.randn(2, 3),
+            torch.randint(0, 9, (4,)),
+            torch.randperm(6),
+            torch.rand_like(like),
+            torch.randn_like(like),
+            torch.normal(0.0, 1.0, (3,)),
+            torch.bernoulli(torch.full((9,), 0.5)),
+            nn.functional.dropout(torch.ones(50), 0.5),
+            nn.init.orthogonal_(torch.empty(4, 4)),
+            nn.Linear(3, 2).weight.detach(),
+        ]
+
+    torch.manual_seed(7)
+    expected = draw()
+    state = torch.get_rng_state()
+    with PrivateRandom(7):
+        found = draw()
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_building_in_one_thread_does_not_touch_the_draws_of_another() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2000)
+    torch.manual_seed(3)
+    built, drawn = threading.Event(), []
+
+    def build() -> None:
+        for _ in range(3):
+            timm.create_model("test_vit", init=Init("orth", cache=False))
+        built.set()
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    while not built.is_set() and len(drawn) < 1999:
+        drawn.append(torch.rand(1))
+    thread.join()
+    drawn.append(torch.rand(1))
+    assert torch.equal(torch.cat(drawn), expected[: len(drawn)])

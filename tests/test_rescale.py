@@ -452,7 +452,7 @@ def test_the_report_and_the_provenance_tell() -> None:
     assert reasons["blocks.0.mlp.fc2.weight"] == "divided by 20.8: what adds up in phase without a norm layer"
     assert reasons["blocks.0.mlp.fc1.weight"] == ""
     assert report.provenance["rescale"] == "auto"
-    with pytest.raises(InitError, match="rescale must be 'auto' or 'off', got 'on'"):
+    with pytest.raises(InitError, match="rescale='on': expected 'auto' or 'off'"):
         timm_ghn.Init(rescale="on")  # type: ignore[arg-type]
 
 

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import timm_ghn
-from timm_ghn.deferred import DeferredRandom, ReplayedRandom, seeded
+from timm_ghn.deferred import DeferredRandom, ReplayedRandom
 from timm_ghn.errors import InitError
 from timm_ghn.initialize import stream
 from timm_ghn.initialize.memory import LazyMemory
 from timm_ghn.initialize.report import Status
 from timm_ghn.initialize.stream import init_to_folder
+from timm_ghn.seeding import seeded
 from timm_ghn.storage.folder import ExportError, save
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -220,10 +221,10 @@ def test_draws_are_repeated() -> None:
         return [first, second, third]
 
     memory = LazyMemory(min_bytes=1)
-    replayed = ReplayedRandom(memory.forget)
+    replayed = ReplayedRandom(1, memory.forget)
     with seeded(1):
         expected = build()
-    with seeded(1), replayed, memory:
+    with replayed, memory:
         found = build()
     for tensor in found:
         replayed.replay(tensor, "any")
@@ -233,7 +234,7 @@ def test_draws_are_repeated() -> None:
 def test_models_are_built_without_memory() -> None:
     """The tensors of a large model take addresses alone."""
     before = resident() if sys.platform == "linux" else 0
-    with seeded(0), DeferredRandom(0), LazyMemory():
+    with DeferredRandom(0), LazyMemory():
         model = timm.create_model("vit_giant_patch14_224")
     assert sum(p.numel() for p in model.parameters()) > 1e9
     if sys.platform == "linux":

@@ -7,21 +7,15 @@ own initialization). Memory of a dropped tensor is not even touched before the p
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-_RANDOM_FILLS = {
-    "uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_",
-    "bernoulli_", "exponential_", "cauchy_", "log_normal_", "geometric_", "random_",
-}  # fmt: skip
+from timm_ghn.seeding import FILLS, PrivateRandom, derived_seed
+
 _CONSTANT_FILLS = {"zero_", "fill_", "constant_", "zeros_", "ones_", "copy_"}
 # Calls that read no values: they may run while fills are pending, since what they return shares the memory.
 _VIEWS = {
@@ -33,23 +27,7 @@ _VIEWS = {
 }  # fmt: skip
 
 
-def derived_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on its arguments alone, on every machine."""
-    digest = hashlib.sha256("\0".join(str(part) for part in parts).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Run with torch's generators seeded, and leave their states as they were."""
-    devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
-@dataclass(frozen=True, slots=True)
-class _Fill:
+class _Fill(NamedTuple):
     """An in-place call that was put off; `state` is that of the generator when it was called, where that is kept."""
 
     function: Callable[..., Any]
@@ -57,21 +35,18 @@ class _Fill:
     kwargs: dict[str, Any]
     state: Tensor | None = None
 
-    def apply(self) -> None:
-        """Carry it out."""
-        self.function(*self.args, **self.kwargs)
 
-
-class DeferredRandom(TorchFunctionMode):
+class DeferredRandom(PrivateRandom):
     """Puts off random fills, and what is done in place to a tensor after one, until `replay`.
+
+    What is drawn otherwise while a model is built comes from private generators.
 
     Args:
         seed: Seed of replayed fills. What a tensor gets depends on it and on the tensor's label alone.
     """
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._seed = seed
+        super().__init__(seed)
         self._pending: dict[int, list[_Fill]] = {}
         self._count = 0
 
@@ -80,10 +55,10 @@ class DeferredRandom(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if not self._pending and name not in _RANDOM_FILLS:
-            return func(*args, **kwargs)
+        if not self._pending and name not in FILLS:
+            return self.call(func, args, kwargs)
         subject = args[0] if args else kwargs.get("tensor")
-        if name in _RANDOM_FILLS and isinstance(subject, Tensor) and subject.device.type != "meta":
+        if name in FILLS and isinstance(subject, Tensor) and subject.device.type != "meta":
             return self._defer(subject, _Fill(func, args, kwargs), overwrites=True)
         if name in _VIEWS:
             return func(*args, **kwargs)
@@ -94,7 +69,7 @@ class DeferredRandom(TorchFunctionMode):
             self.drop([touched[0]])
         else:
             self._replay_unlabelled(touched)
-        return func(*args, **kwargs)
+        return self.call(func, args, kwargs)
 
     def drop(self, tensors: Iterable[Tensor]) -> None:
         """Forget what was put off for these tensors, whose values will be written by someone else."""
@@ -106,9 +81,10 @@ class DeferredRandom(TorchFunctionMode):
         fills = self._pending.pop(storage_id(tensor), None)
         if not fills:
             return
-        with seeded(derived_seed(self._seed, label), tensor.device), torch.no_grad():
+        draws = PrivateRandom(derived_seed(self._seed, label))
+        with torch.no_grad():
             for fill in fills:
-                fill.apply()
+                draws.call(fill.function, fill.args, fill.kwargs)
 
     def _defer(self, tensor: Tensor, fill: _Fill, *, overwrites: bool) -> Tensor:
         fills = self._pending.setdefault(storage_id(tensor), [])
@@ -132,29 +108,31 @@ class DeferredRandom(TorchFunctionMode):
 class ReplayedRandom(DeferredRandom):
     """Draws all random numbers in timm's order, forgets them, and draws the same ones again in `replay`.
 
-    The values are those of a model that is built without this mode, from the same state of torch's generator.
+    The values are those of a model that is built without this mode after `torch.manual_seed(seed)`.
 
     Args:
+        seed: Seed of all random numbers.
         forget: Gives back the memory of a tensor whose values are not needed for now, or does nothing.
     """
 
-    def __init__(self, forget: Callable[[Tensor], object]) -> None:
-        super().__init__(seed=0)  # of nothing
+    def __init__(self, seed: int, forget: Callable[[Tensor], object]) -> None:
+        super().__init__(seed)
         self._forget = forget
 
     def replay(self, tensor: Tensor, label: str) -> None:
         """Carry out what was put off for a tensor; the label does not matter."""
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        draws = PrivateRandom(self._seed)
+        with torch.no_grad():
             for fill in self._pending.pop(storage_id(tensor), ()):
                 if fill.state is not None:
-                    torch.set_rng_state(fill.state)
-                fill.apply()
+                    draws.generator(tensor.device).set_state(fill.state)
+                draws.call(fill.function, fill.args, fill.kwargs)
 
     def _defer(self, tensor: Tensor, fill: _Fill, *, overwrites: bool) -> Tensor:
         if overwrites:
-            fill = replace(fill, state=torch.get_rng_state())
+            fill = fill._replace(state=self.generator(tensor.device).get_state())
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                fill.apply()
+                self.call(fill.function, fill.args, fill.kwargs)
             if _is_whole(tensor):
                 self._forget(tensor)
         return super()._defer(tensor, fill, overwrites=overwrites)

@@ -188,7 +188,7 @@ def _initialized(
     """Build a model without the cost of random weights, and initialize it."""
     import torch
 
-    from timm_ghn.deferred import DeferredRandom, seeded
+    from timm_ghn.deferred import DeferredRandom
     from timm_ghn.initialize.model import initialize_
 
     if settings.spec.source is Source.TIMM:
@@ -199,7 +199,7 @@ def _initialized(
             "build it on a real device, or call timm_ghn.to_graph for its graph alone"
         )
     deferred = DeferredRandom(settings.seed)
-    with seeded(settings.seed), deferred:
+    with deferred:
         model = build()
     report = None
     if recipe is not None and os.environ.get("TIMM_GHN_HUB_ORG"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from timm_ghn.errors import InitError
 from timm_ghn.text import did_you_mean
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 Rescale = Literal["auto", "off"]
 """Whether the scale of predictions is kept sane."""
 
+Correlation = Literal["paper", "ppuda"]
+"""What Eq. 1 correlates: the `K` channels (the paper), or the `max(K, D)` rows of the tall matrix (ppuda's code)."""
+
+MAX_NOISE = 1e6
 NOISE = 3e-5
 """The paper's beta (arXiv 2207.10049, section 4)."""
 
@@ -72,12 +76,33 @@ def find_method(name: str) -> Method:
     Raises:
         InitError: If there is none; the message lists all.
     """
+    if not isinstance(name, str):
+        raise InitError(f"method={name!r}: expected the name of a method: {', '.join(METHODS)}")
     method = METHODS.get(name.replace("_", "-").lower())
     if method is None:
         raise InitError(
             f"unknown initialization {name!r}{did_you_mean(name, METHODS) or '.'} Known are {', '.join(METHODS)}"
         )
     return method
+
+
+def check_noise(noise: object) -> None:
+    """Raise InitError unless `noise` can be beta of Eq. 1 (arXiv 2207.10049): a number from 0 to 1e6."""
+    if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise <= MAX_NOISE:
+        raise InitError(f"noise={noise!r}: expected a number from 0 to {MAX_NOISE:g}, beta of Eq. 1, such as {NOISE:g}")
+
+
+def check_seed(seed: object) -> None:
+    """Raise InitError unless `seed` is one that torch's generators take: an integer of 64 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise InitError(f"seed={seed!r}: expected an integer from -2**63 to 2**63 - 1")
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raise InitError unless a setting has one of the values that its `Literal` type lists."""
+    allowed = get_args(choices)
+    if not isinstance(value, str) or value not in allowed:
+        raise InitError(f"{name}={value!r}: expected {' or '.join(map(repr, allowed))}")
 
 
 @dataclass(frozen=True)
@@ -105,23 +130,18 @@ class Init:
     noise: float = NOISE
     start_layer: int | float | str | None = None
     seed: int = 0
-    correlation: Literal["paper", "ppuda"] = "paper"
+    correlation: Correlation = "paper"
     reading: Literal["default", "ppuda"] = "default"
     rescale: Rescale = "auto"
     cache: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", find_method(self.method).name)
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise InitError(f"seed must be an integer, got {self.seed!r}")
-        if not isinstance(self.noise, (int, float)) or not 0 <= self.noise < 1e6:
-            raise InitError(f"noise (beta) must be a number that is not negative, got {self.noise!r}")
-        if self.correlation not in ("paper", "ppuda"):
-            raise InitError(f"correlation must be 'paper' or 'ppuda', got {self.correlation!r}")
-        if self.reading not in ("default", "ppuda"):
-            raise InitError(f"reading must be 'default' or 'ppuda', got {self.reading!r}")
-        if self.rescale not in ("auto", "off"):
-            raise InitError(f"rescale must be 'auto' or 'off', got {self.rescale!r}")
+        check_seed(self.seed)
+        check_noise(self.noise)
+        check_choice("correlation", self.correlation, Correlation)
+        check_choice("reading", self.reading, Literal["default", "ppuda"])
+        check_choice("rescale", self.rescale, Rescale)
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | Init, **changes: Any) -> Init:

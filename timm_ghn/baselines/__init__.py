@@ -16,8 +16,8 @@ from timm_ghn.baselines.covariance import covariance_
 from timm_ghn.baselines.fixup import fixup_
 from timm_ghn.baselines.lsuv import lsuv_
 from timm_ghn.baselines.mimetic import mimetic_
-from timm_ghn.deferred import derived_seed
 from timm_ghn.errors import InitError
+from timm_ghn.seeding import derived_seed
 
 __all__ = ["BASELINES", "apply_baseline", "covariance_", "fixup_", "lsuv_", "mimetic_"]
 

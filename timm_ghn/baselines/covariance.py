@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.deferred import derived_seed
+from timm_ghn.seeding import derived_seed
 
 WIDTHS = (0.1, 0.35)
 """Width `sigma` of the first and the last depthwise layer, in sides of the kernel."""

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_ghn.deferred import derived_seed
 from timm_ghn.errors import InitError
 from timm_ghn.graph.facts import CONVOLUTIONS
 from timm_ghn.orthogonalization import weight_layers
+from timm_ghn.seeding import derived_seed
 from timm_ghn.trace.capture import Trace, capture
 
 _SUMS = {"add"}

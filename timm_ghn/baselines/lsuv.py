@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.deferred import derived_seed
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor_
+from timm_ghn.seeding import derived_seed
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _LARGEST_ERROR = 0.1

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.deferred import derived_seed
+from timm_ghn.seeding import derived_seed
 
 QUERY_KEY = (0.7, 0.7)
 """alpha and beta of `W_q W_k^T`."""

@@ -9,9 +9,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_ghn.deferred import derived_seed
 from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.data import Task
+from timm_ghn.seeding import derived_seed
 from timm_ghn.training.data import ImageSet
 
 

@@ -11,12 +11,12 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from timm_ghn.deferred import derived_seed, seeded
 from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.stem import adjust_stem
 from timm_ghn.ghn import content_hash, default_ghn, load_ghn
 from timm_ghn.initialize.model import init_model
+from timm_ghn.seeding import derived_seed, seeded
 from timm_ghn.settings import METHODS, Init, Source
 from timm_ghn.storage.paths import file_sha256
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_ghn.deferred import derived_seed, seeded
 from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.batches import DeviceImages, epoch_picks
 from timm_ghn.finetune.config import FineTuneConfig, learning_rate
 from timm_ghn.finetune.data import Task
 from timm_ghn.finetune.network import Network
 from timm_ghn.finetune.steps import CapturedStep, EagerStep, Step, forward, make_optimizer, set_learning_rate
+from timm_ghn.seeding import derived_seed, seeded
 from timm_ghn.storage.atomic import write_atomically
 
 _EVALUATION_BATCH = 500

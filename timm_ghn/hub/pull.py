@@ -17,7 +17,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from timm_ghn.deferred import DeferredRandom, seeded
+from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import CheckpointError, DownloadError, HubUnreachableError, InitError
 from timm_ghn.hub.client import (
     PREFIX,
@@ -128,7 +128,7 @@ def create_from_hub(build: Callable[[], nn.Module], source: str, name: str) -> t
         raise InitError(f"{snapshot} has weights of {manifest.architecture}, not of {architecture}")
     pulled = pull(snapshot, manifest)
     deferred = DeferredRandom(int(manifest.provenance["seed"]))
-    with seeded(int(manifest.provenance["seed"])), deferred:
+    with deferred:
         model = build()
     kept = _check_fit(model, pulled)
     fill(model, pulled, deferred, skip=kept)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.deferred import DeferredRandom, derived_seed
+from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import Prediction
 from timm_ghn.initialize.plan import Plan
@@ -20,6 +20,7 @@ from timm_ghn.initialize.provenance import Facts
 from timm_ghn.initialize.report import Status
 from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_many, single_threaded, weight_layers
 from timm_ghn.scale.rule import bounded, gaining_norms
+from timm_ghn.seeding import derived_seed
 
 Finished = Callable[[str, Prediction | None], None]
 """Called once for each parameter when it is final: its name, and what it was tiled from if nothing followed that."""

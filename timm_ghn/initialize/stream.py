@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_ghn.deferred import DeferredRandom, ReplayedRandom, seeded, storage_id
+from timm_ghn.deferred import DeferredRandom, ReplayedRandom, storage_id
 from timm_ghn.errors import InitError
 from timm_ghn.initialize.fill import fill_generated, fill_others
 from timm_ghn.initialize.memory import LazyMemory
@@ -76,8 +76,8 @@ def init_to_folder(
     if settings.spec.source is Source.BASELINE:
         raise InitError(f"{settings.method} needs the whole model in memory: timm.create_model(..., init=...) makes it")
     is_random = settings.spec.source is Source.TIMM
-    deferred = ReplayedRandom(memory.forget) if is_random else DeferredRandom(settings.seed)
-    with torch.device("cpu"), seeded(settings.seed), deferred, memory:
+    deferred = ReplayedRandom(settings.seed, memory.forget) if is_random else DeferredRandom(settings.seed)
+    with torch.device("cpu"), deferred, memory:
         model = build()
     hypernetwork = find_hypernetwork(settings)
     plan = make_plan(model, settings, hypernetwork, input_size=input_size_of(model, kwargs), deferred=deferred)

@@ -10,7 +10,7 @@ from timm_ghn.orthogonalization.layers import (
     resolve_start_layer,
     weight_layers,
 )
-from timm_ghn.orthogonalization.noise import Correlation, correlation_std, layer_generator
+from timm_ghn.orthogonalization.noise import correlation_std, layer_generator
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor
 from timm_ghn.orthogonalization.run import (
     PostProcess,
@@ -21,6 +21,7 @@ from timm_ghn.orthogonalization.run import (
     selected_layers,
     single_threaded,
 )
+from timm_ghn.settings import Correlation
 
 __all__ = [
     "Correlation",

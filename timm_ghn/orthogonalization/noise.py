@@ -6,18 +6,15 @@ observations, and `Z` its rows, centred and scaled to norm 1, so that `r = Z Z^T
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from timm_ghn.orthogonalization.orthogonal import TILE, checked_scales, wide_dtype
-
-Correlation = Literal["paper", "ppuda"]
-"""What Eq. 1 correlates: the `K` channels (the paper), or the `max(K, D)` rows of the tall matrix (ppuda's code)."""
+from timm_ghn.seeding import seed_of
+from timm_ghn.settings import Correlation
 
 _GRAM_BLOCK = 128
 _DRAWN = 1 << 15
@@ -36,8 +33,7 @@ def layer_generator(seed: int, layer: int, shape: Sequence[int], expert: int = 0
         expert: Which kernel of a mixture it is, from 0.
     """
     key = f"timm-ghn noise seed={seed} layer={layer} shape={tuple(shape)}" + (f" expert={expert}" if expert else "")
-    digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator("cpu").manual_seed(seed_of(key, "big"))
 
 
 def add_noise_(

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from timm_ghn.errors import InitError
 from timm_ghn.orthogonalization.layers import WeightLayer, resolve_start_layer, weight_layers
-from timm_ghn.orthogonalization.noise import Correlation, add_noise_
+from timm_ghn.orthogonalization.noise import add_noise_
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor_, wide_dtype
+from timm_ghn.settings import Correlation, check_choice, check_noise, check_seed
 
 Progress = Callable[[int, int, str], None]
 """Called after each layer with the number of finished layers, their total, and the name of the parameter."""
@@ -50,16 +50,11 @@ class PostProcess:
         Raises:
             InitError: A setting has the wrong type or lies outside of its range.
         """
-        if isinstance(self.noise, bool) or not isinstance(self.noise, (int, float)):
-            raise InitError(f"noise={self.noise!r}: expected a number, beta of Eq. 1, such as 3e-5")
-        if not math.isfinite(self.noise) or self.noise < 0:
-            raise InitError(f"noise={self.noise!r}: expected a finite number from 0 on")
+        check_noise(self.noise)
+        check_seed(self.seed)
+        check_choice("correlation", self.correlation, Correlation)
         if not isinstance(self.orthogonal, bool):
             raise InitError(f"orthogonal={self.orthogonal!r}: expected True or False")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise InitError(f"seed={self.seed!r}: expected an integer")
-        if self.correlation not in get_args(Correlation):
-            raise InitError(f"correlation={self.correlation!r}: expected one of {get_args(Correlation)}")
 
 
 def postprocess_tensor(weight: Tensor, layer: WeightLayer, settings: PostProcess, *, in_place: bool = False) -> Tensor:

@@ -14,7 +14,6 @@ import timm
 import torch
 from torch import nn
 
-from timm_ghn.deferred import seeded
 from timm_ghn.diagnosis.activations import Activations as Measured
 from timm_ghn.diagnosis.activations import BlockRatio, activation_ratio, keeps_statistics, measure_activations
 from timm_ghn.diagnosis.coverage.clock import Clock, ClockedGHN
@@ -39,6 +38,7 @@ from timm_ghn.graph import Graph, capture, condense
 from timm_ghn.hook import install, report_of
 from timm_ghn.initialize.report import Report, Status
 from timm_ghn.orthogonalization import resolve_start_layer, selected_layers, weight_layers
+from timm_ghn.seeding import seeded
 from timm_ghn.settings import Init
 from timm_ghn.trace.capture import input_sizes
 from timm_ghn.trace.meta import build_on_meta
