@@ -19,9 +19,9 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from zoo_survey.activations import Activations, activation_ratio, measure_activations
 
 import timm_ghn
-from timm_ghn.diagnosis.activations import Activations, activation_ratio, measure_activations
 from timm_ghn.errors import CaptureError
 
 BANDS = (10, 30)

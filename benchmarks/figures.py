@@ -2,7 +2,7 @@
 
     python benchmarks/figures.py tables --results results                    # tables 1 and 2 as Markdown
     python benchmarks/figures.py curves --results results --out docs/curves  # figure 4: training and test curves
-    python benchmarks/figures.py steps --runs docs/results-small.jsonl --bundled-steps 8531 --out docs/steps
+    python benchmarks/figures.py steps --runs benchmarks/results/results-small.jsonl --out docs/steps
     python benchmarks/figures.py correlations --models resnet50 convnext_base --out docs/correlations   # figure 2
     python benchmarks/figures.py graphs --models resnet50 convnext_base --out docs/graphs               # figure 3
     python benchmarks/figures.py embeddings --count 200 --data ../shared/data/tinyimagenet32 --out docs/embeddings

@@ -34,6 +34,7 @@ from typing import Any
 import timm
 import torch
 from tqdm import tqdm
+from zoo_survey.names import module_of
 
 from timm_ghn.cli.common import exit_status
 from timm_ghn.errors import FineTuneError
@@ -290,7 +291,7 @@ def table(cells: Cells, inits: Sequence[str], quick: bool) -> str:
         runs = [run for cell in own for run in cell.runs.values()]
         entries = [_entry(cells.get((model, init)), quick) for init in inits]
         gain = f"{statistics.fmean(ordered[model]):+.1f} ± {spread(ordered[model]):.1f}" if model in ordered else "-"
-        module = timm.model_entrypoint(model).__module__.rpartition(".")[2]
+        module = module_of(model)
         seconds = statistics.median(run.seconds for run in runs)
         lines.append(f"| {module} | {model} | {runs[0].parameters / 1e6:.1f} | {seconds:.0f} | {' | '.join(entries)} | "
                      f"{gain} |")  # fmt: skip

@@ -21,14 +21,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import zoo_peers
 from tqdm import tqdm
+from zoo_survey import peers as zoo_peers
+from zoo_survey.examine import Settings
+from zoo_survey.pool import Limits
+from zoo_survey.records import Entry, Stage, collect
+from zoo_survey.results import Results, RunInfo, open_results, read_results, without_failures
+from zoo_survey.survey import Plan, skipped, survey
+from zoo_survey.table import markdown
 
-from timm_ghn.diagnosis.coverage import Entry, Settings, Stage, collect, select_names
-from timm_ghn.diagnosis.coverage.pool import Limits
-from timm_ghn.diagnosis.coverage.results import Results, RunInfo, open_results, read_results, without_failures
-from timm_ghn.diagnosis.coverage.survey import Plan, skipped, survey
-from timm_ghn.diagnosis.coverage.table import markdown
+from timm_ghn.cli.coverage import select_names
 from timm_ghn.errors import TimmGhnError
 from timm_ghn.storage.atomic import write_atomically
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from zoo_survey.activations import Activations, BlockActivation, activation_ratio, measure_activations
 
-from timm_ghn.diagnosis.activations import Activations, BlockActivation, activation_ratio, measure_activations
 from timm_ghn.errors import CaptureError, InitError
 
 

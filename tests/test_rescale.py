@@ -14,10 +14,10 @@ from ghn_reference import seeded_ghn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from zoo_survey.activations import activation_ratio, measure_activations
 
 import timm_ghn
 from timm_ghn.deferred import DeferredRandom
-from timm_ghn.diagnosis.activations import activation_ratio, measure_activations
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, Prediction, load_ghn
 from timm_ghn.graph import Layout, Role, Target, capture, to_graph

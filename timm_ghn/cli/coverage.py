@@ -1,106 +1,88 @@
-"""`timm-ghn coverage`: what works for models of timm, how well, and how long it takes."""
+"""`timm-ghn coverage`: for which models of timm how much is predicted."""
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
-import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from timm_ghn.cli.common import FAILED
 from timm_ghn.errors import CommandError
-from timm_ghn.text import table
+from timm_ghn.text import did_you_mean, table
 
 if TYPE_CHECKING:
     from timm_ghn.diagnosis.coverage import Coverage
 
-HELP = "try models of timm: graph, predicted share, activations, time"
-_NONE = "-"
-_COLUMNS = (
-    "model", "parameters", "nodes", "edges", "predicted", "orthogonalized", "L", "graph s", "init s", "timm s",
-    "activations",
-)  # fmt: skip
+HELP = "how much of each of these models of timm is predicted"
+_COLUMNS = ("model", "parameters", "nodes", "predicted", "orthogonalized", "L", "mostly kept")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments and the handler."""
+    parser.description = (
+        "Reads the graph of each model, without weights and without a GHN. Predicted: share of the parameters, for a "
+        "GHN of the model's number of classes; any other GHN keeps the classifier."
+    )
     parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="names of timm models, with * and ?")
-    parser.add_argument("--json", action="store_true", help="print JSON, everything that was found out")
-    parser.add_argument("--graph-only", action="store_true", help="leave the weights out: only graphs, without memory")
-    parser.add_argument("--ghn", help="name, path or hf-hub:organization/name of a GHN")
-    parser.add_argument("--jobs", type=int, default=1, help="models at a time (default: 1)")
-    parser.add_argument("--memory", type=float, default=8.0, metavar="GIB", help="GiB for weights (default: 8)")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for a model (default: 600)")
+    parser.add_argument("--json", action="store_true", help="print JSON, with all reasons why parameters are kept")
     parser.set_defaults(handler=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Try the models, each in a process of its own, and print what was found out."""
+    """Print a row for each model; what fails is named below, and makes the exit status 2."""
     from tqdm import tqdm
 
-    from timm_ghn.diagnosis.coverage import Settings, collect, select_names
-    from timm_ghn.diagnosis.coverage.pool import Limits
-    from timm_ghn.diagnosis.coverage.survey import Plan, skipped, survey
+    from timm_ghn.diagnosis.coverage import coverage_of
 
-    if args.jobs < 1 or args.memory <= 0 or args.timeout <= 0:
-        raise CommandError("--jobs, --memory and --timeout have to be positive")
-    names = select_names(args.patterns)
-    limits = Limits(args.jobs, int(args.memory * 2**30), args.timeout)
-    plan = Plan(Settings(args.ghn or _default_ghn()), limits, graph_only=args.graph_only)
-    steps = len(names) * (1 if args.graph_only else 2)
-    entries = list(tqdm(survey(names, plan), "trying", steps, unit="step", leave=False, delay=2, disable=None))
-    models = collect(entries, skipped(entries, plan))
-    print(json.dumps([model.to_dict() for model in models], indent=2) if args.json else "\n".join(_lines(models)))
-    return 0
-
-
-def _default_ghn() -> str:
-    """Name or path of the GHN that `init=` uses; found out once, not in every process."""
-    from timm_ghn.ghn import default_ghn
-    from timm_ghn.ghn.registry import BUNDLED, DEFAULT_VARIABLE
-
-    chosen = os.environ.get(DEFAULT_VARIABLE)
-    if chosen:
-        return chosen
-    info = default_ghn().info
-    return BUNDLED if info is None else info.name
+    found: list[Coverage] = []
+    failures: dict[str, str] = {}
+    for name in tqdm(select_names(args.patterns), unit="model", leave=False, delay=2, disable=None):
+        try:
+            found.append(coverage_of(name))
+        except Exception as error:  # noqa: BLE001 - constructors and forward passes of models raise anything
+            failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if args.json:
+        print(json.dumps({"models": [asdict(model) for model in found], "failures": failures}, indent=2))
+    else:
+        print("\n".join(table(_COLUMNS, [_row(model) for model in found])))
+        print("".join(f"{name} failed: {reason}\n" for name, reason in failures.items()), end="")
+    return FAILED if failures else 0
 
 
-def _lines(models: Sequence[Coverage]) -> list[str]:
-    lines = table(_COLUMNS, [_row(model) for model in models])
-    notes = [f"{model.name}: {item.error} ({item.step}): {item.message}" for model in models for item in model.failures]
-    notes += [f"{model.name}: graph only, {model.skipped}" for model in models if _is_too_large(model)]
-    return [*lines, "", *notes] if notes else lines
+def select_names(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Names of `timm.list_models()` that match one of the patterns, each once, in the order of the patterns.
 
+    Args:
+        patterns: Names, or patterns with `*`, `?` and `[...]`; a pattern without wildcards is a whole name. None at
+            all stands for every model.
 
-def _is_too_large(model: Coverage) -> bool:
-    return model.graph is not None and model.skipped.startswith("needs")
+    Raises:
+        CommandError: If a pattern matches nothing; the message names close matches.
+    """
+    import timm
+
+    known: list[str] = timm.list_models()
+    found: dict[str, None] = {}
+    for pattern in patterns or ("*",):
+        matches = fnmatch.filter(known, pattern)
+        if not matches:
+            hint = did_you_mean(pattern.strip("*?"), known) or "; `*` stands for any letters, as in 'resnet*'"
+            raise CommandError(f"timm has no model {pattern!r}{hint}")
+        found.update(dict.fromkeys(matches))
+    return tuple(found)
 
 
 def _row(model: Coverage) -> tuple[str, ...]:
-    graph, init = model.graph, model.init
-    if graph is None:
-        return model.name, *[_NONE] * (len(_COLUMNS) - 1)
-    row = (
+    reason, size = next(iter(model.kept.items()), ("", 0))
+    return (
         model.name,
-        f"{graph.parameters:,}",
-        f"{graph.nodes:,}",
-        f"{graph.edges:,}",
-        f"{graph.predictable_share:.2%}",
-        f"{graph.orthogonalized_share:.2%}",
-        f"{graph.start_layer}/{graph.layers}",
-        f"{graph.seconds.graph:.2f}",
+        f"{model.parameters:,}",
+        f"{model.nodes:,}",
+        f"{model.predicted / max(model.parameters, 1):.2%}",
+        f"{model.orthogonalized / max(model.parameters, 1):.2%}",
+        f"{model.start_layer}/{model.layers}",
+        f"{reason} ({size:,})" if reason else "-",
     )
-    if init is None:
-        return *row, *[_NONE] * 3
-    return *row, f"{init.seconds.total:.2f}", f"{init.seconds.timm:.2f}", _activations(model)
-
-
-def _activations(model: Coverage) -> str:
-    """Smallest and largest ratio to those with timm's own weights."""
-    found = model.init.activations if model.init is not None else None
-    if found is None:
-        return _NONE
-    if not found.finite:
-        return "not finite"
-    return _NONE if found.low is None or found.high is None else f"x {found.low.ratio:.2g} to {found.high.ratio:.2g}"

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision import datasets
 
-from timm_ghn.deferred import derived_seed
 from timm_ghn.errors import FineTuneError, TrainingError
 from timm_ghn.finetune.config import VALIDATION_IMAGES, FineTuneConfig
+from timm_ghn.seeding import derived_seed
 from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.storage.paths import cache_directory
 from timm_ghn.training.data import ImageSet, from_dataset, load_folder, load_shards, split

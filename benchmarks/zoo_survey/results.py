@@ -19,9 +19,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from timm_ghn._version import __version__
-from timm_ghn.diagnosis.coverage.examine import Settings
-from timm_ghn.diagnosis.coverage.records import Entry
 from timm_ghn.errors import TimmGhnError
+from zoo_survey.examine import Settings
+from zoo_survey.records import Entry
 
 _logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ warnings.simplefilter("ignore")
 
 import torch  # noqa: E402
 
-from timm_ghn.diagnosis.coverage.examine import examine  # noqa: E402
+from zoo_survey.examine import examine  # noqa: E402
 
 torch.set_num_threads(1)
 for _name in ("test_vit2", "test_resnet"):

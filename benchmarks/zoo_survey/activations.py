@@ -75,11 +75,6 @@ class Activations:
         """Standard deviation of the logits."""
         return self.logits.std
 
-    @property
-    def features_std(self) -> float:
-        """Standard deviation of the features; NaN if there are none."""
-        return math.nan if self.features is None else self.features.std
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible form."""
         return {"finite": self.finite, **asdict(self)}

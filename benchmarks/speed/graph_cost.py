@@ -1,6 +1,6 @@
 """How the cost of a graph grows with the number of its nodes, for deeper and deeper variants of timm's models.
 
-    python benchmarks/graph_cost.py --repeats 3 --out benchmarks/results/graph_cost.md
+    python benchmarks/speed/graph_cost.py --repeats 3 --out benchmarks/results/graph_cost.md
 
 Each family is a class of timm with as many blocks as the wanted number of nodes takes. The steps are timed one by one:
 the recorded forward pass, the condensation to the vocabulary, the distances of all pairs of nodes up to 50 hops, and

@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from timm_ghn.diagnosis.coverage.examine import Settings, examine_graph, examine_init, memory_needed, reason_to_skip
-from timm_ghn.diagnosis.coverage.pool import Limits, Task, run
-from timm_ghn.diagnosis.coverage.records import Entry, GraphFacts, Stage
+from zoo_survey.examine import Settings, examine_graph, examine_init, memory_needed, reason_to_skip
+from zoo_survey.pool import Limits, Task, run
+from zoo_survey.records import Entry, GraphFacts, Stage
 
 GRAPH_MEMORY = 2**29
 """Bytes that a graph takes, at most: for the 6.7e9 parameters of vit_7b_patch16_dinov3 it is a tenth."""

@@ -1,8 +1,8 @@
 """Time and memory of `timm.create_model` with and without `init='ghn-orth'`, in one run.
 
-    python benchmarks/init_speed.py                        # convnext_base, resnet50, vit_base_patch16_224
-    python benchmarks/init_speed.py --models resnet18 --repeats 9 --json out.json
-    python benchmarks/init_speed.py --ppuda                # also ppuda on torchvision's twins, where it is importable
+    python benchmarks/speed/init_speed.py                        # convnext_base, resnet50, vit_base_patch16_224
+    python benchmarks/speed/init_speed.py --models resnet18 --repeats 9 --json out.json
+    python benchmarks/speed/init_speed.py --ppuda                # also ppuda, where it is importable
 
 Every repeat times all variants in turn in one process (plain, ghn-orth with an empty cache, ghn-orth from the cache),
 so that ratios are taken between neighbours; medians are reported. Peak memory is that of a fresh process that creates

@@ -14,11 +14,22 @@ import timm
 import torch
 from torch import nn
 
-from timm_ghn.diagnosis.activations import Activations as Measured
-from timm_ghn.diagnosis.activations import BlockRatio, activation_ratio, keeps_statistics, measure_activations
-from timm_ghn.diagnosis.coverage.clock import Clock, ClockedGHN
-from timm_ghn.diagnosis.coverage.flops import multiplications
-from timm_ghn.diagnosis.coverage.records import (
+from timm_ghn.ghn import GHN, default_ghn, load_ghn
+from timm_ghn.graph import Graph, capture, condense
+from timm_ghn.hook import install, report_of
+from timm_ghn.initialize.report import Report, Status
+from timm_ghn.orthogonalization import resolve_start_layer, selected_layers, weight_layers
+from timm_ghn.seeding import seeded
+from timm_ghn.settings import Init
+from timm_ghn.trace.capture import input_sizes
+from timm_ghn.trace.meta import build_on_meta
+from timm_ghn.trace.records import Trace
+from zoo_survey.activations import Activations as Measured
+from zoo_survey.activations import BlockRatio, activation_ratio, keeps_statistics, measure_activations
+from zoo_survey.clock import Clock, ClockedGHN
+from zoo_survey.flops import multiplications
+from zoo_survey.names import module_of
+from zoo_survey.records import (
     Activations,
     Coverage,
     Entry,
@@ -32,17 +43,6 @@ from timm_ghn.diagnosis.coverage.records import (
     Share,
     Stage,
 )
-from timm_ghn.diagnosis.coverage.select import module_of
-from timm_ghn.ghn import GHN, default_ghn, load_ghn
-from timm_ghn.graph import Graph, capture, condense
-from timm_ghn.hook import install, report_of
-from timm_ghn.initialize.report import Report, Status
-from timm_ghn.orthogonalization import resolve_start_layer, selected_layers, weight_layers
-from timm_ghn.seeding import seeded
-from timm_ghn.settings import Init
-from timm_ghn.trace.capture import input_sizes
-from timm_ghn.trace.meta import build_on_meta
-from timm_ghn.trace.records import Trace
 
 MEMORY = 8 * 2**30
 """Bytes that may be used for the weights of models at the same time."""
@@ -215,7 +215,7 @@ def _init_facts(name: str, settings: Settings, size: tuple[int, ...] | None, clo
         expected = _activations(reference, size, settings.seed)
     del reference
     gc.collect()
-    model, report, seconds = _initialized(name, settings, clock)
+    model, report, seconds = initialized(name, settings, clock)
     with clock.step("activations"):
         activations = _compare(model, expected, size, settings.seed)
     seconds["activations"] = clock["activations"] + clock["activations of timm's weights"]
@@ -233,7 +233,7 @@ def _init_facts(name: str, settings: Settings, size: tuple[int, ...] | None, clo
 _PREDICTED = (Status.PREDICTED, Status.PREDICTED_ORTHOGONALIZED)
 
 
-def _initialized(name: str, settings: Settings, clock: Clock) -> tuple[nn.Module, Report, dict[str, float]]:
+def initialized(name: str, settings: Settings, clock: Clock) -> tuple[nn.Module, Report, dict[str, float]]:
     """A model as a user gets it, what it got, and the seconds of each step up to there."""
     install()
     ghn = ClockedGHN(_ghn(settings.ghn), clock, after="postprocess")

@@ -7,8 +7,9 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from timm_ghn.diagnosis.activations import log_distance
-from timm_ghn.diagnosis.coverage.records import (
+from timm_ghn.graph.condense import TIED
+from zoo_survey.activations import log_distance
+from zoo_survey.records import (
     Activations,
     Coverage,
     Entry,
@@ -18,8 +19,7 @@ from timm_ghn.diagnosis.coverage.records import (
     PeerFacts,
     Stage,
 )
-from timm_ghn.diagnosis.coverage.results import RunInfo
-from timm_ghn.graph.condense import TIED
+from zoo_survey.results import RunInfo
 
 LISTED = 10
 """Models in a list of the worst ones."""

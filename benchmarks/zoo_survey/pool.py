@@ -15,10 +15,10 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from timm_ghn.diagnosis.coverage.records import Entry, Failure, Stage
-from timm_ghn.diagnosis.coverage.select import module_of
+from zoo_survey.names import module_of
+from zoo_survey.records import Entry, Failure, Stage
 
-PRELOAD = "timm_ghn.diagnosis.coverage._warm"
+PRELOAD = "zoo_survey.warm"
 _POLL_SECONDS = 1.0
 _HEADROOM = 2 * 2**30
 
@@ -95,6 +95,9 @@ def run(tasks: Sequence[Task], limits: Limits = Limits()) -> Iterator[Entry]:
 
 def _context() -> BaseContext:
     """Processes that are forked from a server which has imported everything, where the system can do that."""
+    here = str(Path(__file__).parent.parent)  # the server imports what it is told to from there
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([here, *known]))
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOAD])

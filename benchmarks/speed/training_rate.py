@@ -1,7 +1,7 @@
 """How fast a GHN is trained, and where the time of a step goes.
 
-    python benchmarks/training_rate.py --images tiny-imagenet-200/train --out rate
-    python benchmarks/training_rate.py --images tiny-imagenet-200/train --out rate --device cuda --amp --compile
+    python benchmarks/speed/training_rate.py --images tiny-imagenet-200/train --out rate
+    python benchmarks/speed/training_rate.py --images tiny-imagenet-200/train --out rate --device cuda --amp --compile
 
 All arguments of `timm-ghn train` are understood; --out keeps the drawn architectures for the next time. Measured are
 the steps after the first few, at --from-step of the schedules (default: where all architectures are in use). The time

@@ -1,6 +1,6 @@
 """Compares `orthogonal_factor` with LAPACK's QR on the weights of a network, tiled as predicted, plus noise.
 
-    python benchmarks/qr.py [--model convnext_base] [--start-layer L] [--repeats 5]
+    python benchmarks/speed/qr.py [--model convnext_base] [--start-layer L] [--repeats 5]
 
 For each shape from layer L on: median CPU seconds of one thread (both methods in turn, so that other load on the
 machine strikes both), their ratio, the largest entry of `Q^T Q - I`, and how far both lie from QR in float64. Below,

@@ -5,7 +5,7 @@
 
 Both get a hypernetwork of the published size with random weights, since only graph and prediction are of interest, and
 are told the model's input size. They print, change what they are given and can take minutes, so each model is to be
-tried in a process of its own (`timm_ghn.diagnosis.coverage.pool`).
+tried in a process of its own (`zoo_survey.pool`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 
 from torch import nn
 
-from timm_ghn.diagnosis.coverage import Entry, Failure, PeerFacts, Stage, module_of
 from timm_ghn.errors import MissingDependencyError
+from zoo_survey.names import module_of
+from zoo_survey.records import Entry, Failure, PeerFacts, Stage
 
 
 def ppuda_hypernetwork() -> nn.Module:

@@ -190,7 +190,7 @@ class Extreme:
 class Activations:
     """Activations after the initialization, relative to those with timm's own weights and the same noise images.
 
-    Ratios are those of `timm_ghn.diagnosis.activations`: root mean squares of what blocks return, where norm layers use
+    Ratios are those of `activations`: root mean squares of what blocks return, where norm layers use
     the statistics of the batch as in training.
 
     Attributes:

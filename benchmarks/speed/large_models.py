@@ -1,8 +1,8 @@
 """Time and peak memory of writing initialized models to disk without holding them.
 
-    python benchmarks/large_models.py                                   # vit_gigantic_patch14_224 in bfloat16
-    python benchmarks/large_models.py --models vit_7b_patch16_dinov3 --dtype bfloat16 --out /tmp/large
-    python benchmarks/large_models.py --models convnext_base --dtype float32 --json out.json
+    python benchmarks/speed/large_models.py                                   # vit_gigantic_patch14_224 in bfloat16
+    python benchmarks/speed/large_models.py --models vit_7b_patch16_dinov3 --dtype bfloat16 --out /tmp/large
+    python benchmarks/speed/large_models.py --models convnext_base --dtype float32 --json out.json
 
 Every model is made in a process of its own, and its files are deleted afterwards. The peak is that of resident memory,
 over what the process has after it has imported timm, torch and this package. Weights come from the bundled GHN unless
