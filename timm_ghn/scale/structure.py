@@ -11,22 +11,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
-from timm_ghn.graph.facts import (
-    ADDED_PRODUCTS,
-    CONVOLUTIONS,
-    MULTIPLICATIONS,
-    PRODUCTS,
-    TRANSPOSED_CONVOLUTIONS,
-    Facts,
-    find_facts,
-    operands,
-)
-from timm_ghn.graph.norms import keeps_values
+from timm_ghn.graph.analyses import Analyses
+from timm_ghn.graph.norms import Stage
 from timm_ghn.scale.rule import MAX_AFFINE_CHAIN, MAX_CHAIN, MAX_POWER, Structure
+from timm_ghn.trace.operations import TABLE, Kind, kind_of, operands
 from timm_ghn.trace.records import Operation, Trace, Value
 
-_NORMS = {"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"}
-_LAYERS = {"linear", *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *PRODUCTS, *ADDED_PRODUCTS}
+
+def _named(*kinds: Kind) -> set[str]:
+    return {name for name, row in TABLE.items() if row.kind in kinds}
+
+
+MULTIPLICATIONS = _named(Kind.MULTIPLICATION)
+_NORMS = _named(Kind.NORM)
+_LAYERS = _named(Kind.CONVOLUTION, Kind.LINEAR, Kind.PRODUCT)
 _SUMS = {"add"}
 _GATES = {*MULTIPLICATIONS, "div", "addcmul"}
 _STANDARDIZATIONS = {*_NORMS, "std", "var", "std_mean", "var_mean", "norm", "vector_norm", "normalize"}
@@ -48,7 +46,7 @@ def _unknown(_: str) -> float | None:
     return None
 
 
-def find_structure(trace: Trace, start: Start = _unknown, *, facts: Facts | None = None) -> Structure:
+def find_structure(trace: Trace, start: Start = _unknown, *, analyses: Analyses | None = None) -> Structure:
     """Read residual streams, products of activations and chains without norms from a recorded forward pass.
 
     Args:
@@ -56,7 +54,7 @@ def find_structure(trace: Trace, start: Start = _unknown, *, facts: Facts | None
         start: Starting values of the parameters that are kept. Learned scales of unknown size count as small.
         facts: What `find_facts` says of it, where that is known already.
     """
-    streams = _Streams(trace, facts or find_facts(trace), start)
+    streams = _Streams(trace, analyses or Analyses(trace), start)
     for operation in trace.operations:
         streams.add(operation)
     return streams.structure()
@@ -147,7 +145,7 @@ class _Streams:
     """Follows the values of a forward pass in the order of the operations."""
 
     trace: Trace
-    facts: Facts
+    facts: Analyses
     start: Start
     _paths: dict[int, _Path] = field(default_factory=dict)
     _origins: dict[int, frozenset[int]] = field(default_factory=dict)  # parameters of values without data
@@ -205,7 +203,7 @@ class _Streams:
         for output in operation.outputs:
             self._origins[output.index] = learned
             source = self._views.get(operation.inputs[0].index) if operation.inputs else None
-            if source is not None and keeps_values(operation):
+            if source is not None and kind_of(operation) is Kind.VIEW:
                 self._views[output.index] = source
 
     def _next(self, operation: Operation, data: Sequence[_Path], learned: frozenset[int]) -> _Path:
@@ -241,8 +239,9 @@ class _Streams:
 
     def _is_spelled_norm(self, operation: Operation) -> bool:
         """Whether it is the division by a statistic of the activations that ends a norm layer without a function."""
-        is_normalized = self.facts.of(operation.outputs[0]).normalized is not None
-        return is_normalized and not keeps_values(operation)
+        norm = self.facts.norms.get(operation.outputs[0].index)
+        is_normalized = norm is not None and norm.stage is Stage.NORMALIZED
+        return is_normalized and kind_of(operation) is not Kind.VIEW
 
     def _start(self, operation: Operation) -> float | None:
         """The size of the learned scale that an operation multiplies with, as far as is known."""
