@@ -163,7 +163,7 @@ class _Builder:
         if kind is Kind.CONCATENATION:
             self._explain(operation, _LEARNED_TOKEN)
             return self._join(Op.CONCAT, sources)
-        if kind in (Kind.SUM, Kind.OTHER_SUM):
+        if kind in (Kind.SUM, Kind.SCALED_SUM, Kind.OTHER_SUM):
             return self._sum(operation, sources)
         is_scale = kind in (Kind.MULTIPLICATION, Kind.DIVISION)
         no_word = f"used by {operation.name}, which the graph vocabulary has no word for"

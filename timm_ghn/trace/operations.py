@@ -28,8 +28,10 @@ class Kind(Enum):
     NORM = auto()
     """Normalization by a statistic of the activations, then an elementwise weight and bias."""
     SUM = auto()
+    SCALED_SUM = auto()
+    """A sum with an elementwise product."""
     OTHER_SUM = auto()
-    """Sums of another form: a difference, a scaled or indexed addition."""
+    """A sum of another form: a difference, or an addition to some places."""
     CONCATENATION = auto()
     MULTIPLICATION = auto()
     DIVISION = auto()
@@ -113,7 +115,8 @@ TABLE: Mapping[str, Row] = {
     **_rows(Row(Kind.NORM, weight=2, is_per_position=True, is_spread=True, is_bounded=True), "layer_norm", "rms_norm"),
     # Elementwise operations on several operands.
     "add": Row(Kind.SUM),
-    **_rows(Row(Kind.OTHER_SUM), "sub", "addcmul", "index_add"),
+    "addcmul": Row(Kind.SCALED_SUM),
+    **_rows(Row(Kind.OTHER_SUM), "sub", "index_add"),
     **_rows(Row(Kind.CONCATENATION), "cat", "concat", "concatenate", "stack", "hstack", "vstack"),
     **_rows(Row(Kind.MULTIPLICATION), "mul", "multiply"),
     "div": Row(Kind.DIVISION),
