@@ -31,10 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from class_parts import part_of
 from safetensors.torch import save
 
 import timm_ghn
 from timm_ghn.cli.common import exit_status, key_value
+from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune import (
     Benchmark,
     Execution,
@@ -45,7 +47,6 @@ from timm_ghn.finetune import (
     RunResult,
     compare,
     load_benchmark,
-    part_of,
     run_jobs,
     spread,
     summarize,
@@ -259,8 +260,8 @@ def accuracies(results: Sequence[RunResult]) -> list[tuple[float, float]]:
     found = []
     for mark in marks(results[0].config.epochs):
         values = [100 * point.accuracy for result in results for point in result.curve
-                  if point.epoch == mark and point.accuracy is not None]  # fmt: skip
-        found.append((statistics.fmean(values), spread(values)))
+                  if point.epoch == mark and point.accuracy is not None and not result.diverged]  # fmt: skip
+        found.append((statistics.fmean(values), spread(values)) if values else (math.nan, 0.0))
     return found
 
 
@@ -269,6 +270,8 @@ def print_tables(bench: Bench) -> None:
     found = {line: results for line, results in bench.lines().items() if results[0].config.epochs == bench.args.epochs}
     places = sorted(found, key=lambda line: (TASKS.index(line.task), line.model, *place(line.init, line.ghn)))
     lines = {line: found[line] for line in places}
+    if not lines:
+        raise FineTuneError(f"{bench.store.folder} has no finished lines of {bench.args.epochs} epochs")
     print(HEADER)
     for line in lines:
         print(row(line, {**references(lines, line), line.init: lines[line]}))

@@ -27,6 +27,7 @@ from typing import Any
 
 import timm
 import torch
+from presets import PRESETS
 from torch import Tensor, nn
 
 import timm_ghn
@@ -34,7 +35,6 @@ from timm_ghn import drawing
 from timm_ghn.cli.common import exit_status
 from timm_ghn.errors import FineTuneError, MissingDependencyError
 from timm_ghn.finetune import ResultStore, RunResult, Summary, compare, load_benchmark, spread, summarize
-from timm_ghn.finetune.config import PRESETS
 from timm_ghn.ghn import GHN, default_ghn, load_ghn
 from timm_ghn.graph import to_graph
 from timm_ghn.orthogonalization import weight_layers

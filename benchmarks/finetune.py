@@ -23,25 +23,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from class_parts import part_of
+from presets import PRESETS
+from throughput import measure_throughput
 
 from timm_ghn.cli.common import add_model_kwargs, exit_status
 from timm_ghn.finetune import (
-    PRESETS,
     Execution,
     FineTuneConfig,
     Grid,
     Job,
     ResultStore,
     load_benchmark,
-    part_of,
     run_jobs,
     tune,
 )
 from timm_ghn.finetune.data import DATASETS, make_task
 from timm_ghn.finetune.experiment import explained_memory
-from timm_ghn.finetune.measure import measure_throughput
 from timm_ghn.finetune.network import check_init
-from timm_ghn.finetune.results import compare, markdown_table, summarize
+from timm_ghn.finetune.results import accuracy_table, compare, summarize
 
 INITS = ("rand", "orth", "ghn", "ghn-orth")
 _SETTINGS: tuple[tuple[str, type, str], ...] = (
@@ -88,7 +88,9 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--optimizer", choices=("sgd", "adamw"))
     how.add_argument("--normalization", choices=("auto", "data", "imagenet"))
     how.add_argument("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA")
-    how.add_argument("--seeds", type=int, nargs="+", default=[5], help="how many, or which (default: 0 1 2 3 4)")
+    seeds = how.add_mutually_exclusive_group()
+    seeds.add_argument("--num-seeds", type=int, default=5, metavar="N", help="train with seeds 0 to N - 1 (default: 5)")
+    seeds.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="train with these seeds")
     how.add_argument("--tune-lr", type=float, nargs="+", default=[], metavar="LR", help="learning rates to choose from")
     how.add_argument("--tune-weight-decay", type=float, nargs="+", default=[], metavar="WD", help="likewise")
     how.add_argument("--tune-seeds", type=int, nargs="+", default=[1000], help="seeds of the trials")
@@ -166,11 +168,11 @@ def run(args: argparse.Namespace) -> None:
         return
     store = ResultStore(args.out)
     grid = Grid(tuple(args.tune_lr), tuple(args.tune_weight_decay), tuple(args.tune_seeds))
-    seeds = range(args.seeds[0]) if len(args.seeds) == 1 else args.seeds
+    seeds = args.seeds or range(args.num_seeds)
     tuned = [tune(config, grid, data, store, execution, together=args.together) for config in configs]
     jobs = [Job(config, seed) for config in tuned for seed in seeds]
     summaries = summarize(run_jobs(jobs, data, store, execution, together=args.together))
-    print(markdown_table(summaries))
+    print(accuracy_table(summaries))
     for other in summaries[:-1]:
         if other.accuracies.keys() & summaries[-1].accuracies.keys():
             found = compare(summaries[-1], other)
@@ -182,7 +184,10 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status is 2 after an error."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.num_seeds < 1:
+        parser.error("--num-seeds must be at least 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("timm_ghn").setLevel(logging.INFO)
     return exit_status("finetune.py", lambda: run(args))

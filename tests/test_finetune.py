@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 import timm
 import torch
+from class_parts import part_of
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from presets import PRESETS
 from safetensors.torch import save_file
 from shards import noisy_images as images
 from shards import write_shard
+from throughput import measure_throughput
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
@@ -32,21 +35,19 @@ from timm_ghn.errors import FineTuneError, InitError
 from timm_ghn.finetune import Execution, FineTuneConfig, Grid, Job, ResultStore, compare, load_benchmark, run_jobs, tune
 from timm_ghn.finetune import data as data_module
 from timm_ghn.finetune.batches import DeviceImages, epoch_picks
-from timm_ghn.finetune.config import PRESETS, learning_rate
+from timm_ghn.finetune.config import learning_rate
 from timm_ghn.finetune.data import (
     Benchmark,
     Task,
     classes_in_turn,
     first_of_each_class,
     make_task,
-    part_of,
     statistics_of,
     stratified,
 )
-from timm_ghn.finetune.experiment import explained_memory
-from timm_ghn.finetune.measure import measure_throughput
+from timm_ghn.finetune.experiment import best_of, explained_memory
 from timm_ghn.finetune.network import build_network
-from timm_ghn.finetune.results import Summary, markdown_table, summarize
+from timm_ghn.finetune.results import Summary, accuracy_table, summarize
 from timm_ghn.finetune.run import Run
 from timm_ghn.training.data import ImageSet, split
 
@@ -283,11 +284,13 @@ def test_steps_agree_with_a_plain_loop(benchmark: Benchmark, optimizer: str) -> 
     assert run.progress.curve[1].train_loss == pytest.approx((10 * losses[2] + 11 * losses[3]) / 21, rel=1e-4)
 
 
-def test_bfloat16_is_close_to_float32(benchmark: Benchmark) -> None:
-    task = make_task(benchmark, CONFIG)
+def test_bfloat16_is_close_to_float32() -> None:
+    """At 32 x 32: on CPUs with AMX, torch's bfloat16 gradients of convolutions on tiny maps are not always finite."""
+    config = replace(CONFIG, image_size=32)
+    task = make_task(Benchmark("larger", images(90, 0, size=32), images(40, 1, size=32), "made for tests"), config)
     losses = []
     for precision in ("float32", "bfloat16"):
-        run = new_run(replace(CONFIG, precision=precision), task)
+        run = new_run(replace(config, precision=precision), task)
         train(run, 1)
         losses.append(run.progress.curve[0].train_loss)
     assert losses[0] != losses[1]
@@ -315,15 +318,38 @@ def test_it_learns_and_the_accuracy_is_that_of_timms_own_forward(benchmark: Benc
     assert run.progress.curve[-1].accuracy == pytest.approx(float(right))
 
 
-def test_a_run_that_diverges_ends_and_says_so(benchmark: Benchmark, tmp_path: Path) -> None:
+def test_a_run_that_diverges_ends_and_does_not_count(
+    benchmark: Benchmark, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = replace(
         CONFIG, model="test_vit", model_kwargs={"img_size": 16, "patch_size": 4}, lr=1e30, epochs=50, clip=1e30
     )
     (result,) = run_jobs([Job(config, 0)], benchmark, ResultStore(tmp_path), CPU)
     assert result.diverged
     assert len(result.curve) < 50
-    assert 0 <= result.accuracy <= 1
-    assert "(1 diverged)" in markdown_table(summarize([result]))
+    assert "diverged in epoch 1: its loss is not finite, and it does not count" in caplog.text
+    (summary,) = summarize([result])
+    assert (dict(summary.accuracies), summary.diverged) == ({}, 1)
+    assert "| 0 (1 diverged) | - |" in accuracy_table([summary])
+    (sound,) = summarize(run_jobs([Job(CONFIG, 0)], benchmark, ResultStore(tmp_path), CPU))
+    assert best_of([summary, sound]) == CONFIG
+
+
+def test_settled_batch_norms_do_not_depend_on_running_averages(benchmark: Benchmark) -> None:
+    config = replace(CONFIG, settle=True, labels_per_class=None)
+    run = new_run(config, make_task(benchmark, config))
+    train(run, 1)
+    before = state(run)
+    settled = run.evaluate()
+    assert_same(before, state(run))  # training goes on as if nothing had been measured
+    for module in run.module.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None
+            module.running_mean.fill_(100)
+    assert run.evaluate() == settled
+    plain = new_run(replace(config, settle=False), make_task(benchmark, config))
+    plain.module.load_state_dict(run.module.state_dict())
+    assert plain.evaluate() != settled
 
 
 # --- going on -------------------------------------------------------------------------------------------------------
@@ -441,7 +467,7 @@ def test_a_killed_process_loses_no_finished_run(benchmark: Benchmark, tmp_path: 
     out = tmp_path / "out"
     arguments = [
         *("--model", "test_resnet", "--inits", "rand", "--dataset", "folder", "--data", str(tmp_path / "images")),
-        *("--image-size", "16", "--stem", "original", "--labels", "7", "--epochs", "40", "--seeds", "3"),
+        *("--image-size", "16", "--stem", "original", "--labels", "7", "--epochs", "40", "--num-seeds", "3"),
         *("--device", "cpu", "--out", str(out)),
     ]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}

@@ -55,6 +55,15 @@ def test_convnext_keeps_its_kernel_as_in_ppuda() -> None:
     assert model.stem(torch.zeros(1, *SIZE)).shape[-2:] == (29, 29)
 
 
+def test_a_network_that_cannot_run_with_another_stem_stays_as_it_was() -> None:
+    model = timm.create_model("dla46_c", num_classes=10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(FineTuneError, match=r"DLA cannot run with other first layers .*; use --stem original"):
+        adjust_stem(model, SIZE)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.eval()(torch.zeros(1, *SIZE)).shape == (1, 10)
+
+
 def test_patch_embeddings_stay() -> None:
     model = timm.create_model("test_vit", img_size=32, patch_size=4, num_classes=10)
     assert str(adjust_stem(model, SIZE)) == "unchanged"

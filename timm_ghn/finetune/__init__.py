@@ -1,14 +1,13 @@
 """Fine-tuning of timm models from different initializations: the experiments of arXiv 2207.10049."""
 
-from timm_ghn.finetune.config import PRESETS, FineTuneConfig
-from timm_ghn.finetune.data import Benchmark, load_benchmark, part_of
+from timm_ghn.finetune.config import FineTuneConfig
+from timm_ghn.finetune.data import Benchmark, load_benchmark
 from timm_ghn.finetune.experiment import Grid, Job, run_jobs, tune
 from timm_ghn.finetune.results import Comparison, ResultStore, RunResult, Summary, compare, spread, summarize
 from timm_ghn.finetune.run import Execution
 from timm_ghn.finetune.stem import adjust_stem
 
 __all__ = [
-    "PRESETS",
     "Benchmark",
     "Comparison",
     "Execution",
@@ -21,7 +20,6 @@ __all__ = [
     "adjust_stem",
     "compare",
     "load_benchmark",
-    "part_of",
     "run_jobs",
     "spread",
     "summarize",

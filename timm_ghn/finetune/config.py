@@ -1,4 +1,4 @@
-"""Settings of a fine-tuning run, and the paper's as presets (arXiv 2207.10049, section 4)."""
+"""Settings of a fine-tuning run; the defaults are the paper's (arXiv 2207.10049, section 4)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from timm_ghn.errors import FineTuneError
@@ -19,7 +19,7 @@ Precision = Literal["float32", "bfloat16"]
 Split = Literal["test", "validation"]
 
 VALIDATION_IMAGES = 5000
-"""Training images that are held out for tuning: the last of the training set, as in ppuda."""
+"""Training images that are held out for tuning, at most; as many as in ppuda."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class FineTuneConfig:
         labels_per_class: The first so many images of every class are trained on; None for all.
         split: What accuracy is measured on: the "test" set, or the "validation" images that are held out for tuning.
         precision: Of the forward and backward pass; "bfloat16" is autocast.
+        settle: Whether batch norms are measured with statistics taken anew over training images. Their running averages
+            need about a hundred steps to follow the weights, so that a short run says more about them than about
+            the network.
 
     Raises:
         FineTuneError: If a value is out of range.
@@ -84,6 +87,7 @@ class FineTuneConfig:
     labels_per_class: int | None = 100
     split: Split = "test"
     precision: Precision = "float32"
+    settle: bool = False
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -158,44 +162,3 @@ def _plain(text: str) -> str:
 def learning_rate(config: FineTuneConfig, epoch: int) -> float:
     """Learning rate of an epoch, from 0: a cosine that would end at 0 after the last one."""
     return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A configuration of the paper.
-
-    Attributes:
-        name: For the command line.
-        config: Settings. `lr`, `weight_decay` and `start_layer` are those of GHN-orth.
-        source: Where each number comes from, and what is not known.
-    """
-
-    name: str
-    config: FineTuneConfig
-    source: str
-
-    def of(self, **changes: Any) -> FineTuneConfig:
-        """The configuration with some settings replaced."""
-        return replace(self.config, **changes)
-
-
-_SOURCE = (
-    "optimizer, lr, weight decay, batch, epochs, size, beta and L: the commands for GHN-orth in ppuda's README, which "
-    "stand for the paper's Table 2 with L of ConvNeXt corrected from 100 to 94. The paper tunes lr and weight decay "
-    "for each initialization; its values for the other initializations are not known here: use --tune"
-)
-
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset("paper-resnet50", FineTuneConfig("resnet50", noise=3e-5, start_layer=37), _SOURCE),
-        Preset(
-            "paper-convnext_base",
-            FineTuneConfig(
-                "convnext_base", noise=3e-5, start_layer=94, optimizer="adamw", lr=1e-3, weight_decay=0.1, batch_size=48
-            ),
-            _SOURCE,
-        ),
-    )
-}
-"""The paper's experiments."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from time import monotonic
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,11 +64,17 @@ def run_jobs(
     """
     named = _named(jobs, data)
     todo = [item for item in named if store.read(item[0]) is None]
-    with tqdm(total=len(named), initial=len(named) - len(todo), unit="run", delay=2, disable=None) as bar:
+    steps = sum(job.config.epochs * steps_per_epoch(job.config, task) for _, job, task in todo)
+    with tqdm(total=steps, unit="step", delay=2, smoothing=0.01, disable=None) as bar:
         for start in range(0, len(todo), together):
-            bar.update(_run_group(todo[start : start + together], data, store, execution, report))
+            _run_group(todo[start : start + together], data, store, execution, bar, report)
     found = (store.read(key) for key in dict.fromkeys(key for key, _, _ in named))
     return tuple(result for result in found if result is not None)
+
+
+def steps_per_epoch(config: FineTuneConfig, task: Task) -> int:
+    """Steps in which all training images come once."""
+    return -(-len(task.train) // config.batch_size)
 
 
 def _named(jobs: Sequence[Job], data: Benchmark) -> list[tuple[str, Job, Task]]:
@@ -91,25 +98,26 @@ def _run_group(
     data: Benchmark,
     store: ResultStore,
     execution: Execution,
+    bar: Any,
     report: Reporter | None,
-) -> int:
-    """Make a few runs in turns.
-
-    Returns:
-        How many are finished.
-    """
+) -> None:
+    """Make a few runs in turns; the bar counts their steps."""
     with ExitStack() as stack, explained_memory(group[0][1].config, len(group)):
         active: list[tuple[str, Run, Task]] = []
         for key, job, task in group:
+            steps = job.config.epochs * steps_per_epoch(job.config, task)
             # Another process may have finished it since the store was read.
             if stack.enter_context(store.claimed(key)) and store.read(key) is None:
-                active.append((key, _start(key, job, task, store, execution), task))
+                run = _start(key, job, task, store, execution)
+                steps = run.progress.epoch * steps_per_epoch(job.config, task)
+                active.append((key, run, task))
             else:
                 _logger.info("%s is left to the process that works on it", key)
-        _train(active, store, execution, report)
+            bar.update(steps)
+        bar.set_postfix_str(", ".join(f"{run.config.starts_from}, seed {run.seed}" for _, run, _ in active))
+        _train(active, store, execution, bar, report)
         for key, run, task in active:
             store.write(_result(key, run, task, data), run.module.state_dict() if execution.keep_weights else None)
-    return len(active)
 
 
 def _start(key: str, job: Job, task: Task, store: ResultStore, execution: Execution) -> Run:
@@ -132,24 +140,26 @@ def _initial_images(config: FineTuneConfig, task: Task) -> Tensor:
 
 
 def _train(
-    active: Sequence[tuple[str, Run, Task]], store: ResultStore, execution: Execution, report: Reporter | None
+    active: Sequence[tuple[str, Run, Task]], store: ResultStore, execution: Execution, bar: Any, report: Reporter | None
 ) -> None:
     """Train all to their ends, step by step in turns."""
-    total = max((run.config.epochs for _, run, _ in active), default=0)
     saved = monotonic()
-    with tqdm(total=total, unit="epoch", delay=2, leave=False, disable=None) as bar:
-        while running := [run for _, run, _ in active if not run.is_done]:
-            epochs = [run.epoch() for run in running]
-            while epochs:
-                epochs = [epoch for epoch in epochs if next(epoch, True) is None]
+    while running := [item for item in active if not item[1].is_done]:
+        epochs = [run.epoch() for _, run, _ in running]
+        while epochs := [epoch for epoch in epochs if next(epoch, True) is None]:
+            bar.update(len(epochs))
+        for key, run, task in running:
+            if run.progress.diverged:
+                left = run.config.epochs - run.progress.epoch
+                bar.update(left * steps_per_epoch(run.config, task))
+                _logger.warning("%s diverged in epoch %d: its loss is not finite, and it does not count; a learning "
+                    "rate below %g may help", key, run.progress.epoch, run.config.lr)  # fmt: skip
             if report is not None:
-                for run in running:
-                    report(run.progress.curve[-1])
-            bar.update(min(run.progress.epoch for _, run, _ in active) - bar.n)
-            if monotonic() - saved >= execution.save_seconds:
-                for key, run, _ in active:
-                    run.save(store.checkpoint(key))
-                saved = monotonic()
+                report(run.progress.curve[-1])
+        if monotonic() - saved >= execution.save_seconds:
+            for key, run, _ in active:
+                run.save(store.checkpoint(key))
+            saved = monotonic()
 
 
 def _result(key: str, run: Run, task: Task, data: Benchmark) -> RunResult:
@@ -255,5 +265,8 @@ def tune(
 
 
 def best_of(summaries: Sequence[Summary]) -> FineTuneConfig:
-    """The configuration of the highest mean accuracy; of equal ones the smallest learning rate."""
-    return max(summaries, key=lambda row: (row.mean, -row.config.lr)).config
+    """The configuration of the highest mean accuracy; of equal ones the smallest learning rate.
+
+    One with a run that diverged comes last.
+    """
+    return max(summaries, key=lambda row: (not row.diverged, row.mean if row.accuracies else 0, -row.config.lr)).config

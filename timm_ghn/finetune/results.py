@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import platform
 import statistics
 import subprocess
@@ -26,6 +27,7 @@ from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.run import Point
 from timm_ghn.storage.atomic import write_atomically
+from timm_ghn.text import markdown_table
 
 _logger = logging.getLogger(__name__)
 
@@ -161,7 +163,7 @@ class Summary:
 
     Attributes:
         config: The settings.
-        accuracies: Accuracy by seed.
+        accuracies: Accuracy by seed, of runs that did not diverge.
         diverged: How many runs diverged.
         seconds: Median time of a run.
     """
@@ -173,8 +175,8 @@ class Summary:
 
     @property
     def mean(self) -> float:
-        """Mean accuracy."""
-        return statistics.fmean(self.accuracies.values())
+        """Mean accuracy; NaN if all runs diverged."""
+        return statistics.fmean(self.accuracies.values()) if self.accuracies else math.nan
 
     @property
     def std(self) -> float:
@@ -195,7 +197,7 @@ def summarize(results: Iterable[RunResult]) -> tuple[Summary, ...]:
     return tuple(
         Summary(
             group[0].config,
-            {result.seed: result.accuracy for result in sorted(group, key=lambda result: result.seed)},
+            {run.seed: run.accuracy for run in sorted(group, key=lambda run: run.seed) if not run.diverged},
             sum(result.diverged for result in group),
             statistics.median(result.seconds for result in group),
         )
@@ -252,18 +254,18 @@ def _signs(count: int) -> Iterator[tuple[int, ...]]:
     return itertools.product((1, -1), repeat=count)
 
 
-def markdown_table(summaries: Sequence[Summary]) -> str:
-    """Accuracies in percent, a row for each initialization."""
-    lines = ["| model | init | lr | weight decay | runs | accuracy, % | s a run |", "|---|---|---|---|---|---|---|"]
+def accuracy_table(summaries: Sequence[Summary]) -> str:
+    """Accuracies in percent as a Markdown table, a row for each initialization."""
+    rows = []
     for row in summaries:
         config = row.config
-        note = f" ({row.diverged} diverged)" if row.diverged else ""
+        runs = f"{len(row.accuracies)}{f' ({row.diverged} diverged)' if row.diverged else ''}"
         split = "" if config.split == "test" else f" ({config.split})"
-        lines.append(
-            f"| {config.model} | {config.starts_from} | {config.lr:g} | {config.weight_decay:g} | {len(row.accuracies)}"
-            f"{note} | {100 * row.mean:.2f} ± {100 * row.std:.2f}{split} | {row.seconds:.0f} |"
-        )
-    return "\n".join(lines)
+        accuracy = f"{100 * row.mean:.2f} ± {100 * row.std:.2f}{split}" if row.accuracies else "-"
+        rates = f"{config.lr:g}", f"{config.weight_decay:g}"
+        rows.append((config.model, config.starts_from, *rates, runs, accuracy, f"{row.seconds:.0f}"))
+    header = ("model", "init", "lr", "weight decay", "runs", "accuracy, %", "s a run")
+    return "\n".join(markdown_table(header, rows))
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 import pickle
@@ -15,17 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
 from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.batches import DeviceImages, epoch_picks
 from timm_ghn.finetune.config import FineTuneConfig, learning_rate
-from timm_ghn.finetune.data import Task
+from timm_ghn.finetune.data import Task, classes_in_turn
 from timm_ghn.finetune.network import Network
 from timm_ghn.finetune.steps import CapturedStep, EagerStep, Step, forward, make_optimizer, set_learning_rate
 from timm_ghn.seeding import derived_seed, seeded
 from timm_ghn.storage.atomic import write_atomically
 
 _EVALUATION_BATCH = 500
+_SETTLING_IMAGES = 2048
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,10 @@ class Run:
             self.module = self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.images = DeviceImages.of(task.train, task, config, self.device, padding=config.padding, channels_last=last)
         self.test = DeviceImages.of(task.test, task, config, self.device, padding=0, channels_last=last)
+        self._settling: DeviceImages | None = None
+        if config.settle and any(isinstance(module, _BatchNorm) for module in self.module.modules()):
+            some = task.train.subset(classes_in_turn(task.train.labels, _SETTLING_IMAGES))
+            self._settling = DeviceImages.of(some, task, config, self.device, padding=0, channels_last=last)
         self.optimizer = make_optimizer(config, self.module, self.device)
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.stream: torch.cuda.Stream | None = None
@@ -192,9 +200,10 @@ class Run:
         progress.seconds += time.perf_counter() - started
         progress.epoch += 1
         progress.diverged = not math.isfinite(loss)
-        measured: tuple[float | None, float | None] = (None, None)
+        measured: tuple[float, float] | tuple[None, None] = (None, None)
         if self._is_measured():
             measured = self.evaluate()
+            progress.diverged = progress.diverged or not math.isfinite(measured[0])
         rate = learning_rate(self.config, progress.epoch - 1)
         progress.curve.append(Point(progress.epoch, rate, loss, right, *measured))
 
@@ -207,17 +216,30 @@ class Run:
     def evaluate(self, images: DeviceImages | None = None) -> tuple[float, float]:
         """Mean loss and accuracy over the test images, or over others."""
         test = self.test if images is None else images
-        self.module.eval()
+        module = self._settled().eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         with self.on_stream():
             for start in range(0, len(test), _EVALUATION_BATCH):
                 inputs, labels = test.plain(start, start + _EVALUATION_BATCH)
-                logits = forward(self.module, inputs, self.config)
+                logits = forward(module, inputs, self.config)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 sums += torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()])
             loss_sum, right = (float(value) for value in sums.cpu())
         self.module.train()
         return loss_sum / len(test), right / len(test)
+
+    def _settled(self) -> nn.Module:
+        """The network, or a copy of it whose batch norms have the statistics of training images."""
+        if self._settling is None:
+            return self.module
+        module, size = copy.deepcopy(self.module), self.config.batch_size
+        whole = max(len(self._settling) // size * size, 1)  # a last batch of one image has no variance
+        batches = (self._settling.plain(start, start + size)[0] for start in range(0, whole, size))
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        seed = derived_seed("fine-tuning statistics", self.seed, self.progress.epoch)
+        with self.on_stream(), seeded(seed, self.device), autocast:
+            update_bn(batches, module)
+        return module
 
     def _wait_for_transfers(self) -> None:
         """Let the run's own stream begin after what was put on the device before."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +53,24 @@ def adjust_stem(model: nn.Module, input_size: tuple[int, int, int]) -> StemChang
         input_size: (channels, height, width) that it will be used with.
 
     Raises:
-        FineTuneError: If the network cannot run at this size, or has no convolution.
+        FineTuneError: If the network cannot run at this size, before or after the change, or has no convolution. The
+            network is then as before.
     """
-    convs, pools = _first_layers(model, input_size)
+    trial = copy.deepcopy(model)
+    change = _adjust_(trial, *_first_layers(trial, input_size))
+    if change != StemChange():
+        try:
+            _first_layers(trial, input_size)
+        except FineTuneError as error:
+            raise FineTuneError(
+                f"{type(model).__name__} cannot run with other first layers ({change}), because later ones expect the "
+                f"size of what they return: {error.__cause__}; use --stem original"
+            ) from error
+    return _adjust_(model, *_first_layers(model, input_size))
+
+
+def _adjust_(model: nn.Module, convs: Sequence[tuple[str, nn.Conv2d]], pools: Sequence[tuple[str, int]]) -> StemChange:
+    """Change the first layers, given all of them in the order in which they run."""
     if not convs:
         raise FineTuneError(f"{type(model).__name__} has no 2-D convolution to adjust: --stem original")
     name, conv = convs[0]
