@@ -24,7 +24,7 @@ import timm
 import torch
 
 import timm_ghn
-from timm_ghn.storage.cache import Entry, WeightCache
+from timm_ghn.storage.cache import WeightCache
 
 MODEL = "test_vit"
 
@@ -125,7 +125,9 @@ class Killer:
         for path in entries:
             if path != self.path or path.read_bytes() != self.content:
                 raise AssertionError(f"{path} is not what was to be written")
-            Entry.open(path, path.stem).verify()
+        problems = [info.problem for info in self.cache.verify() if info.problem]
+        if problems:
+            raise AssertionError(problems[0])
 
     def finish(self, number: int) -> None:
         """The next process gets the right weights, and is not kept waiting."""

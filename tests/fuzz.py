@@ -1,4 +1,4 @@
-"""Feeds every reader of files with damaged and hostile content; run by test_fuzz.py for seconds, by hand for longer.
+"""Feeds every reader of files with damaged and hostile content; run by test_fuzz.py, or by hand for longer.
 
     python tests/fuzz.py --minutes 10
 
@@ -41,13 +41,13 @@ from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
 from timm_ghn.ghn.checkpoint import CONFIG_KEY, HASH_KEY
 from timm_ghn.hub.manifest import FileRecord, Manifest
 from timm_ghn.storage.cache import WeightCache
-from timm_ghn.storage.cache.entry import DIGEST_KEY, HEADER_KEY
 from timm_ghn.storage.reader import TensorReader
+from timm_ghn.storage.upkeep import DESCRIPTION_KEY, DIGEST_KEY, UNREADABLE
 from timm_ghn.storage.writer import write_file
 
 HANG_SECONDS = 20
 MEMORY = 2 * 2**30
-ROUND = 50
+ROUND = 10
 """Examples of one reader before the next one has its turn."""
 
 REFUSED, READ = "refused", "read"
@@ -154,7 +154,7 @@ def lying_metadata(draw: st.DrawFn, sound: bytes, key: str) -> bytes:
     if draw(st.integers(0, 9)) == 0:
         text = draw(st.sampled_from(["[" * 100_000, "{}", "", '{"a":' * 50_000, "9" * 10_000, "NaN", "null"]))
     metadata[key] = text
-    if key == HEADER_KEY and DIGEST_KEY in metadata:
+    if key == DESCRIPTION_KEY and DIGEST_KEY in metadata:
         metadata[DIGEST_KEY] = sha256(text.encode()).hexdigest()
     if draw(st.booleans()):
         metadata.pop(HASH_KEY, None)
@@ -263,7 +263,6 @@ class Fuzzer:
         self.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.cache = WeightCache.default()
         (self.entry,) = self.cache.entries()
-        (self.recipe,) = self.cache.recipes.glob("*.json")
 
     def readers(self) -> list[Reader]:
         archive, bare = io.BytesIO(), io.BytesIO()
@@ -274,7 +273,7 @@ class Fuzzer:
         tensors = self.path.read_bytes()
         pt, old, config = archive.getvalue(), bare.getvalue(), self.ghn.config.to_dict()
         manifest = self.make_manifest().to_json().encode()
-        entry, recipe = self.entry.path.read_bytes(), self.recipe.read_bytes()
+        entry = self.entry.path.read_bytes()
         return [
             Reader("ppuda checkpoint (zip)", damaged(pt) | repacked(pt), self.read_checkpoint),
             Reader("ppuda checkpoint (bare pickle)", damaged(old) | bombs(old), self.read_checkpoint),
@@ -286,8 +285,7 @@ class Fuzzer:
             Reader("GHN configuration", JSON | configs(config), self.read_config),
             Reader("any file as GHN", st.binary(max_size=200) | st.sampled_from(STARTS), self.read_checkpoint),
             Reader("cache entry", damaged(entry) | lying_tensors(entry), self.read_entry),
-            Reader("cache entry, hashed again", lying_metadata(entry, HEADER_KEY), self.read_forged_entry),
-            Reader("recipe", damaged(recipe) | JSON.map(lambda value: json.dumps(value).encode()), self.read_recipe),
+            Reader("cache entry, hashed again", lying_metadata(entry, DESCRIPTION_KEY), self.read_forged_entry),
             Reader("description on the Hub", damaged(manifest) | lying_table(manifest), self.read_manifest),
             Reader("safetensors header", damaged(tensors) | lying_tensors(tensors), self.read_tensors),
         ]
@@ -328,14 +326,11 @@ class Fuzzer:
         if found is None:
             return REFUSED
         parameters = {name: p.data for name, p in self.model.named_parameters()}
-        return READ if found.copy_to(parameters) else REFUSED
-
-    def read_recipe(self, content: bytes) -> str:
-        self.recipe.write_bytes(content)
-        found = self.cache.find(self.recipe.stem)
-        if found not in (None, self.entry.key):
-            raise AssertionError(f"another key: {found}")
-        return REFUSED if found is None else READ
+        try:
+            found.copy_to(parameters)
+        except UNREADABLE:
+            return REFUSED
+        return READ
 
     def make_manifest(self) -> Manifest:
         origin, report = timm_ghn.provenance(self.model), timm_ghn.report_of(self.model)

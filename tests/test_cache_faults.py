@@ -24,6 +24,7 @@ import timm_ghn
 import timm_ghn.errors
 from timm_ghn.storage.cache import Entry, WeightCache
 from timm_ghn.storage.reader import TensorReader
+from timm_ghn.storage.upkeep import UNREADABLE
 
 WORKER = Path(__file__).with_name("cache_worker.py")
 MODEL = "test_vit"
@@ -85,8 +86,8 @@ def test_killed_processes_leave_nothing_that_is_wrong(count: int) -> None:
 def test_a_lock_that_nobody_releases_is_not_waited_for_endlessly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("timm_ghn.storage.cache.store._LOCK_NOTICE_SECONDS", 0.1)
-    monkeypatch.setattr("timm_ghn.storage.cache.store._LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("timm_ghn.storage.cache.LOCK_NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr("timm_ghn.storage.cache.LOCK_PATIENCE_SECONDS", 0.2)
     cache = WeightCache(tmp_path)
     cache.weights.mkdir()
     program = (
@@ -113,7 +114,6 @@ def test_locks_that_the_file_system_refuses_are_done_without(
     (locked,) = cache.weights.glob(".*.lock")
     locked.unlink()
     locked.mkdir()  # opening it fails, whoever asks
-    shutil.rmtree(cache.recipes)
     assert equal(create()[0], expected)
     (entry,) = cache.entries()
     entry.path.unlink()
@@ -251,7 +251,11 @@ def is_served(entry: tuple[Path, bytes], content: bytes) -> bool:
         found = WeightCache(path.parent.parent).open(path.stem)
         if found is None:
             return False
-        return found.copy_to({name: tensor for name, tensor in scratch().items() if name in found.names})
+        found.copy_to({name: tensor for name, tensor in scratch().items() if name in found.names})
+    except UNREADABLE:
+        return False
+    else:
+        return True
     finally:
         path.write_bytes(sound)
 
@@ -311,8 +315,7 @@ def test_a_cache_from_another_machine_works(tmp_path: Path, monkeypatch: pytest.
 def test_two_formats_live_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     create()
     with monkeypatch.context() as other:
-        other.setattr("timm_ghn.storage.cache.store.FORMAT", 99)
-        other.setattr("timm_ghn.storage.cache.entry.FORMAT", 99)
+        other.setattr("timm_ghn.storage.cache.FORMAT", 99)
         assert not create()[1]
         assert create()[1]
     assert create()[1]
@@ -321,5 +324,4 @@ def test_two_formats_live_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_entries_do_not_depend_on_who_reads_them(entry: tuple[Path, bytes]) -> None:
     other = Entry.open(entry[0], entry[0].stem)
-    other.verify()
-    assert other.facts["provenance"]["method"] == "ghn-orth"
+    assert other.report["provenance"]["method"] == "ghn-orth"

@@ -1,4 +1,4 @@
-"""Damaged and hostile files, for seconds; `python tests/fuzz.py --minutes 10` goes on for longer."""
+"""Damaged and hostile files: a smoke of seconds, minutes as `slow`; `python tests/fuzz.py --minutes 60` for longer."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from pathlib import Path
 
 import pytest
 
-SECONDS = 15
-
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux for the limit on memory")
-def test_no_file_does_harm() -> None:
-    program = Path(__file__).with_name("fuzz.py")
+@pytest.mark.parametrize(
+    ("minutes", "examples"), [(2 / 60, 10), pytest.param(2.0, 100, marks=pytest.mark.slow)], ids=["smoke", "long"]
+)
+def test_no_file_does_harm(minutes: float, examples: int) -> None:
     done = subprocess.run(
-        [sys.executable, str(program), "--minutes", str(SECONDS / 60)],
+        [sys.executable, str(Path(__file__).with_name("fuzz.py")), "--minutes", str(minutes)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120 + 120 * minutes,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     counts = json.loads(done.stdout[done.stdout.index("{") :])
-    assert len(counts) == 10
-    assert all(count.get("refused", 0) >= 25 for count in counts.values()), counts
+    assert len(counts) == 9
+    assert all(sum(count.values()) >= examples for count in counts.values()), counts
+    assert all(count.get("refused", 0) > 0 for count in counts.values()), counts

@@ -202,7 +202,7 @@ def test_float32_files_are_those_of_the_package(tmp_path: Path) -> None:
 
 
 def test_types_without_a_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"x is torch.complex128, which a safetensors file does not hold"):
+    with pytest.raises(ValueError, match="x: a safetensors file holds no complex128"):
         write_file(tmp_path / "x", {"x": torch.zeros(1, dtype=torch.complex128)}, {})
     assert not (tmp_path / "x").exists()
 

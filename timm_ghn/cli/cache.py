@@ -14,7 +14,7 @@ from timm_ghn.errors import CommandError
 from timm_ghn.text import format_size, table
 
 if TYPE_CHECKING:
-    from timm_ghn.storage.cache import EntryInfo, Pruned
+    from timm_ghn.storage.upkeep import EntryInfo, Pruned
 
 HELP = "list, verify or remove cached initializations"
 DAMAGED = 1
@@ -45,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from timm_ghn.storage.cache import WeightCache
+    from timm_ghn.storage.upkeep import default_cache
 
-    cache = WeightCache.default()
+    cache = default_cache()
     infos = cache.entries()
     if args.json:
         print(json.dumps([_as_json(info) for info in infos], indent=2))
@@ -61,35 +61,35 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from timm_ghn.storage.cache import Damage, WeightCache
+    from timm_ghn.storage.upkeep import default_cache
 
     damaged = sound = 0
-    for result in WeightCache.default().verify():
-        if isinstance(result, Damage):
+    for info in default_cache().verify():
+        if info.problem:
             damaged += 1
-            print(f"damaged: {result.path}: {result.problem}")
+            print(f"damaged: {info.path}: {info.problem}")
         else:
             sound += 1
-    print(f"sound entries: {sound}, damaged files: {damaged}")
+    print(f"sound entries: {sound}, damaged entries: {damaged}")
     if damaged:
-        print("What is damaged is never used. Entries go with `timm-ghn cache rm KEY`, recipes with `prune`.")
+        print("A damaged entry is never used. `timm-ghn cache rm KEY` removes it.")
     return DAMAGED if damaged else 0
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from timm_ghn.storage.cache import WeightCache
+    from timm_ghn.storage.upkeep import default_cache
 
-    pruned = WeightCache.default().prune(max_bytes=args.max_size, max_age=args.older_than, dry_run=args.dry_run)
+    pruned = default_cache().prune(max_bytes=args.max_size, max_age=args.older_than, dry_run=args.dry_run)
     _print_removed(pruned, args.dry_run)
     return 0
 
 
 def _remove(args: argparse.Namespace) -> int:
-    from timm_ghn.storage.cache import WeightCache
+    from timm_ghn.storage.upkeep import default_cache
 
     if args.all == bool(args.keys):
         raise CommandError("rm takes keys, or --all")
-    cache = WeightCache.default()
+    cache = default_cache()
     keys = [info.key for info in cache.entries()] if args.all else args.keys
     pruned = cache.remove(keys, dry_run=args.dry_run)
     _print_removed(pruned, args.dry_run)

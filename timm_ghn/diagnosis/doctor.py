@@ -167,10 +167,9 @@ def _verify_ghn(entry: NamedGHN) -> str:
 
 
 def _cache() -> Iterator[Finding]:
-    from timm_ghn.storage.cache import WeightCache
-    from timm_ghn.storage.cache.upkeep import leftovers
+    from timm_ghn.storage.upkeep import default_cache
 
-    cache = WeightCache.default()
+    cache = default_cache()
     settings = [f"{name}={_without_login(os.environ[name])}" for name in _VARIABLES if os.environ.get(name)]
     yield Finding("cache", "settings", " ".join(settings) or "none in the environment")
     yield Finding("cache", "folder", f"{cache.root} ({_access(cache.root)})")
@@ -183,7 +182,7 @@ def _cache() -> Iterator[Finding]:
         yield Finding("cache", "health", f"{more}: {problems[0].problem}", is_problem=True)
     else:
         yield Finding("cache", "health", "all headers are sound (`timm-ghn cache verify` reads the rest)")
-    stale = leftovers(cache)
+    stale = cache.leftovers()
     if stale:
         yield Finding("cache", "leftovers", f"{len(stale)} files of killed processes; `timm-ghn cache prune`")
 

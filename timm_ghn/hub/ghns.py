@@ -8,8 +8,6 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import safe_open
-
 from timm_ghn.errors import PushError
 from timm_ghn.ghn import checkpoint
 from timm_ghn.ghn.config import HUB_FILE
@@ -20,7 +18,6 @@ from timm_ghn.hub.client import HubSource, Snapshot, bounded_silence
 from timm_ghn.hub.folder import CARD
 from timm_ghn.hub.push import Outcome, Pushed, PushOptions, find_repository, upload
 from timm_ghn.storage.atomic import write_atomically
-from timm_ghn.storage.writer import TensorFile, TensorSpec
 
 CONFIG_FILE = "config.json"
 _PUBLISHED_LICENSE = "mit"
@@ -68,23 +65,11 @@ def push_ghn(
         with tempfile.TemporaryDirectory(prefix="timm-ghn-") as folder:
             root = Path(folder)
             checkpoint.write_safetensors(ghn, root / HUB_FILE, dict(ghn.info.metadata) if ghn.info else None)
-            _sort_header(root / HUB_FILE)
             facts = {"model_type": "timm-ghn", "hash": checkpoint.content_hash(ghn), "ghn": ghn.config.to_dict()}
             write_atomically(root / CONFIG_FILE, f"{json.dumps(facts, indent=2)}\n".encode())
             card = ghn_card(ghn, repository, license=license, description=description or "", notes=notes)
             write_atomically(root / CARD, card.encode())
             return upload(name, root, destination, remote, options, f"GHN {name}")
-
-
-def _sort_header(path: Path) -> None:
-    """Write a file again with its metadata in one order: safetensors' is random, and equal GHNs make equal files."""
-    with safe_open(path, framework="pt") as file:
-        metadata = dict(sorted(file.metadata().items()))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    path.unlink()
-    written = TensorFile.create(path, {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}, metadata)
-    for name, tensor in tensors.items():
-        written.write(name, tensor)
 
 
 def _planned(name: str, repository: str, ghn: GHN, remote: Snapshot | None) -> Pushed:

@@ -32,6 +32,8 @@ from timm_ghn.initialize.provenance import Facts, model_name, record_
 from timm_ghn.initialize.report import Report
 from timm_ghn.settings import Init, Source
 from timm_ghn.storage.cache import Entry, WeightCache, cache_key
+from timm_ghn.storage.fingerprint import fingerprint
+from timm_ghn.storage.upkeep import UNREADABLE
 
 _logger = logging.getLogger(__name__)
 
@@ -98,8 +100,8 @@ def initialize_(
     hypernetwork = find_hypernetwork(init)
     cacheable = init.spec.source in (Source.GHN, Source.GAUSSIAN)
     cache = WeightCache.default() if init.cache and cacheable else None
-    key = cache_key(_recipe_inputs(recipe, init, hypernetwork, parameters)) if cache and recipe is not None else None
-    outcome = _recall(cache, key, parameters, deferred) if cache and key else None
+    key = cache_key(_recipe_inputs(recipe, init, hypernetwork, model)) if cache and recipe is not None else None
+    outcome = _restore(cache, key, parameters, deferred) if cache and key else None
     if outcome is None:
         plan = make_plan(
             model, init, hypernetwork, input_size=input_size, example_input=example_input, deferred=deferred
@@ -120,22 +122,20 @@ def _baseline(model: nn.Module, init: Init, input_size: Sequence[int] | None, ex
     return frozenset(apply_baseline(init.method, model, init.seed, input_size=input_size, example_input=example_input))
 
 
-def _fill(plan: Plan, cache: WeightCache | None, deferred: DeferredRandom, recipe: str | None, model: str) -> _Outcome:
-    """Write all generated weights, from the cache or computed."""
+def _fill(plan: Plan, cache: WeightCache | None, deferred: DeferredRandom, key: str | None, model: str) -> _Outcome:
+    """Write all generated weights, from the cache or computed; without a key the plan determines the entry."""
     facts = Facts.of(plan)
     if cache is None or not plan.generated:
         _compute(plan, deferred)
         return _Outcome(facts, from_cache=False)
-    key = cache_key(_cache_inputs(plan, facts))
+    key = key or cache_key(_cache_inputs(plan, facts))
     with cache.locked(key):
         found = _restore(cache, key, plan.parameters, deferred)
         if found is None:
             blocks = _compute(plan, deferred)
             tensors = {name: plan.parameters[name].data for name in plan.generated if name not in blocks}
             cache.write(key, tensors, blocks, facts.to_dict(), model=model)
-        if recipe is not None:
-            cache.remember(recipe, key)
-    return _Outcome(facts, from_cache=False) if found is None else _Outcome(found, from_cache=True)
+    return found or _Outcome(facts, from_cache=False)
 
 
 def _compute(plan: Plan, deferred: DeferredRandom) -> dict[str, Prediction]:
@@ -157,36 +157,24 @@ def _compute(plan: Plan, deferred: DeferredRandom) -> dict[str, Prediction]:
     return blocks
 
 
-def _recall(
-    cache: WeightCache, recipe: str, parameters: Mapping[str, nn.Parameter], deferred: DeferredRandom
-) -> _Outcome | None:
-    """Write the weights that a recipe led to before, if they are still in the cache."""
-    key = cache.find(recipe)
-    facts = _restore(cache, key, parameters, deferred) if key else None
-    return None if facts is None else _Outcome(facts, from_cache=True)
-
-
 def _restore(
     cache: WeightCache, key: str, parameters: Mapping[str, nn.Parameter], deferred: DeferredRandom
-) -> Facts | None:
-    """Write the weights of a cache entry.
-
-    Returns:
-        What is stored beside them; None if there is no such entry or it is damaged.
-    """
+) -> _Outcome | None:
+    """Write the weights of a cache entry; None if there is no such entry or it is damaged."""
     entry = cache.open(key)
     if entry is None or not entry.names <= parameters.keys():
         return None
     try:
-        facts = Facts.from_dict(entry.facts)
-    except (KeyError, TypeError, ValueError) as error:
-        _logger.warning("Ignoring a damaged cache entry, %s: %s. It will be computed again", entry.path, error)
+        facts = Facts.from_dict(entry.report)
+        partial = _partial(entry)
+        deferred.drop(parameters[name] for name in entry.names - partial)
+        for name in partial:
+            deferred.replay(parameters[name], name)
+        entry.copy_to({name: parameters[name].data for name in entry.names})
+    except UNREADABLE as error:
+        cache.report_damage(entry.path, error)
         return None
-    partial = _partial(entry)
-    deferred.drop(parameters[name] for name in entry.names - partial)
-    for name in partial:
-        deferred.replay(parameters[name], name)
-    return facts if entry.copy_to({name: parameters[name].data for name in entry.names}) else None
+    return _Outcome(facts, from_cache=True)
 
 
 def _partial(entry: Entry) -> frozenset[str]:
@@ -206,17 +194,15 @@ def _cache_inputs(plan: Plan, facts: Facts) -> dict[str, Any]:
 
 
 def _recipe_inputs(
-    recipe: Mapping[str, Any] | None,
-    init: Init,
-    hypernetwork: Hypernetwork | None,
-    parameters: Mapping[str, nn.Parameter],
+    recipe: Mapping[str, Any] | None, init: Init, hypernetwork: Hypernetwork | None, model: nn.Module
 ) -> dict[str, Any]:
     settings = {name: value for name, value in init.to_dict().items() if name not in ("ghn", "cache")}
     return {
         "recipe": recipe,
         "init": settings,
         "ghn": None if hypernetwork is None else hypernetwork.hash,
-        "parameters": _signature(parameters),
+        "code": fingerprint(model),
+        "parameters": _signature(dict(model.named_parameters())),
         "versions": [__version__, timm.__version__, torch.__version__],
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from timm_ghn import numerics
 from timm_ghn._version import __version__
 from timm_ghn.initialize.plan import Plan
 from timm_ghn.initialize.report import ParameterReport, Report, Status
@@ -39,6 +40,7 @@ class Provenance:
         correlation: Whose correlations scale the noise.
         reading: How the graph is read.
         rescale: Whether the scale of predictions is kept sane, "auto" or "off".
+        numerics: Version of the rules that turn all this into numbers (`timm_ghn.numerics`).
     """
 
     method: str
@@ -52,6 +54,7 @@ class Provenance:
     correlation: str
     reading: str
     rescale: str
+    numerics: int
 
     @classmethod
     def of(cls, plan: Plan) -> Provenance:
@@ -69,6 +72,7 @@ class Provenance:
             correlation=init.correlation,
             reading=init.reading,
             rescale=init.rescale,
+            numerics=numerics.VERSION,
         )
 
     def to_dict(self) -> dict[str, Any]:

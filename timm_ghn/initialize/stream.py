@@ -29,7 +29,8 @@ from timm_ghn.initialize.report import Report
 from timm_ghn.request import builder_of, input_size_of
 from timm_ghn.settings import Init, Source
 from timm_ghn.storage.folder import MAX_SHARD_SIZE, check_destination, model_folder
-from timm_ghn.storage.writer import TensorSpec, WeightFiles
+from timm_ghn.storage.header import TensorSpec, specs_of
+from timm_ghn.storage.writer import WeightFiles
 
 _logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def init_to_folder(
     record_(model, facts.provenance)
     shaping = {key: value for key, value in kwargs.items() if key not in ("dtype", "device")}
     described = None if hasattr(model, "_model_args") else shaping  # older versions of timm do not remember them
-    specs = {name: TensorSpec.of(tensor) for name, tensor in model.state_dict().items()}
+    specs = specs_of(model.state_dict())
     folder = model_folder(
         model, specs, directory, overwrite=overwrite, max_shard_size=max_shard_size, model_args=described
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from torch import nn
 from timm_ghn.errors import ExportError
 from timm_ghn.initialize.provenance import provenance
 from timm_ghn.storage.atomic import leftovers, staged
-from timm_ghn.storage.writer import INDEX_FILE, SINGLE_FILE, Shards, TensorSpec, WeightFiles, split
+from timm_ghn.storage.header import TensorSpec, specs_of
+from timm_ghn.storage.writer import INDEX_FILE, SINGLE_FILE, Shards, WeightFiles, split
 from timm_ghn.text import format_size
 
 WEIGHTS_FILE = SINGLE_FILE
@@ -90,12 +91,13 @@ def save(
 
     Raises:
         ExportError: If this is not a timm model that can be rebuilt, has no memory, or the folder cannot be written.
+        TensorFileError: If the model has a tensor of a type that safetensors does not hold.
     """
     tensors = model.state_dict()
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ExportError(f"{name} is on the meta device: there is nothing to write")
-    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    specs = specs_of(tensors)
     with model_folder(
         model, specs, directory, overwrite=overwrite, model_args=model_args, max_shard_size=max_shard_size
     ) as files:
@@ -137,7 +139,7 @@ def model_folder(
             for path in leftovers(directory):
                 path.unlink(missing_ok=True)
             _write_config(model, place(CONFIG_FILE), model_args)
-            files = _weight_files(shards, specs, _metadata(model), place)
+            files = WeightFiles(shards, specs, _metadata(model), place)
             yield files
             files.check_complete()
     except ExportError:
@@ -157,16 +159,6 @@ def _split(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> Shards
         return split(specs, max_shard_size)
     except ValueError as error:
         raise ExportError(f"max_shard_size={max_shard_size!r}: expected bytes, or a size such as '5GB'") from error
-
-
-def _weight_files(
-    shards: Shards, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], place: Callable[[str], Path]
-) -> WeightFiles:
-    """Raises ExportError for a tensor of a type that safetensors does not hold."""
-    try:
-        return WeightFiles(shards, specs, metadata, place)
-    except ValueError as error:
-        raise ExportError(str(error)) from error
 
 
 def _metadata(model: nn.Module) -> dict[str, str]:

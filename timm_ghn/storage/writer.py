@@ -1,57 +1,25 @@
 """Safetensors files that are written one tensor at a time; the library's own writer wants all of them in memory.
 
-The format is eight bytes with the length of a header, the header as JSON padded with spaces to eight bytes, and the
-tensors' bytes after each other, so all offsets follow from names, types and shapes alone. A file is what
-`safetensors.torch.save_file` makes of the same tensors, byte for byte.
+All offsets follow from names, types and shapes alone. A file is what `safetensors.torch.save_file` makes of the same
+tensors, byte for byte.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-TYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.complex64: "C64", torch.float64: "F64",
-    torch.int64: "I64",
-}  # fmt: skip
-"""Names of types, in the reverse order in which tensors lie in a file, which keeps them aligned."""
-_RANKS = {dtype: rank for rank, dtype in enumerate(TYPES)}
-_ALIGNMENT = 8
+from timm_ghn.storage.header import Header, TensorSpec, specs_of
+from timm_ghn.storage.reader import bytes_of
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PATTERN = "model{suffix}.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """What has to be known of a tensor to give it a place in a file.
-
-    Attributes:
-        dtype: Type.
-        shape: Shape.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorSpec:
-        """The description of a tensor."""
-        return cls(tensor.dtype, tuple(tensor.shape))
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -60,13 +28,11 @@ class TensorFile:
 
     Attributes:
         path: The file.
-        specs: Its tensors by name.
-        offsets: Where each of them begins, in bytes from the start of the file.
+        header: What it holds.
     """
 
     path: Path
-    specs: Mapping[str, TensorSpec]
-    offsets: Mapping[str, int]
+    header: Header
 
     @classmethod
     def create(cls, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> TensorFile:
@@ -75,23 +41,12 @@ class TensorFile:
         Raises:
             FileExistsError: If the file exists.
             OSError: If it cannot be written.
-            ValueError: If a tensor has a type that the format does not know.
         """
-        names = sorted(specs, key=lambda name: (-_rank(name, specs[name]), name))
-        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-        end = 0
-        begins: dict[str, int] = {}
-        for name in names:
-            begins[name], end = end, end + specs[name].num_bytes
-            kind = TYPES[specs[name].dtype]
-            header[name] = {"dtype": kind, "shape": list(specs[name].shape), "data_offsets": [begins[name], end]}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % _ALIGNMENT)
-        start = 8 + len(text)
+        header, content, size = Header.plan(specs, metadata)
         with open(path, "xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(start + end)
-        return cls(path, specs, {name: start + begin for name, begin in begins.items()})
+            file.write(content)
+            file.truncate(size)
+        return cls(path, header)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, from any device and of any strides.
@@ -100,18 +55,12 @@ class TensorFile:
             ValueError: If it is of another type or shape than the file was made for.
             OSError: If the file cannot be written.
         """
-        if TensorSpec.of(tensor) != self.specs[name]:
-            raise ValueError(f"{name} is {TensorSpec.of(tensor)}, the file has room for {self.specs[name]}")
-        if tensor.numel() == 0:
-            return
-        data = tensor.detach().to("cpu").contiguous()
-        # A contiguous tensor of one element may have any stride.
-        data = data.as_strided((data.numel(),), (1,)).view(torch.uint8)
-        if sys.byteorder == "big":
-            data = data.view(-1, tensor.element_size()).flip(1).contiguous().view(-1)
+        spec, expected = TensorSpec.of(tensor), self.header.specs[name]
+        if spec != expected:
+            raise ValueError(f"{name} is {spec}, the file has room for {expected}")
         with open(self.path, "r+b") as file:
-            file.seek(self.offsets[name])
-            file.write(data.numpy().data)
+            file.seek(self.header.offsets[name])
+            file.write(bytes_of(tensor.detach().to("cpu").contiguous()))
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -120,12 +69,12 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     The package's own writer puts metadata of several keys into another order at every call.
 
     Raises:
-        FileExistsError, OSError, ValueError: As `TensorFile.create`.
+        FileExistsError, OSError: As `TensorFile.create`.
+        TensorFileError: If the format does not know the type of a tensor.
     """
-    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-    file = TensorFile.create(path, specs, dict(sorted(metadata.items())))
-    for name in sorted(specs, key=lambda name: file.offsets[name]):
-        file.write(name, tensors[name])
+    file = TensorFile.create(path, specs_of(tensors), dict(sorted(metadata.items())))
+    for name, tensor in tensors.items():
+        file.write(name, tensor)
 
 
 @dataclass(frozen=True)
@@ -174,7 +123,6 @@ class WeightFiles:
 
     Raises:
         OSError: If a file cannot be made.
-        ValueError: If a tensor has a type that the format does not know.
     """
 
     def __init__(
@@ -201,9 +149,3 @@ class WeightFiles:
         """Raises ValueError unless every tensor has been written."""
         if self._missing:
             raise ValueError(f"{len(self._missing)} tensors were not written, {min(self._missing)} among them")
-
-
-def _rank(name: str, spec: TensorSpec) -> int:
-    if spec.dtype not in _RANKS:
-        raise ValueError(f"{name} is {spec.dtype}, which a safetensors file does not hold")
-    return _RANKS[spec.dtype]

@@ -1,0 +1,265 @@
+"""Results of initializations on disk: safetensors files, addressed by everything that determines them.
+
+An entry holds post-processed weights as they are and predicted ones as the small blocks that they are tiled from, which
+makes it a third of the model's size and quicker to read than the model is to fill with random numbers. It is written
+under another name and renamed, so that it is there whole or not at all; everything in it is hashed, and one that does
+not match is a logged miss, never a wrong weight. A lock beside it lets one of many processes compute while the others
+wait. `upkeep.py` lists, verifies and removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from timm_ghn import numerics
+from timm_ghn.errors import CacheError
+from timm_ghn.ghn.model import Prediction
+from timm_ghn.graph import Layout, Role, Target
+from timm_ghn.storage.atomic import save_atomically
+from timm_ghn.storage.header import TensorSpec
+from timm_ghn.storage.paths import cache_directory
+from timm_ghn.storage.reader import TensorReader, bytes_of
+from timm_ghn.storage.upkeep import (
+    DESCRIPTION_KEY,
+    DIGEST_KEY,
+    UNREADABLE,
+    CacheFolder,
+    read_description,
+    tensor_digest,
+)
+from timm_ghn.storage.writer import write_file
+
+_logger = logging.getLogger(__name__)
+
+FORMAT = 8
+"""Version of the format of entries; part of their keys, so that versions do not see each other's."""
+LOCK_NOTICE_SECONDS = 2.0
+"""After this wait a message says who is waited for."""
+LOCK_PATIENCE_SECONDS = 900.0
+"""After this wait a lock is taken for one that a dead machine left on a network file system."""
+_MAX_TILE_RATIO = 64
+"""Elements of what a block is tiled to, for each of the weight's: beyond it a description is damaged, not large."""
+
+
+def cache_key(inputs: Mapping[str, Any]) -> str:
+    """Name of the entry that these inputs determine: a SHA-256 over them as JSON, the format and the numerics."""
+    return hashlib.sha256(json.dumps([FORMAT, numerics.VERSION, inputs], sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class WeightCache(CacheFolder):
+    """A folder of entries."""
+
+    _damaged: dict[Path, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    """Files that were found damaged, with inode, size and time: each is reported once."""
+
+    @classmethod
+    def default(cls) -> WeightCache:
+        """The cache in `timm_ghn.storage.paths.cache_directory()`."""
+        return cls(cache_directory())
+
+    def open(self, key: str) -> Entry | None:
+        """An entry, or None if there is none, or none that can be used."""
+        path = self.path(key)
+        try:
+            if self._damaged.get(path) == _stamp(path):
+                return None
+            return Entry.open(path, key)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except UNREADABLE as error:
+            self.report_damage(path, error)
+            return None
+
+    def report_damage(self, path: Path, error: BaseException) -> None:
+        """Log that an entry cannot be used, and do not open it again until it is another file."""
+        try:
+            self._damaged[path] = _stamp(path)
+        except OSError as missing:
+            _logger.debug("%s is gone: %s", path, missing)
+        if isinstance(error, PermissionError):
+            _logger.warning("The cache entry %s cannot be read: %s", path, error)
+        else:
+            _logger.warning("Ignoring a damaged cache entry, %s: %s. It will be computed again", path, error)
+
+    def write(
+        self,
+        key: str,
+        tensors: Mapping[str, Tensor],
+        blocks: Mapping[str, Prediction],
+        report: Mapping[str, Any],
+        *,
+        model: str = "",
+    ) -> bool:
+        """Keep an entry; a cache that cannot be written is a warning, not an error.
+
+        Nothing is flushed to the disk: after a power failure a file may be there without its content, which its hashes
+        give away.
+
+        Args:
+            key: Key of the entry.
+            tensors: Weights that are stored as they are.
+            blocks: Weights that are stored as blocks.
+            report: JSON-compatible description.
+            model: Name of the model, for those who look at the cache.
+
+        Returns:
+            Whether the entry was written.
+        """
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        stored.update({name: prediction.block.detach().cpu().contiguous() for name, prediction in blocks.items()})
+        tiles = {
+            name: {"shape": p.target.shape, "kernel": p.kernel, "layout": p.target.layout.value}
+            for name, p in blocks.items()
+        }
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+            digests = dict(zip(stored, pool.map(digest_of, stored.values()), strict=True))
+        described = {"format": FORMAT, "key": key, "model": model, "digests": digests, "tiles": tiles, "report": report}
+        text = json.dumps(described, sort_keys=True)
+        metadata = {DESCRIPTION_KEY: text, DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
+        try:
+            save_atomically(self.path(key), lambda path: write_file(path, stored, metadata), durable=False)
+        except (OSError, ValueError) as error:
+            _logger.warning("The weights cannot be kept in the cache, %s: %s", self.path(key), error)
+            return False
+        return True
+
+    @contextmanager
+    def locked(self, key: str) -> Iterator[None]:
+        """Hold the lock of an entry.
+
+        A lock only saves work: entries are complete when they get their name, whoever writes them. So there is none
+        where the file system allows none, and after `LOCK_PATIENCE_SECONDS` it is done without.
+        """
+        lock = FileLock(self.lock_path(key), mode=0o666)
+        try:
+            self.weights.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=LOCK_NOTICE_SECONDS)
+            except Timeout:
+                _logger.info("Waiting for another process that computes the same weights (%s)", lock.lock_file)
+                lock.acquire(timeout=LOCK_PATIENCE_SECONDS)
+        except Timeout:
+            _logger.warning("Going on without the lock %s, which is held for very long", lock.lock_file)
+        except (OSError, NotImplementedError) as error:
+            _logger.debug("No lock for %s: %s", key, error)
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry that is there, of the right format and with a sound description; copying verifies its tensors.
+
+    Attributes:
+        path: The file.
+        report: What was stored with the weights.
+        digests: Hash of each tensor's type, shape and bytes, by name.
+        tiles: Shape, kernel and layout, by name, of weights that are stored as blocks.
+    """
+
+    path: Path
+    report: Mapping[str, Any]
+    digests: Mapping[str, str]
+    tiles: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def open(cls, path: Path, key: str) -> Entry:
+        """Read the description of an entry.
+
+        Raises:
+            CacheError, KeyError, TypeError, ValueError: If it is damaged, of another format, or the entry of another
+                key.
+            OSError, TensorFileError: If the file cannot be read, or its header is damaged.
+        """
+        with TensorReader(path) as file:
+            described = read_description(file.metadata)
+            if described["format"] != FORMAT or described["key"] != key:
+                raise CacheError("it was made by another version or for something else")
+            report, digests, tiles = (described[name] for name in ("report", "digests", "tiles"))
+            if not all(isinstance(table, dict) for table in (report, digests, tiles)):
+                raise CacheError("a part of its description is not a table")
+            if file.specs.keys() != digests.keys() or not tiles.keys() <= digests.keys():
+                raise CacheError("its tensors are not those of its description")
+            for name, tile in tiles.items():
+                Layout(tile["layout"])
+                if not all(type(size) is int and 0 < size < 2**63 for size in (*tile["shape"], *tile["kernel"])):
+                    raise CacheError(f"the tiling of {name} is impossible")
+        return cls(path, report, digests, tiles)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the weights."""
+        return frozenset(self.digests)
+
+    def copy_to(self, parameters: Mapping[str, Tensor]) -> None:
+        """Verify all weights and write them into existing tensors; each is verified before it is written.
+
+        Raises:
+            One of `UNREADABLE`: If a weight is not what was written. Others may have been written by then, and have to
+                be computed.
+        """
+        workers = torch.get_num_threads()
+        is_inference = torch.is_inference_mode_enabled()  # which is a matter of each thread
+        names = sorted(self.digests, key=lambda name: -parameters[name].numel())
+
+        def copy(part: Sequence[str]) -> None:
+            with torch.inference_mode(is_inference), torch.no_grad():
+                for name in part:
+                    self._place(name, self._verified(file, name), parameters[name])
+
+        with TensorReader(self.path) as file, ThreadPoolExecutor(max_workers=workers) as pool:
+            for _ in pool.map(copy, [names[i::workers] for i in range(workers)]):
+                pass
+        try:
+            os.utime(self.path)  # the time of the last use, where the file system allows that
+        except OSError as error:
+            _logger.debug("cannot touch %s: %s", self.path, error)
+
+    def _verified(self, file: TensorReader, name: str) -> Tensor:
+        """A tensor of the file. Raises CacheError if it does not have its hash."""
+        tensor = file.read(name)
+        if digest_of(tensor) != self.digests[name]:
+            raise CacheError(f"the content of {name} does not match its hash")
+        return tensor
+
+    def _place(self, name: str, tensor: Tensor, parameter: Tensor) -> None:
+        tile = self.tiles.get(name)
+        if tile is not None:
+            kernel = tuple(tile["kernel"])
+            if math.prod(kernel) > _MAX_TILE_RATIO * max(parameter.numel(), 1):
+                raise CacheError(f"{name} would be tiled to {kernel}")
+            target = Target(name, tuple(tile["shape"]), Role.WEIGHT, Layout(tile["layout"]))
+            Prediction(target, tensor, kernel).write_(parameter)
+        elif tensor.shape == parameter.shape:
+            parameter.copy_(tensor)
+        else:
+            raise CacheError(f"{name} has another shape")
+
+
+def digest_of(tensor: Tensor) -> str:
+    """Hash of a contiguous CPU tensor; see `tensor_digest`."""
+    digest = tensor_digest(TensorSpec.of(tensor))
+    digest.update(bytes_of(tensor))
+    return str(digest.hexdigest())
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,329 @@
+"""The folder of a cache: what is there, whether it is sound, and making it smaller. Nothing here needs torch.
+
+`<cache>/weights/<key>.safetensors` is an entry, `<cache>/weights/.<key>.lock` is held while one is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from filelock import FileLock, Timeout
+
+from timm_ghn.errors import CacheError, TimmGhnError
+from timm_ghn.storage.atomic import leftovers
+from timm_ghn.storage.header import Header, TensorSpec
+from timm_ghn.storage.paths import cache_directory
+
+_logger = logging.getLogger(__name__)
+
+DESCRIPTION_KEY, DIGEST_KEY = "timm_ghn", "timm_ghn_sha256"
+"""Metadata of an entry: its description as JSON, and the SHA-256 of that text."""
+UNREADABLE = (
+    OSError,
+    TimmGhnError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,  # RecursionError, and what torch raises for impossible shapes
+    MemoryError,
+    OverflowError,
+)
+"""What reading a file of any content may raise."""
+_CHUNK = 1 << 22
+_MADE = ("method", "version", "ghn", "ghn_hash", "noise", "start_layer", "num_layers", "seed")
+
+
+@dataclass(frozen=True)
+class EntryInfo:
+    """An entry as `timm-ghn cache ls` shows it.
+
+    Attributes:
+        key: Its name.
+        path: Its file.
+        size: Bytes.
+        last_use: Seconds since the epoch; not later than now, whatever the clocks said when it was used.
+        made: What made it, as far as known: model, method, version, ghn, ghn_hash, noise, start_layer, num_layers and
+            seed.
+        problem: Why it cannot be used; empty if nothing is known against it.
+    """
+
+    key: str
+    path: Path
+    size: int
+    last_use: float
+    made: Mapping[str, Any]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was removed, or would be.
+
+    Attributes:
+        removed: Entries.
+        in_use: Entries that should go, but are locked by a process or cannot be removed.
+        leftovers: Temporary files and locks of no entry.
+        freed: Bytes of all that was removed.
+        kept: Bytes of the entries that stay.
+    """
+
+    removed: tuple[EntryInfo, ...]
+    in_use: tuple[EntryInfo, ...]
+    leftovers: tuple[Path, ...]
+    freed: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """The folder of a cache.
+
+    Attributes:
+        root: The folder; it need not exist.
+    """
+
+    root: Path
+
+    @property
+    def weights(self) -> Path:
+        """Folder of the entries and their locks."""
+        return self.root / "weights"
+
+    def path(self, key: str) -> Path:
+        """File of an entry."""
+        return self.weights / f"{key}.safetensors"
+
+    def lock_path(self, key: str) -> Path:
+        """Lock file of an entry."""
+        return self.weights / f".{key}.lock"
+
+    def entries(self) -> list[EntryInfo]:
+        """All entries, the last used first. Tensors are not read."""
+        now = time.time()
+        found = [_info(path, now) for path in self._files() if path.suffix == ".safetensors" and path.name[0] != "."]
+        return sorted((info for info in found if info is not None), key=lambda info: (-info.last_use, info.key))
+
+    def verify(self) -> Iterator[EntryInfo]:
+        """Read and hash all entries; yields each as soon as that is done, with the problem that was found."""
+        for info in self.entries():
+            try:
+                _verify(info)
+            except FileNotFoundError:
+                continue  # somebody removed it meanwhile
+            except UNREADABLE as error:
+                yield replace(info, problem=_reason(error))
+            else:
+                yield info
+
+    def leftovers(self) -> list[Path]:
+        """Temporary files that nobody writes any more."""
+        return leftovers(self.weights)
+
+    def prune(self, *, max_bytes: int | None = None, max_age: float | None = None, dry_run: bool = False) -> Pruned:
+        """Remove what was not used for longest, and what killed processes left.
+
+        Args:
+            max_bytes: Size that all entries together may keep; None for any.
+            max_age: Seconds since the last use after which an entry goes; None for any. An entry whose last use lies
+                in the future, because a clock was wrong, counts as used now, and its time is corrected.
+            dry_run: Whether nothing is removed.
+        """
+        now, infos = time.time(), self.entries()
+        kept = sum(info.size for info in infos)
+        chosen = []
+        for info in reversed(infos):
+            if (max_age is not None and now - info.last_use > max_age) or (max_bytes is not None and kept > max_bytes):
+                chosen.append(info)
+                kept -= info.size
+            elif not dry_run:
+                _correct_time(info.path, now)
+        return self._remove(chosen, infos, dry_run)
+
+    def remove(self, keys: Collection[str], *, dry_run: bool = False) -> Pruned:
+        """Remove entries; those that are in use stay.
+
+        Args:
+            keys: Keys, or beginnings of at least 4 characters that belong to one entry.
+            dry_run: Whether nothing is removed.
+
+        Raises:
+            CacheError: If a key belongs to no entry or to several. Nothing is removed then.
+        """
+        infos = self.entries()
+        wanted = {_match(key, infos).key for key in keys}
+        return self._remove([info for info in infos if info.key in wanted], infos, dry_run)
+
+    def _remove(self, chosen: Collection[EntryInfo], infos: Collection[EntryInfo], dry_run: bool) -> Pruned:
+        """Remove entries with their locks, and what belongs to no entry."""
+        removed = tuple(info for info in chosen if self._discard(info.key, info.path, dry_run))
+        others = [(path, size) for path, size in _sizes(self.leftovers()) if _discard(path, dry_run)]
+        keys = {info.key for info in infos}
+        for path, size in _sizes(self._files()):
+            key = path.name[1:].removesuffix(".lock")
+            if path.name == self.lock_path(key).name and key not in keys and self._discard(key, path, dry_run):
+                others.append((path, size))
+        freed = sum(info.size for info in removed) + sum(size for _, size in others)
+        kept = sum(info.size for info in infos if info not in removed)
+        in_use = tuple(info for info in chosen if info not in removed)
+        return Pruned(removed, in_use, tuple(path for path, _ in others), freed, kept)
+
+    def _discard(self, key: str, path: Path, dry_run: bool) -> bool:
+        """Remove a file and the lock of its entry, unless somebody else holds that; returns whether the file could go.
+
+        Somebody who waits for the lock meanwhile gets one that no longer excludes others, and computes again.
+        """
+        with self._claimed(key) as is_free:
+            if not is_free or not _discard(path, dry_run):
+                return False
+            if self.lock_path(key).exists():
+                _discard(self.lock_path(key), dry_run)
+        return True
+
+    @contextmanager
+    def _claimed(self, key: str) -> Iterator[bool]:
+        """Whether nobody else holds the lock of an entry; it is held here then.
+
+        No lock file is created for the sake of asking, and where locks do not work, nobody holds any.
+        """
+        lock = FileLock(self.lock_path(key), mode=0o666)
+        is_free = True
+        if self.lock_path(key).exists():
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                is_free = False
+            except (OSError, NotImplementedError) as error:
+                _logger.debug("no lock for %s: %s", key, error)
+        try:
+            yield is_free
+        finally:
+            lock.release()
+
+    def _files(self) -> list[Path]:
+        """Files in the order of their names; none if the folder cannot be listed."""
+        try:
+            return sorted(path for path in self.weights.iterdir() if path.is_file())
+        except OSError as error:
+            _logger.debug("cannot list %s: %s", self.weights, error)
+            return []
+
+
+def default_cache() -> CacheFolder:
+    """The cache in `timm_ghn.storage.paths.cache_directory()`."""
+    return CacheFolder(cache_directory())
+
+
+def read_description(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The description in a file's metadata.
+
+    Raises:
+        CacheError: If there is none, or it does not have its hash.
+    """
+    text = metadata.get(DESCRIPTION_KEY)
+    if text is None or metadata.keys() != {DESCRIPTION_KEY, DIGEST_KEY}:
+        raise CacheError("it is no cache entry, or was made by another version")
+    if hashlib.sha256(text.encode(errors="replace")).hexdigest() != metadata[DIGEST_KEY]:
+        raise CacheError("its description does not match its hash")
+    description = json.loads(text)
+    if not isinstance(description, dict):
+        raise CacheError("its description is not a table")
+    return description
+
+
+def tensor_digest(spec: TensorSpec) -> Any:
+    """The beginning of the hash of a tensor, 128-bit XXH3 over type, shape and bytes.
+
+    It is there to notice damage, at the speed of memory: whoever can write the file can write a matching hash as well,
+    of any kind. SHA-256 takes three times as long as reading does.
+    """
+    return xxhash.xxh3_128(f"{spec.dtype} {spec.shape}\0".encode())
+
+
+def _verify(info: EntryInfo) -> None:
+    """Read and hash every tensor of an entry. Raises one of `UNREADABLE` if the entry is not what was written."""
+    with open(info.path, "rb") as file:
+        header = Header.read(file)
+        digests = read_description(header.metadata)["digests"]
+        if digests.keys() != header.specs.keys():
+            raise CacheError("its tensors are not those of its description")
+        for name, spec in header.specs.items():
+            digest, missing = tensor_digest(spec), spec.num_bytes
+            file.seek(header.offsets[name])
+            while missing and (part := file.read(min(missing, _CHUNK))):
+                digest.update(part)
+                missing -= len(part)
+            if digest.hexdigest() != digests[name]:
+                raise CacheError(f"the content of {name} does not match its hash")
+
+
+def _info(path: Path, now: float) -> EntryInfo | None:
+    """Description of an entry; None if it is gone."""
+    made: dict[str, Any] = {}
+    problem = ""
+    try:
+        status = path.lstat()
+        with open(path, "rb") as file:
+            description = read_description(Header.read(file).metadata)
+        provenance = description["report"]["provenance"]
+        made = {"model": description["model"], **{name: provenance.get(name) for name in _MADE}}
+    except FileNotFoundError:
+        return None
+    except UNREADABLE as error:
+        problem = _reason(error)
+    return EntryInfo(path.stem, path, status.st_size, min(status.st_mtime, now), made, problem)
+
+
+def _sizes(paths: Iterable[Path]) -> list[tuple[Path, int]]:
+    """Files with their sizes; what is gone has none."""
+    return [(path, path.stat().st_size if path.exists() else 0) for path in paths]
+
+
+def _discard(path: Path, dry_run: bool) -> bool:
+    """Remove a file; returns whether it is gone, or could go."""
+    try:
+        if not dry_run:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        _logger.warning("%s cannot be removed: %s", path, error.strerror or error)
+        return False
+    return True
+
+
+def _match(key: str, infos: Collection[EntryInfo]) -> EntryInfo:
+    """The entry of a key or of its beginning.
+
+    Raises:
+        CacheError: If there is none, or several.
+    """
+    found = [info for info in infos if info.key == key or (len(key) >= 4 and info.key.startswith(key))]
+    if len(found) > 1:
+        raise CacheError(f"{key} belongs to {len(found)} entries; `timm-ghn cache ls` lists them")
+    if not found:
+        raise CacheError(f"no entry has the key {key} (or begins with it, in 4 characters at least)")
+    return found[0]
+
+
+def _correct_time(path: Path, now: float) -> None:
+    """Set a last use that lies in the future to now."""
+    try:
+        if path.lstat().st_mtime > now:
+            os.utime(path, (now, now))
+    except OSError as error:
+        _logger.debug("cannot touch %s: %s", path, error)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return "it is not JSON"
+    return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
