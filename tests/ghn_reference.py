@@ -48,6 +48,31 @@ def seeded_ghn(config: GHNConfig | None = None) -> GHN:
     return ghn.eval()
 
 
+def seeded_ghn3(config: GHNConfig | None = None) -> GHN:
+    """A GHN-3, of GHN-3-T's sizes by default, with the weights of the outputs in tests/data/reference/ghn3.json."""
+    with torch.random.fork_rng(devices=[]):
+        ghn = GHN(config or GHNConfig.graphormer())
+    state = {}
+    for name, tensor in ghn.state_dict().items():
+        shape = tuple(tensor.shape[:2]) if name.startswith("decoder.") else tuple(tensor.shape)
+        seeded = seeded_tensor(_released_name(name), shape).view(tensor.shape)
+        state[name] = seeded + 1.0 if name.endswith(("ln1.weight", "ln2.weight")) else seeded
+    ghn.load_state_dict(state)
+    return ghn.eval()
+
+
+def _released_name(name: str) -> str:
+    """The name of a tensor in the released files of GHN-3, which hold three tables outside of the first layer."""
+    is_outside = name.startswith(("gnn.0.centrality_embed", "gnn.0.input_dist_embed"))
+    return name.removeprefix("gnn.0.") if is_outside else name
+
+
+def released_ghn3(ghn: GHN) -> dict[str, Tensor]:
+    """The state dict of a GHN-3 as the released files hold it."""
+    state = {_released_name(name): tensor.clone() for name, tensor in ghn.state_dict().items()}
+    return {name: tensor.flatten(1) if tensor.ndim == 4 else tensor for name, tensor in state.items()}
+
+
 def ppuda_checkpoint(ghn: GHN, **changes: Any) -> dict[str, Any]:
     """What ppuda would save for a GHN, with the typo of its key for the optimizer."""
     config = {**ghn.config.to_dict(), "max_shape": ghn.config.max_shape}

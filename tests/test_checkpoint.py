@@ -224,10 +224,11 @@ def test_wrong_tensors_are_refused(
         ({"max_shape": (1024, 1024, 64, 64), "hid": 1024}, "the decoder would have"),
         ({"num_classes": 0}, "num_classes is 0"),
         ({"num_classes": "10"}, "num_classes is '10', not a whole number"),
-        ({"hypernet": "transformer"}, "hypernet is 'transformer', not one of gatedgnn, mlp"),
+        ({"hypernet": "transformer"}, "hypernet is 'transformer', not one of gatedgnn, graphormer, mlp"),
         ({"decoder": ["conv"]}, "decoder is"),
         ({"ve": 1}, "ve is 1, not true or false"),
-        ({"heads": 8}, "unknown settings heads"),
+        ({"heads": 8}, "layers and heads need hypernet 'graphormer'"),
+        ({"colour": 8}, "unknown settings colour"),
     ],
 )
 def test_wrong_configs_are_refused(ghn: GHN, tmp_path: Path, config: dict[str, Any], message: str) -> None:

@@ -23,9 +23,9 @@ from timm_ghn.ghn import GHN, Prediction, load_ghn
 from timm_ghn.graph import Layout, Role, Target, capture, to_graph
 from timm_ghn.initialize.plan import find_hypernetwork, make_plan
 from timm_ghn.initialize.report import Status
+from timm_ghn.scale.batch_norms import MAX_AFFINE_CHAIN
 from timm_ghn.scale.rule import (
     KERNEL_BAND,
-    MAX_AFFINE_CHAIN,
     MAX_CHAIN,
     NORM_BAND,
     SMALLEST_NORM,

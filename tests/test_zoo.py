@@ -21,7 +21,7 @@ from zoo import MODULES, count_smallest_model, kept_count, models_of, on_meta, s
 
 from timm_ghn.ghn import GHN
 from timm_ghn.graph import Graph, Role, to_graph
-from timm_ghn.graph.facts import LOOKED_UP
+from timm_ghn.graph.origins import LOOKED_UP
 from timm_ghn.orthogonalization import (
     default_start_layer,
     is_pointwise,

@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 from timm_ghn.errors import InitError
-from timm_ghn.graph.facts import CONVOLUTIONS
+from timm_ghn.graph.origins import find_origins
 from timm_ghn.orthogonalization import weight_layers
 from timm_ghn.seeding import derived_seed
-from timm_ghn.trace.capture import Trace, capture
+from timm_ghn.trace.capture import capture
+from timm_ghn.trace.operations import LAYERS, Kind, kind_of, weight_and_bias
+from timm_ghn.trace.records import Operation, Trace, Value
 
-_SUMS = {"add"}
-_LAYERS = {"linear", *CONVOLUTIONS}
 _NORMS = (
     nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
@@ -45,23 +45,22 @@ class Branch:
 
 def residual_branches(trace: Trace) -> tuple[Branch, ...]:
     """The residual branches of a recorded forward pass."""
-    layers: dict[int, tuple[str, ...]] = dict.fromkeys(trace.inputs, ())
+
+    def passed(operation: Operation, _: Value, known: Sequence[tuple[str, ...] | None]) -> tuple[str, ...]:
+        """The weights of all layers on the way to a value."""
+        weight = weight_and_bias(operation)[0] if kind_of(operation) in LAYERS else None
+        names = trace.parameters.get(weight.index, ()) if weight is not None else ()
+        return (*dict.fromkeys(name for before in known for name in before or ()), *names[:1])
+
+    flow = find_origins(trace).flow
+    weights = flow.follow(passed)
     branches: list[Branch] = []
-    for operation in trace.operations:
-        data = [layers[value.index] for value in operation.inputs if value.index in layers]
-        if not data:
-            continue
-        if operation.name in _SUMS and len(data) == 2:
-            exclusive = sorted((_without(data[0], data[1]), _without(data[1], data[0])), key=len)
-            if len(exclusive[1]) > len(exclusive[0]) <= 1:
-                branches.append(Branch(exclusive[1]))
-        passed = tuple(dict.fromkeys(name for names in data for name in names))
-        if operation.name in _LAYERS:
-            weight = operation.argument(1, "weight")
-            names: Sequence[str] = trace.parameters.get(getattr(weight, "index", -1), ())
-            passed += tuple(names[:1])
-        for output in operation.outputs:
-            layers[output.index] = passed
+    for operation, sources, _ in flow.steps:
+        if kind_of(operation) is Kind.SUM and len(sources) == 2:
+            first, second = (weights.get(index, ()) for index in sources)
+            shortcut, branch = sorted((_without(first, second), _without(second, first)), key=len)
+            if len(branch) > len(shortcut) <= 1:
+                branches.append(Branch(branch))
     return tuple(branches)
 
 

@@ -9,19 +9,24 @@ from typing import Any
 
 from timm_ghn.errors import CheckpointError
 
-HYPERNETS = ("gatedgnn", "mlp")
+HYPERNETS = ("gatedgnn", "graphormer", "mlp")
 DECODERS = ("conv", "mlp")
+CUTS = ("corner", "centre")
 KERNELS = ("raw", "normalized", "orthogonal")
 HUB_FILE = "ghn.safetensors"
 """What a GHN's file is called in a repository of the Hub, and in this package."""
+
+_REQUIRED = {"max_shape", "num_classes", "weight_norm", "ve", "layernorm"}
+_NOT_PPUDA = {"kernels", "tiles", "layers", "heads", "cut"}
 
 MAX_CHANNELS = 1024
 MAX_KERNEL = 64
 MAX_HID = 1024
 MAX_CLASSES = 100_000
 MAX_TILES = 256
-MAX_PARAMETERS = 2**28
-"""Sizes beyond which a configuration is taken for damaged rather than allocated (2^28 float32 are 1 GiB)."""
+MAX_LAYERS = 256
+MAX_PARAMETERS = 2**30
+"""Sizes beyond which a configuration is taken for damaged rather than allocated (2^30 float32 are 4 GiB)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class GHNConfig:
     Attributes:
         max_shape: Largest block that the decoder emits: (out channels, in channels, height, width).
         num_classes: Classes of the data set that the GHN was trained on.
-        hypernet: What propagates node features: "gatedgnn", or "mlp" for no propagation.
+        hypernet: What encodes nodes: "gatedgnn" (GHN-1 and GHN-2), "graphormer" (GHN-3), or "mlp", in which nodes do
+            not see each other.
         decoder: What turns features into kernels: "conv" or "mlp".
         weight_norm: Whether predicted tensors are scaled by their fan-in (arXiv 2110.13100, section 4.2).
         ve: Whether virtual edges carry messages (arXiv 2110.13100, section 4.1).
@@ -42,6 +48,10 @@ class GHNConfig:
             "orthogonal" first makes its singular values nearly equal.
         tiles: How many blocks a side make up a larger kernel before it repeats them, each from a learned code of its
             place; 1 repeats a single one (ppuda).
+        layers: Layers of the Graphormer; 0 without one.
+        heads: Attention heads of the Graphormer; 0 without one.
+        cut: Which part of an emitted block a smaller kernel is: its "corner" (GHN-1 and GHN-2), or its "centre"
+            (GHN-3). With "centre", kernels larger than a block are interpolated instead of repeated in space.
 
     Raises:
         CheckpointError: If a value is of the wrong type or out of bounds.
@@ -57,10 +67,29 @@ class GHNConfig:
     hid: int = 32
     kernels: str = "raw"
     tiles: int = 1
+    layers: int = 0
+    heads: int = 0
+    cut: str = "corner"
+
+    @classmethod
+    def graphormer(
+        cls, hid: int = 64, layers: int = 3, heads: int = 8, *, num_classes: int = 1000, side: int = 16
+    ) -> GHNConfig:
+        """Hyperparameters of a GHN-3; the defaults are those of GHN-3-T (arXiv 2303.04143, table 1).
+
+        Args:
+            hid: Size of a node's features, and number of channels of a block.
+            layers: Layers of the Graphormer.
+            heads: Attention heads.
+            num_classes: Classes of the data set that it is trained on.
+            side: Height and width of a block.
+        """
+        shape = (hid, hid, side, side)
+        return cls(shape, num_classes, "graphormer", hid=hid, layers=layers, heads=heads, cut="centre")
 
     def __post_init__(self) -> None:
         self._check_sizes()
-        for name, choices in (("hypernet", HYPERNETS), ("decoder", DECODERS), ("kernels", KERNELS)):
+        for name, choices in (("hypernet", HYPERNETS), ("decoder", DECODERS), ("kernels", KERNELS), ("cut", CUTS)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 raise CheckpointError(f"GHN config: {name} is {_show(value)}, not one of {', '.join(choices)}")
@@ -68,6 +97,8 @@ class GHNConfig:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise CheckpointError(f"GHN config: {name} is {_show(value)}, not true or false")
+        if self.decoder != "conv" and (self.tiles > 1 or self.cut != "corner"):
+            raise CheckpointError("GHN config: tiles and cut need decoder 'conv'")
         if self.num_decoder_parameters > MAX_PARAMETERS:
             raise CheckpointError(
                 f"GHN config: the decoder would have {self.num_decoder_parameters:,} parameters, "
@@ -89,10 +120,15 @@ class GHNConfig:
         _check_size("num_classes", self.num_classes, MAX_CLASSES)
         _check_size("hid", self.hid, MAX_HID)
         _check_size("tiles", self.tiles, MAX_TILES)
-        if self.tiles > 1 and self.decoder != "conv":
-            raise CheckpointError("GHN config: tiles needs decoder 'conv'")
         if self.hid % 4:
             raise CheckpointError(f"GHN config: hid is {self.hid}, not a multiple of 4")
+        if self.hypernet == "graphormer":
+            _check_size("layers", self.layers, MAX_LAYERS)
+            _check_size("heads", self.heads, MAX_HID)
+            if self.hid % self.heads:
+                raise CheckpointError(f"GHN config: hid is {self.hid}, not a multiple of {self.heads} heads")
+        elif self.layers or self.heads:
+            raise CheckpointError("GHN config: layers and heads need hypernet 'graphormer'")
 
     @property
     def largest_kernel(self) -> tuple[int, int, int, int]:
@@ -115,8 +151,7 @@ class GHNConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> GHNConfig:
         """Build a configuration from JSON or from the `config` entry of a ppuda checkpoint.
 
-        Only `hypernet`, `decoder`, `hid`, `kernels` and `tiles` may be missing: ppuda's defaults for the rest are not
-        those of GHN-2.
+        Settings that ppuda writes into every checkpoint must be there: its defaults are not those of GHN-2.
 
         Raises:
             CheckpointError: If a key is missing or unknown, or a value is of the wrong type or out of bounds.
@@ -127,7 +162,7 @@ class GHNConfig:
         unknown = sorted(_show(key).strip("'") for key in data if key not in known)[:3]
         if unknown:
             raise CheckpointError(f"GHN config: unknown settings {', '.join(unknown)}")
-        missing = sorted(known - set(data) - {"hypernet", "decoder", "hid", "kernels", "tiles"})
+        missing = sorted(_REQUIRED - set(data))
         if missing:
             raise CheckpointError(f"GHN config: missing settings {', '.join(missing)}")
         values = dict(data)
@@ -137,12 +172,9 @@ class GHNConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible form; `from_dict` reads it back. What ppuda does not know is left out where it is unused."""
-        data = {**asdict(self), "max_shape": list(self.max_shape)}
-        if self.kernels == "raw":
-            del data["kernels"]
-        if self.tiles == 1:
-            del data["tiles"]
-        return data
+        unused = {name for name in _NOT_PPUDA if getattr(self, name) == getattr(GHNConfig, name)}
+        data = {name: value for name, value in asdict(self).items() if name not in unused}
+        return {**data, "max_shape": list(self.max_shape)}
 
 
 @dataclass(frozen=True)

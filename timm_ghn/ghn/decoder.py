@@ -25,17 +25,24 @@ _CODE_STD = 0.7
 """Standard deviation of the codes of an untrained GHN, by which the blocks of a kernel differ."""
 
 
+Window = tuple[range, ...]
+"""A part of a grid: for each dimension, where it lies."""
+
+SLAB_BYTES = 64 * 2**20
+"""Upper bound of the weights of the last layer that are copied at once; for GHN-2, all of them are 4 MiB."""
+
+
 @dataclass(frozen=True, slots=True)
 class ConvParts:
     """The parts of a `ConvDecoder`'s layers that emit blocks of one size.
 
     Attributes:
         places: Weight and bias of the first layer for the places of an h x w kernel.
-        channels: Weight and bias of the last layer for K x C channels.
+        channels: Weights (k, C, hidden) and biases (k, C) of the last layer, for a few out channels each.
     """
 
     places: tuple[Tensor, Tensor]
-    channels: tuple[Tensor, Tensor]
+    channels: Sequence[tuple[Tensor, Tensor]]
 
 
 class ConvDecoder(nn.Module):
@@ -43,7 +50,7 @@ class ConvDecoder(nn.Module):
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__()
-        self.max_shape = config.max_shape
+        self.max_shape, self.is_centred = config.max_shape, config.cut == "centre"
         out_channels, in_channels, height, width = config.max_shape
         middle = 4 * config.hid
         self.fc = nn.Sequential(nn.Linear(config.hid, middle * height * width), nn.ReLU())
@@ -61,23 +68,29 @@ class ConvDecoder(nn.Module):
         """What emits blocks of these sizes, for `forward`; cut together, they have one gradient for each layer."""
         sizes = list(dict.fromkeys(blocks))
         places, last = cast(nn.Linear, self.fc[0]), cast(nn.Conv2d, self.conv[2])
-        maps = [(4 * places.in_features, *block[2:]) for block in sizes]
-        channels = [block[:2] for block in sizes]
-        side, pairs = (4 * places.in_features, *self.max_shape[2:]), self.max_shape[:2]
-        cut = [
-            _cut_all(tensor, shape, wanted)
-            for tensor, shape, wanted in (
-                (places.weight, side, maps),
-                (places.bias, side, maps),
-                (last.weight.flatten(1), pairs, channels),
-                (_bias(last), pairs, channels),
-            )
-        ]
-        parts = zip(sizes, *cut, strict=True)
-        return {
-            size: ConvParts((weight, bias), (last_weight, last_bias))
-            for size, weight, bias, last_weight, last_bias in parts
-        }
+        grid, pairs = (4 * places.in_features, *self.max_shape[2:]), self.max_shape[:2]
+        windows = [(range(grid[0]), *self._window(block)) for block in sizes]
+        corners = [_corner(block[:2]) for block in sizes]
+        cuts = zip(
+            sizes,
+            _cut_all(places.weight, grid, windows),
+            _cut_all(places.bias, grid, windows),
+            _cut_all(last.weight.flatten(1), pairs, corners),
+            _cut_all(_bias(last), pairs, corners),
+            strict=True,
+        )
+        parts = {}
+        for size, place_weight, place_bias, weight, bias in cuts:
+            count = max(1, SLAB_BYTES // (4 * weight[0].numel()))
+            slabs = list(zip(torch.split(weight, count), torch.split(bias, count), strict=True))
+            parts[size] = ConvParts((place_weight.flatten(0, 2), place_bias.flatten()), slabs)
+        return parts
+
+    def _window(self, block: Block) -> Window:
+        """Where the h x w places of a smaller kernel lie in a block: in its corner, or around its centre."""
+        sizes, limits = block[2:], self.max_shape[2:]
+        starts = [limit // 2 - size // 2 if self.is_centred else 0 for size, limit in zip(sizes, limits, strict=True)]
+        return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
     def forward(self, x: Tensor, tiles: Tiles, parts: ConvParts | None = None) -> Tensor:
         """Blocks (N, A, B, K, C, h, w), contiguous, for node features (N, hid).
@@ -97,7 +110,8 @@ class ConvDecoder(nn.Module):
         hidden = F.relu(F.linear(maps.transpose(1, 2), first.weight.flatten(1), first.bias))
         if not tiles.is_first:
             hidden = hidden[:, None] * self._gains(tiles)[:, None]
-        kernels = F.linear(hidden, *parts.channels).transpose(-1, -2)
+        slabs = [F.linear(hidden, weight.flatten(0, 1), bias.flatten()) for weight, bias in parts.channels]
+        kernels = (torch.cat(slabs, dim=-1) if len(slabs) > 1 else slabs[0]).transpose(-1, -2)
         return kernels.reshape(len(x), len(tiles.rows), len(tiles.columns), *block)
 
     def _gains(self, tiles: Tiles) -> Tensor:
@@ -133,8 +147,8 @@ class MLPDecoder(nn.Module):
         """Blocks (N, 1, 1, K, C, h, w), contiguous, for node features (N, hid); `parts` is not used."""
         block = tiles.block
         first, last = self.mlp.linear(0), self.mlp.linear(1)
-        weight, bias = _cut(last.weight, self.max_shape, block), _cut(last.bias, self.max_shape, block)
-        return F.linear(F.relu(first(x)), weight, bias).view(len(x), 1, 1, *block)
+        (weight,), (bias,) = (_cut_all(rows, self.max_shape, [_corner(block)]) for rows in (last.weight, last.bias))
+        return F.linear(F.relu(first(x)), weight.flatten(0, 3), bias.flatten()).view(len(x), 1, 1, *block)
 
     def class_weights(self, x: Tensor, in_channels: int) -> Tensor:
         """Class weights (N, num_classes, C) for node features (N, hid)."""
@@ -142,41 +156,41 @@ class MLPDecoder(nn.Module):
         return weights.view(len(x), -1, self.max_shape[1])[:, :, :in_channels]
 
 
-def _cut(rows: Tensor, shape: tuple[int, ...], sizes: tuple[int | None, ...]) -> Tensor:
-    """The rows of a layer whose outputs, seen as `shape`, lie in the corner of `sizes` (None: all)."""
-    grid = rows.view(*shape, *rows.shape[1:])
-    return grid[tuple(slice(size) for size in sizes)].reshape(-1, *rows.shape[1:])
+def _corner(sizes: Sequence[int]) -> Window:
+    return tuple(range(size) for size in sizes)
 
 
-class _Corners(torch.autograd.Function):
-    """Several corners of one grid. The gradient is summed in place, not in a tensor of the grid's size for each."""
+def _slices(window: Window) -> tuple[slice, ...]:
+    return tuple(slice(part.start, part.stop) for part in window)
+
+
+class _Windows(torch.autograd.Function):
+    """Several parts of one grid. The gradient is summed in place, not in a tensor of the grid's size for each."""
 
     @staticmethod
-    def forward(ctx: Any, grid: Tensor, corners: tuple[tuple[slice, ...], ...]) -> tuple[Tensor, ...]:
-        ctx.corners, ctx.shape = corners, grid.shape
-        return tuple(grid[corner].contiguous().clone() for corner in corners)
+    def forward(ctx: Any, grid: Tensor, windows: tuple[Window, ...]) -> tuple[Tensor, ...]:
+        ctx.windows, ctx.shape = windows, grid.shape
+        return tuple(grid[_slices(window)].contiguous().clone() for window in windows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        given = [(corner, grad) for corner, grad in zip(ctx.corners, grads, strict=True) if grad is not None]
+        given = [(window, grad) for window, grad in zip(ctx.windows, grads, strict=True) if grad is not None]
         if not given:
             return None, None
         total = given[0][1].new_zeros(ctx.shape)
-        for corner, grad in given:
-            total[corner] += grad
+        for window, grad in given:
+            total[_slices(window)] += grad
         return total, None
 
 
-def _cut_all(rows: Tensor, shape: tuple[int, ...], sizes: Iterable[tuple[int, ...]]) -> list[Tensor]:
-    """For each of some sizes, the rows of a layer whose outputs, seen as `shape`, lie in that corner."""
+def _cut_all(rows: Tensor, shape: tuple[int, ...], windows: Sequence[Window]) -> list[Tensor]:
+    """The rows of a layer whose outputs, seen as `shape`, lie in each of some windows, as (*window, ...)."""
     grid = rows.view(*shape, *rows.shape[1:])
-    distinct = {size: tuple(slice(length) for length in size) for size in sizes}
-    if torch.is_grad_enabled():
-        parts = _Corners.apply(grid, tuple(distinct.values()))  # type: ignore[no-untyped-call]
-    else:
-        parts = tuple(grid[corner] for corner in distinct.values())
-    found = {size: part.reshape(-1, *rows.shape[1:]) for size, part in zip(distinct, parts, strict=True)}
-    return [found[size] for size in sizes]
+    if not torch.is_grad_enabled():
+        return [grid[_slices(window)] for window in windows]
+    distinct = tuple(dict.fromkeys(windows))
+    found = dict(zip(distinct, _Windows.apply(grid, distinct), strict=True))  # type: ignore[no-untyped-call]
+    return [found[window] for window in windows]
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:

@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from timm_ghn.errors import GraphError
 from timm_ghn.ghn import decoder as decoders
@@ -16,6 +17,7 @@ from timm_ghn.ghn import layout
 from timm_ghn.ghn.config import GHNConfig, GHNInfo
 from timm_ghn.ghn.features import ShapeEncoder, shape_4d
 from timm_ghn.ghn.gnn import MLP, GatedGNN
+from timm_ghn.ghn.graphormer import Graphormer
 from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.nodes import Layout, Op, Role, Shape, Target
 
@@ -109,7 +111,7 @@ class _Job:
 
 
 class GHN(nn.Module):
-    """A graph hypernetwork whose state dict has the names and shapes of ppuda's (GHN-1 and GHN-2).
+    """A graph hypernetwork: GHN-1 and GHN-2 with the names and shapes of ppuda's state dicts, and GHN-3.
 
     Args:
         config: Hyperparameters.
@@ -129,7 +131,7 @@ class GHN(nn.Module):
             self.ln = nn.LayerNorm(hid)
         self.embed = nn.Embedding(len(Op), hid)
         self.shape_enc = ShapeEncoder(hid, config.num_classes, config.max_shape[3])
-        self.gnn: GatedGNN | MLP = GatedGNN(hid, config.ve) if config.hypernet == "gatedgnn" else MLP(hid, (hid, hid))
+        self.gnn = _make_encoder(config)
         self.decoder = decoders.make_decoder(config)
         self.decoder_1d = decoders.vector_decoder(config)
         self.bias_class = decoders.class_bias_layer(config)
@@ -151,7 +153,7 @@ class GHN(nn.Module):
         nodes = [node for graph in batch for node in graph.nodes]
         operators = torch.tensor([node.op.row for node in nodes], device=self.embed.weight.device)
         x = self.embed(operators) + self.shape_enc(nodes)
-        x = self.gnn(x, batch) if isinstance(self.gnn, GatedGNN) else self.gnn(x)
+        x = self.gnn(x) if isinstance(self.gnn, MLP) else self.gnn(x, batch)
         x = self.ln(x) if self.config.layernorm else x
         return cast(Tensor, x)
 
@@ -252,7 +254,9 @@ class GHN(nn.Module):
         return _Group("class_bias") if role is Role.CLASS_BIAS else _Group("vector")
 
     def _bytes(self, group: _Group) -> int:
-        return 4 * max(math.prod(group.block), 2 * max(self.config.max_shape[:2]), self.config.num_classes)
+        """Memory that a node of a group needs: its block, or the hidden features of the decoder."""
+        places = math.prod(group.block[2:]) * 8 * self.config.hid
+        return 4 * max(math.prod(group.block), places, 2 * max(self.config.max_shape[:2]), self.config.num_classes)
 
     def _decode(self, group: _Group, x: Tensor) -> Tensor:
         """What is no kernel (n, ...) of a group for node features (n, hid), neither scaled nor cut to its target."""
@@ -269,14 +273,21 @@ class GHN(nn.Module):
             return torch.stack([2 * torch.sigmoid(blocks[:, 0] / 2), torch.tanh(blocks[:, 1] / 5)], dim=1)
         if blocks.ndim == 2:
             return torch.tanh(blocks / 5)
-        factors = [decoders.kernel_scale(job.shape, job.target.role is Role.POS_ENC) for job in jobs]
+        factors = [self._scale(job) for job in jobs]
         return blocks * blocks.new_tensor(factors).view(-1, *(1,) * (blocks.ndim - 1))
+
+    def _scale(self, job: _Job) -> float:
+        if self.config.cut == "centre" and job.target.layout is Layout.TOKENS:  # ghn3 scales no table of tokens
+            return 1.0
+        return decoders.kernel_scale(job.shape, job.target.role is Role.POS_ENC)
 
     def _finish(self, job: _Job, block: Tensor) -> Prediction:
         """Cut a block to what its target needs."""
         target, shape = job.target, job.shape
         if target.role in (Role.WEIGHT, Role.POS_ENC, Role.CLASS_WEIGHT):
             kernel = shape[:2] if target.role is Role.CLASS_WEIGHT else shape_4d(shape)
+            if self.config.cut == "centre" and kernel[2:] != block.shape[2:]:
+                block = F.interpolate(block, kernel[2:], mode="bilinear")
             block = block[: kernel[0]] if kernel[0] < len(block) else block
             copies = layout.repeats(kernel, target.shape, target.layout)
             block = block / copies if target.layout is Layout.DEPTH else block
@@ -284,6 +295,13 @@ class GHN(nn.Module):
         if target.role is not Role.CLASS_BIAS:
             block = block[0 if target.role is Role.NORM_WEIGHT else 1]
         return Prediction(target, block[: shape[0]], shape)
+
+
+def _make_encoder(config: GHNConfig) -> GatedGNN | Graphormer | MLP:
+    """What mixes the features of the nodes."""
+    if config.hypernet == "graphormer":
+        return Graphormer(config.hid, config.layers, config.heads)
+    return GatedGNN(config.hid, config.ve) if config.hypernet == "gatedgnn" else MLP(config.hid, (config.hid,) * 2)
 
 
 _EMITTED = ("kernel", "table")

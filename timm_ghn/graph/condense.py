@@ -1,8 +1,8 @@
 """Condensing recorded operations to the GHN's vocabulary.
 
-Two passes over the operations. The first notes what a value is: derived from the input or from parameters alone,
-squeezed to one number a channel, a matrix of similarities. The second makes a node of what the vocabulary has a word
-for and joins the neighbours of everything else. Nothing here looks at the name of a layer or a model.
+The analyses (`timm_ghn.graph.analyses`) come first: which values depend on the input, which are squeezed to one number
+a channel, which are attention. Then one pass over the operations makes a node of each that the vocabulary has a word
+for, and joins the neighbours of all others. Nothing here looks at the name of a layer or a model.
 
 Choices where DeepNets-1M (what GHN-2 was trained on) has no direct counterpart:
 
@@ -31,24 +31,15 @@ from dataclasses import replace
 from enum import Enum
 
 from timm_ghn.errors import GraphError
+from timm_ghn.graph.analyses import Analyses
 from timm_ghn.graph.classifiers import BEHIND_LOGITS, mark_classifiers
-from timm_ghn.graph.facts import (
-    ADAPTIVE_AVG_POOLS,
-    ADDED_PRODUCTS,
-    CONVOLUTIONS,
-    MULTIPLICATIONS,
-    OVER_CONSTANTS,
-    PRODUCTS,
-    TRANSPOSED_CONVOLUTIONS,
-    Facts,
-    Origin,
-    find_facts,
-    flat,
-    operands,
-)
+from timm_ghn.graph.extents import UNKNOWN
 from timm_ghn.graph.graph import MAX_DISTANCE, Graph
-from timm_ghn.graph.kernels import adaptive_window, canonical_kernel, pool_shape, token_grid
-from timm_ghn.graph.nodes import Layout, Node, Op, Role, Shape, Target
+from timm_ghn.graph.kernels import adaptive_window, pool_shape
+from timm_ghn.graph.nodes import Node, Op, Role, Target
+from timm_ghn.graph.origins import OVER_CONSTANTS
+from timm_ghn.graph.targets import Found, bias_targets, norm_targets, table_target, weight_targets
+from timm_ghn.trace.operations import LAYERS, Kind, factors, flat, kind_of, operands, row_of, weight_and_bias
 from timm_ghn.trace.records import Operation, Trace, Value
 
 
@@ -69,19 +60,15 @@ class Reading(str, Enum):
 TIED = "tied to "
 """What the reason for a parameter that shares its values with a predicted one begins with; the other's name follows."""
 
-_MAX_POOLS = {"max_pool1d", "max_pool2d", "max_pool3d"}
-_AVG_POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d"}
-_SUMS = {"add", "sub", "addcmul", "index_add"}
-_CONCATENATIONS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
-_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
-# Position of the weight (the bias follows it), and the operator.
-_NORMS = {
-    "batch_norm": (3, Op.BN),
-    "instance_norm": (3, Op.BN),
-    "group_norm": (2, Op.BN),
-    "layer_norm": (2, Op.LN),
-    "rms_norm": (2, Op.LN),
-}
+_LEARNED_TOKEN = "a learned token or query"
+_UNUSED = "not on a path from the input to the output"
+_UNCALLED = "not read by the forward pass in evaluation mode"
+_TABLE = "a table added to activations that is not one of positions, or one of several that make it up"
+_DERIVED = "scales a weight of which it is a small part"
+_SCALE = "multiplied elementwise (layer scale, gain or gate)"
+_ADDED = "added to an activation in a way that the graph vocabulary has no word for"
+_ADDED_VECTOR = "a vector added outside of a norm or a layer with weights"
+_POOLS = {Kind.MAX_POOL: Op.MAX_POOL, Kind.AVG_POOL: Op.AVG_POOL}
 
 
 def condense(
@@ -89,7 +76,7 @@ def condense(
     *,
     reading: Reading = Reading.DEFAULT,
     max_distance: int = MAX_DISTANCE,
-    facts: Facts | None = None,
+    analyses: Analyses | None = None,
 ) -> Graph:
     """Build the graph of a recorded forward pass.
 
@@ -97,319 +84,242 @@ def condense(
         trace: Recorded operations.
         reading: How squeeze-excite blocks and global poolings are read.
         max_distance: Longest distance of a virtual edge, in hops.
-        facts: What `find_facts` says of the operations, where that is known already.
+        analyses: Those of the trace, where they exist already.
 
     Raises:
         GraphError: If the output does not depend on the input, or no layer has parameters that a GHN can predict.
     """
-    builder = _Builder(trace, facts or find_facts(trace), reading)
-    for number, operation in enumerate(trace.operations):
-        builder.add(number, operation)
+    builder = _Builder(analyses or Analyses(trace), reading)
+    for operation in trace.operations:
+        builder.add(operation)
     graph = builder.finish(max_distance)
     if not graph.targets:
         raise GraphError("no layer of this model has parameters that a GHN can predict")
     return graph
 
 
+_Nodes = tuple[int, ...]
+"""Numbers of the nodes that feed a value."""
+
+
 class _Builder:
     """Makes nodes and edges in the order of the operations."""
 
-    def __init__(self, trace: Trace, facts: Facts, reading: Reading) -> None:
-        self._trace = trace
-        self._facts = facts
+    def __init__(self, analyses: Analyses, reading: Reading) -> None:
+        self._trace = analyses.trace
+        self._known = analyses
+        self._origins = analyses.origins
         self._reading = reading
         self._nodes: list[Node] = [Node(Op.INPUT)]
-        self._sources: list[tuple[int, ...]] = [()]
-        self._feeds: dict[int, tuple[int, ...]] = dict.fromkeys(trace.inputs, (0,))  # nodes that make a value
+        self._sources: list[_Nodes] = [()]
+        self._feeds: dict[int, _Nodes] = dict.fromkeys(self._trace.inputs, (0,))  # by number of the value
         self._taken: set[str] = set()
-        self._reasons: dict[str, str] = {}
-        self._norms: dict[int, int] = {}  # node by the multiplication that applies the weight of a norm
+        self._reasons: dict[int, str] = {}  # why a parameter is not predicted, by number of its value
+        self._norms: dict[int, int] = {}  # nodes of spelled-out norms, by number of the value with their weight
 
     # Nodes
 
-    def add(self, number: int, operation: Operation) -> None:
-        """Add the nodes of one operation and tell what feeds its outputs."""
-        sources = self._sources_of(operands(operation))
-        fed = self._nodes_of(number, operation, sources)
+    def add(self, operation: Operation) -> None:
+        """Add the nodes of one operation and note what feeds its outputs."""
+        sources = self._sources_of(*operands(operation))
+        fed = self._nodes_of(operation, sources)
         for output in operation.outputs:
             self._feeds[output.index] = fed
 
-    def _nodes_of(self, number: int, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
-        name = operation.name
-        if number in self._facts.mixed:
+    def _nodes_of(self, operation: Operation, sources: _Nodes) -> _Nodes:
+        kind = kind_of(operation)
+        if operation.outputs[0].index in self._known.mixtures.mixed:
             return sources
-        if name in CONVOLUTIONS or name in TRANSPOSED_CONVOLUTIONS:
-            return self._convolution(number, operation)
-        if name == "linear":
-            return self._linear(number, operation)
-        if name in PRODUCTS or name in ADDED_PRODUCTS:
-            return self._product(number, operation, sources)
-        if name == "multi_head_attention_forward":
+        if kind in LAYERS:
+            return self._layer(operation)
+        if kind is Kind.MULTI_HEAD_ATTENTION:
             return self._multi_head_attention(operation)
-        if name in _RECURRENT:
+        if kind is Kind.RECURRENT:
             return self._recurrent(operation)
         if not sources:
             return ()
-        if name in _NORMS:
-            return self._norm(operation, sources)
-        return self._plain(number, operation, sources)
-
-    def _plain(self, number: int, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
-        """Operations without parameters of their own."""
-        name = operation.name
-        if name == "scaled_dot_product_attention" or number in self._facts.attentions:
+        if kind is Kind.ATTENTION or operation.outputs[0].index in self._known.attention:
             self._explain(operation, _LEARNED_TOKEN)
-            return (self._node(Node(Op.MSA), sources),)
-        if number in self._facts.norms:
-            return self._spelled_norm(number, operation, sources)
-        if name in _MAX_POOLS or name in _AVG_POOLS:
-            op = Op.MAX_POOL if name in _MAX_POOLS else Op.AVG_POOL
-            return (self._node(Node(op, pool_shape(operation)), sources),)
-        if self._is_global_average(number, operation):
+            return self._node(Node(Op.MSA), sources)
+        if kind is Kind.PRODUCT:
+            return self._product(operation, sources)
+        if kind is Kind.NORM:
+            return self._norm(operation, sources)
+        return self._plain(kind, operation, sources)
+
+    def _plain(self, kind: Kind, operation: Operation, sources: _Nodes) -> _Nodes:
+        """Operations without parameters of their own."""
+        output = operation.outputs[0].index
+        norm = self._known.norms.get(output)
+        if norm is not None and norm.weighted == output:
+            return self._spelled_norm(operation, norm.op, sources)
+        if kind in _POOLS:
+            return self._node(Node(_POOLS[kind], pool_shape(operation)), sources)
+        if self._is_global_average(kind, operation):
             window = adaptive_window(operation) if self._reading is Reading.DEFAULT else None
-            return (self._node(Node(Op.AVG_POOL, window) if window else Node(Op.GLOB_AVG), sources),)
-        if name in MULTIPLICATIONS and self._is_gate(number, operation):
-            return (self._node(Node(Op.CSE), sources),)
-        if name in _CONCATENATIONS:
+            return self._node(Node(Op.AVG_POOL, window) if window else Node(Op.GLOB_AVG), sources)
+        if output in (self._known.gates.products if self._reading is Reading.DEFAULT else self._known.hard_gates):
+            return self._node(Node(Op.CSE), sources)
+        if kind is Kind.CONCATENATION:
             self._explain(operation, _LEARNED_TOKEN)
             return self._join(Op.CONCAT, sources)
-        if name in _SUMS:
+        if kind in (Kind.SUM, Kind.SCALED_SUM, Kind.OTHER_SUM):
             return self._sum(operation, sources)
-        self._explain(operation, _REASONS.get(name, f"used by {name}, which the graph vocabulary has no word for"))
+        is_scale = kind in (Kind.MULTIPLICATION, Kind.DIVISION)
+        no_word = f"used by {operation.name}, which the graph vocabulary has no word for"
+        self._explain(operation, _SCALE if is_scale else no_word)
         return sources
 
-    def _node(self, node: Node, sources: Sequence[int]) -> int:
+    def _node(self, node: Node, sources: _Nodes) -> _Nodes:
         self._nodes.append(node)
         self._sources.append(tuple(sorted(set(sources))))
-        return len(self._nodes) - 1
+        return (len(self._nodes) - 1,)
 
-    def _join(self, op: Op, sources: tuple[int, ...]) -> tuple[int, ...]:
-        return (self._node(Node(op), sources),) if len(sources) > 1 else sources
+    def _join(self, op: Op, sources: _Nodes) -> _Nodes:
+        return self._node(Node(op), sources) if len(sources) > 1 else sources
 
-    def _sources_of(self, values: Sequence[Value]) -> tuple[int, ...]:
+    def _sources_of(self, *values: Value) -> _Nodes:
         return tuple(dict.fromkeys(node for value in values for node in self._feeds.get(value.index, ())))
 
     # Layers
 
-    def _convolution(self, number: int, operation: Operation) -> tuple[int, ...]:
-        inputs, weight, bias = (operation.argument(i, key) for i, key in enumerate(("input", "weight", "bias")))
-        transposed = operation.name in TRANSPOSED_CONVOLUTIONS
-        groups = operation.argument(6, "groups", 1)
-        dilation = operation.argument(7 if transposed else 5, "dilation", 1)
-        dilated = min(flat(dilation)) > 1 if flat(dilation) else False
-        op = Op.CONV if groups == 1 else Op.DIL_CONV if dilated else Op.SEP_CONV
-        spatial = (TRANSPOSED_CONVOLUTIONS if transposed else CONVOLUTIONS)[operation.name]
-        return self._layer(number, op, inputs, weight, bias, spatial=spatial, transposed=transposed)
-
-    def _linear(self, number: int, operation: Operation) -> tuple[int, ...]:
-        inputs, weight, bias = (operation.argument(i, key) for i, key in enumerate(("input", "weight", "bias")))
-        return self._layer(number, Op.CONV, inputs, weight, bias)
-
-    def _layer(
-        self, number: int, op: Op, inputs: Value, weight: Value, bias: Value | None,
-        *, spatial: int = 0, transposed: bool = False,
-    ) -> tuple[int, ...]:  # fmt: skip
-        sources = self._sources_of([inputs])
-        if number in self._facts.mixtures:
-            sources = self._sources_of([inputs, weight])
-            origins = self._facts.mixtures[number]
-        else:
-            origins = self._facts.of(weight).origin.values
-        origin = self._facts.of(inputs).origin
-        if not sources and (not origin.values or origin.obstacle):
-            self._explain_values(origins, OVER_CONSTANTS)
+    def _layer(self, operation: Operation) -> _Nodes:
+        """A convolution or linear layer."""
+        row, inputs = row_of(operation), operation.argument(0, "input")
+        weight, bias = weight_and_bias(operation)
+        if weight is None:
+            return self._sources_of(inputs)
+        origin, experts = self._origins.of(weight), self._known.mixtures.experts.get(weight.index)
+        sources = self._sources_of(inputs) if experts is None else self._sources_of(inputs, weight)
+        values = origin.values if experts is None else experts
+        over = self._origins.of(inputs)
+        if not sources and (not over.values or over.obstacle):
+            self._note(values, OVER_CONSTANTS)
             return ()
-        swapped = transposed or (not spatial and self._facts.of(weight).origin.transposed)
-        self._explain_values(self._facts.of(inputs).origin.values, _LEARNED_TOKEN)
-        target = self._weight_target(origins, weight, spatial, swapped)
-        if target is None:
-            fed = sources
-        else:
-            shape, found = target
-            fed = (self._node(Node(op, shape, self._claim(found)), sources),)
-            self._explain_values(origins, _DERIVED)
-        return self._bias(bias, fed) if isinstance(bias, Value) else fed
+        self._note(over.values, _LEARNED_TOKEN)
+        is_swapped = row.is_transposed or (not row.rank and origin.is_transposed)
+        found = weight_targets(self._trace, values, weight, rank=row.rank, is_swapped=is_swapped)
+        fed = self._weight(found, sources, _convolution(operation) if row.rank else Op.CONV)
+        if found is not None:
+            self._note(values, _DERIVED)
+        return self._bias(bias, fed)
 
-    def _product(self, number: int, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
-        if number in self._facts.attentions:
-            self._explain(operation, _LEARNED_TOKEN)
-            return (self._node(Node(Op.MSA), sources),)
-        operands = [value for value in operation.inputs if len(value.shape) >= 2][-2:]
-        known = [self._facts.of(value) for value in operands]
-        if len(operands) < 2 or all(fact.data for fact in known) or not any(fact.origin.values for fact in known):
+    def _product(self, operation: Operation, sources: _Nodes) -> _Nodes:
+        """A matrix product that is no attention: a layer if one of two factors is made from parameters."""
+        pair = factors(operation)
+        data = [self._origins.is_data(value) for value in pair]
+        if len(pair) < 2 or all(data) or not any(self._origins.of(value).values for value in pair):
             return sources
-        if not any(fact.data for fact in known):
-            return ()  # a weight that is derived from others, or learned queries
-        second = known[0].data
-        weight, inputs = (operands[1], operands[0]) if second else (operands[0], operands[1])
-        origin = self._facts.of(weight).origin
+        inputs, weight = pair if data[0] else pair[::-1]
+        origin = self._origins.of(weight)
         # x @ w reads w as (C, K), w @ x as (K, C).
-        target = self._weight_target(origin.values, weight, 0, second != origin.transposed)
-        fed = sources
-        if target is not None:
-            fed = (self._node(Node(Op.CONV, target[0], self._claim(target[1])), self._sources_of([inputs])),)
-        if operation.name in ADDED_PRODUCTS:
-            bias = operation.argument(0, "input")
-            return self._bias(bias, fed) if isinstance(bias, Value) else fed
-        return fed
+        found = weight_targets(self._trace, origin.values, weight, is_swapped=data[0] != origin.is_transposed)
+        fed = self._weight(found, self._sources_of(inputs)) if found is not None else sources
+        return self._bias(operation.argument(0, "input"), fed) if row_of(operation).is_added_to else fed
 
-    def _weight_target(
-        self, origins: Sequence[int], operand: Value, spatial: int, swapped: bool
-    ) -> tuple[Shape, tuple[Target, ...]] | None:
-        """Shape that the GHN reads and the parameters that it predicts, for the operand of a layer."""
-        shapes = [(index, self._shape(index)) for index in origins]
-        kernels = [(index, shape) for index, shape in shapes if len([size for size in shape if size > 1]) > 1]
-        kernels = kernels or [(index, shape) for index, shape in shapes if len(shape) > 1]
-        if not kernels:
-            return None
-        largest = max(math.prod(shape) for _, shape in kernels)
-        targets: list[Target] = []
-        canonical: Shape | None = None
-        for index, shape in kernels:
-            if math.prod(shape) < largest:
-                continue
-            canonical, layout = canonical_kernel(shape, operand.shape, spatial, swapped)
-            targets.append(Target(self._name(index), shape, Role.WEIGHT, layout))
-        return (canonical, tuple(targets)) if canonical is not None else None
+    def _weight(self, found: Found | None, sources: _Nodes, op: Op = Op.CONV) -> _Nodes:
+        return sources if found is None else self._node(Node(op, found[0], self._claim(found[1])), sources)
 
-    def _bias(self, bias: Value, fed: tuple[int, ...]) -> tuple[int, ...]:
-        names = [index for index in self._facts.of(bias).origin.values if len(self._shape(index)) >= 1]
-        vectors = [index for index in names if math.prod(self._shape(index)) == max(self._shape(index))]
-        if not vectors or self._facts.of(bias).data:
+    def _bias(self, bias: object, fed: _Nodes) -> _Nodes:
+        if not isinstance(bias, Value):
             return fed
-        size = max(bias.shape) if bias.shape else 1
-        targets = tuple(Target(self._name(index), self._shape(index), Role.BIAS) for index in vectors)
-        return (self._node(Node(Op.BIAS, (size,), self._claim(targets)), fed),)
+        found = bias_targets(self._trace, self._origins.of(bias).values, bias)
+        return self._weight(found, fed, Op.BIAS)
 
-    def _norm(self, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
-        position, op = _NORMS[operation.name]
-        operands = (operation.argument(position, "weight"), operation.argument(position + 1, "bias"))
-        targets = []
-        for value, role in zip(operands, (Role.NORM_WEIGHT, Role.NORM_BIAS), strict=True):
-            if isinstance(value, Value):
-                for index in self._facts.of(value).origin.values:
-                    if math.prod(self._shape(index)) == math.prod(value.shape):
-                        targets.append(Target(self._name(index), self._shape(index), role))
+    def _norm(self, operation: Operation, sources: _Nodes) -> _Nodes:
+        targets: tuple[Target, ...] = ()
+        for value, role in zip(weight_and_bias(operation), (Role.NORM_WEIGHT, Role.NORM_BIAS), strict=True):
+            if value is not None:
+                values = self._origins.of(value).values
+                targets += norm_targets(self._trace, values, role, math.prod(value.shape))
         if not targets:
             return sources
         size = max(math.prod(target.shape) for target in targets)
-        return (self._node(Node(op, (size,), self._claim(tuple(targets))), self._sources_of([operation.inputs[0]])),)
+        op = Op.LN if row_of(operation).is_per_position else Op.BN
+        return self._node(Node(op, (size,), self._claim(targets)), self._sources_of(operation.inputs[0]))
 
-    def _spelled_norm(self, number: int, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
+    def _spelled_norm(self, operation: Operation, op: Op, sources: _Nodes) -> _Nodes:
         """A norm that the model computes itself, at the multiplication by its weight."""
-        origins = [index for value in operation.inputs for index in self._facts.of(value).origin.values]
-        targets = tuple(Target(self._name(index), self._shape(index), Role.NORM_WEIGHT) for index in origins)
-        size = math.prod(targets[0].shape)
-        self._norms[number] = self._node(Node(self._facts.norms[number], (size,), self._claim(targets)), sources)
-        return (self._norms[number],)
+        values = [index for value in operation.inputs for index in self._origins.of(value).values]
+        targets = norm_targets(self._trace, values, Role.NORM_WEIGHT)
+        fed = self._node(Node(op, (math.prod(targets[0].shape),), self._claim(targets)), sources)
+        self._norms[operation.outputs[0].index] = fed[0]
+        return fed
 
-    def _spelled_norm_bias(self, node: int, bias: Value, sources: tuple[int, ...]) -> tuple[int, ...]:
-        origins = self._facts.of(bias).origin.values
-        targets = self._claim(tuple(Target(self._name(i), self._shape(i), Role.NORM_BIAS) for i in origins))
-        self._nodes[node] = replace(self._nodes[node], targets=(*self._nodes[node].targets, *targets))
-        return sources
-
-    def _multi_head_attention(self, operation: Operation) -> tuple[int, ...]:
+    def _multi_head_attention(self, operation: Operation) -> _Nodes:
         query, key, value = (operation.argument(i, name) for i, name in enumerate(("query", "key", "value")))
         weights = [operation.argument(5, "in_proj_weight")] + [
             operation.kwargs.get(f"{letter}_proj_weight") for letter in "qkv"
         ]
-        sources = self._sources_of([query, key, value])
-        fed = self._chain(weights, operation.argument(6, "in_proj_bias"), sources)
-        fed = (self._node(Node(Op.MSA), fed),)
+        fed = self._side_by_side(weights, operation.argument(6, "in_proj_bias"), self._sources_of(query, key, value))
+        fed = self._node(Node(Op.MSA), fed)
         out_weight, out_bias = operation.argument(11, "out_proj_weight"), operation.argument(12, "out_proj_bias")
-        return self._chain([out_weight], out_bias, fed)
+        return self._side_by_side([out_weight], out_bias, fed)
 
-    def _recurrent(self, operation: Operation) -> tuple[int, ...]:
-        weights = [item for item in flat(operation.args) if isinstance(item, Value)]
-        fed = self._sources_of(weights[:1])
-        for value in weights[1:]:
-            if self._facts.of(value).origin.values:
-                fed = self._chain([value], None, fed) if len(value.shape) > 1 else self._bias(value, fed)
+    def _recurrent(self, operation: Operation) -> _Nodes:
+        values = [item for item in flat(operation.args) if isinstance(item, Value)]
+        fed = self._sources_of(*values[:1])
+        for value in values[1:]:
+            if self._origins.of(value).values:
+                fed = self._side_by_side([value], None, fed) if len(value.shape) > 1 else self._bias(value, fed)
         return fed
 
-    def _chain(self, weights: Sequence[Value | None], bias: Value | None, fed: tuple[int, ...]) -> tuple[int, ...]:
-        """Linear layers that read the same input, side by side, and their common bias."""
-        nodes: list[int] = []
-        for weight in weights:
-            target = isinstance(weight, Value) and self._weight_target(
-                self._facts.of(weight).origin.values, weight, 0, False
-            )
-            if target:
-                nodes.append(self._node(Node(Op.CONV, target[0], self._claim(target[1])), fed))
-        made = tuple(nodes) or fed
-        return self._bias(bias, made) if isinstance(bias, Value) else made
+    def _side_by_side(self, weights: Sequence[Value | None], bias: Value | None, fed: _Nodes) -> _Nodes:
+        """Linear layers that read the same input, and their common bias."""
+        values = [weight for weight in weights if isinstance(weight, Value)]
+        found = [weight_targets(self._trace, self._origins.of(value).values, value) for value in values]
+        made = tuple(node for item in found if item is not None for node in self._weight(item, fed))
+        return self._bias(bias, made or fed)
 
-    def _sum(self, operation: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
-        data = [value for value in operation.inputs if self._facts.of(value).data]
-        learned = [value for value in operation.inputs if self._facts.of(value).origin.values]
+    # Sums
+
+    def _sum(self, operation: Operation, sources: _Nodes) -> _Nodes:
+        data = [value for value in operation.inputs if self._origins.is_data(value)]
+        learned = [value for value in operation.inputs if self._origins.of(value).values]
         if len(data) == 1 and len(learned) == 1 and operation.name in ("add", "index_add"):
             return self._add_learned(data[0], learned[0], sources)
-        self._explain(operation, "added to an activation in a way that the graph vocabulary has no word for")
+        self._explain(operation, _ADDED)
         return self._join(Op.SUM, sources)
 
-    def _add_learned(self, data: Value, learned: Value, sources: tuple[int, ...]) -> tuple[int, ...]:
+    def _add_learned(self, data: Value, learned: Value, sources: _Nodes) -> _Nodes:
         """A parameter added to an activation: the bias of the layer before, a table of positions, or neither."""
-        extents = [size for size in learned.shape if size > 1]
-        fact, origin = self._facts.of(data), self._facts.of(learned).origin
-        if len(extents) <= 1:
-            if fact.affine:
+        origin, extent = self._origins.of(learned), self._known.extents.get(data.index, UNKNOWN)
+        if sum(size > 1 for size in learned.shape) <= 1:
+            if data.index in self._known.unbiased:
                 return self._bias(learned, sources)
-            if fact.scaled is not None and math.prod(learned.shape) == fact.channels:
-                return self._spelled_norm_bias(self._norms[fact.scaled], learned, sources)
-            self._explain_values(origin.values, "a vector added outside of a norm or a layer with weights")
+            norm = self._known.norms.get(data.index)
+            node = None if norm is None or norm.weighted is None else self._norms[norm.weighted]
+            if node is not None and math.prod(learned.shape) == extent.channels:
+                targets = self._claim(norm_targets(self._trace, origin.values, Role.NORM_BIAS))
+                self._nodes[node] = replace(self._nodes[node], targets=(*self._nodes[node].targets, *targets))
+                return sources
+            self._note(origin.values, _ADDED_VECTOR)
             return sources
-        table = self._table_target(origin, data, learned)
-        if table is None or fact.similarity is not None or fact.squeezes:
-            self._explain_values(origin.values, origin.obstacle or _TABLE)
+        match = self._known.matches.get(data.index)
+        is_similarity = match is not None and match.similarity is not None
+        found = (
+            None
+            if origin.obstacle or is_similarity or data.index in self._known.squeezes
+            else table_target(self._trace, origin.values, data, extent.channels, extent.grid)
+        )
+        if found is None:
+            self._note(origin.values, origin.obstacle or _TABLE)
             return sources
-        shape, target = table
-        position = self._node(Node(Op.POS_ENC, shape, self._claim((target,))), ())
-        return (self._node(Node(Op.SUM), (*sources, position)),)
-
-    def _table_target(self, origin: Origin, data: Value, learned: Value) -> tuple[Shape, Target] | None:
-        """Shape (1, C, h, w) and parameter of a table of positions; None if it is not one."""
-        tables = [index for index in origin.values if len([s for s in self._shape(index) if s > 1]) > 1]
-        if origin.obstacle or len(tables) != 1:
-            return None
-        shape = self._shape(tables[0])
-        if len(shape) == 4 and shape[0] == 1:
-            channels = data.shape[-1] if len(data.shape) == 3 else self._facts.of(data).channels
-            last = shape[-1] == channels != shape[1]
-            canonical = (1, shape[3], shape[1], shape[2]) if last else shape
-            layout = Layout.CHANNELS_LAST if last else Layout.PLAIN
-            return canonical, Target(self._name(tables[0]), shape, Role.POS_ENC, layout)
-        if len(shape) in (2, 3) and (len(shape) == 2 or shape[0] == 1) and shape[-1] == data.shape[-1]:
-            height, width = token_grid(shape[-2], self._facts.of(data).grid)
-            canonical = (1, shape[-1], height, width)
-            return canonical, Target(self._name(tables[0]), shape, Role.POS_ENC, Layout.TOKENS)
-        return None
+        return self._node(Node(Op.SUM), (*sources, *self._weight(found, (), Op.POS_ENC)))
 
     # Decisions
 
-    def _is_global_average(self, number: int, operation: Operation) -> bool:
-        name = operation.name
-        if name in ADAPTIVE_AVG_POOLS:
-            return self._reading is Reading.PPUDA or number not in self._facts.squeezes
-        if name != "mean":
+    def _is_global_average(self, kind: Kind, operation: Operation) -> bool:
+        output = operation.outputs[0].index
+        if kind is Kind.ADAPTIVE_AVG_POOL:
+            return self._reading is Reading.PPUDA or output not in self._known.gates.squeezes
+        if kind is not Kind.MEAN:
             return False
         if self._reading is Reading.PPUDA:
             return bool(operation.argument(2, "keepdim", False))
-        made = self._facts.of(operation.outputs[0]).squeezes
-        return number in made and number not in self._facts.squeezes
-
-    def _is_gate(self, number: int, operation: Operation) -> bool:
-        if self._reading is Reading.PPUDA:
-            return any(self._facts.of(value).hard_gate == 1 for value in operation.inputs)
-        return number in self._facts.gates
+        return output in self._known.squeezes.get(output, ()) and output not in self._known.gates.squeezes
 
     # Parameters
-
-    def _name(self, index: int) -> str:
-        return self._trace.parameters[index][0]
-
-    def _shape(self, index: int) -> Shape:
-        return self._trace.parameter_shapes[self._name(index)]
 
     def _claim(self, targets: tuple[Target, ...]) -> tuple[Target, ...]:
         """Those of the targets that no earlier node predicts."""
@@ -418,14 +328,15 @@ class _Builder:
         return free
 
     def _explain(self, operation: Operation, reason: str) -> None:
-        for value in operation.inputs:
-            fact = self._facts.of(value)
-            if not fact.data and any(self._facts.of(output).data for output in operation.outputs):
-                self._explain_values(fact.origin.values, fact.origin.obstacle or reason)
+        """Note why the parameters that enter an operation on activations are not predicted."""
+        if any(self._origins.is_data(output) for output in operation.outputs):
+            for value in operation.inputs:
+                origin = self._origins.of(value)
+                self._note(origin.values, origin.obstacle or reason)
 
-    def _explain_values(self, values: Sequence[int], reason: str) -> None:
+    def _note(self, values: Sequence[int], reason: str) -> None:
         for index in values:
-            self._reasons.setdefault(self._name(index), reason)
+            self._reasons.setdefault(index, reason)
 
     # Result
 
@@ -450,10 +361,9 @@ class _Builder:
     def _ancestors(self, ends: set[int]) -> set[int]:
         found, pending = set(ends), list(ends)
         while pending:
-            for source in self._sources[pending.pop()]:
-                if source not in found:
-                    found.add(source)
-                    pending.append(source)
+            new = set(self._sources[pending.pop()]) - found
+            found |= new
+            pending.extend(new)
         return found
 
     def _class_counts(self, outputs: Sequence[int]) -> set[int]:
@@ -461,22 +371,20 @@ class _Builder:
         return {shapes[index][-1] for index in outputs if len(shapes.get(index, ())) == 2}
 
     def _unused(self, predicted: set[str]) -> tuple[tuple[str, str], ...]:
-        tied = {name: names[0] for names in self._trace.parameters.values() for name in names[1:]}
+        """Names of the parameters that no node predicts, each with the reason."""
+        names = self._trace.parameters
         read = {value.index for operation in self._trace.operations for value in operation.inputs}
-        called = {name for index in read for name in self._trace.parameters.get(index, ())}
-        rows = []
-        for name in self._trace.parameter_shapes:
-            if name in predicted:
-                continue
-            default = "not on a path from the input to the output" if name in called else _UNCALLED
-            reason = self._reasons.get(name, default)
-            rows.append((name, f"{TIED}{tied[name]}" if name in tied else reason))
-        return tuple(rows)
+        reasons = dict.fromkeys(self._trace.parameter_shapes, _UNCALLED)
+        for index, (first, *tied) in names.items():
+            default = _UNUSED if index in read else _UNCALLED
+            reasons[first] = self._reasons.get(index, default)
+            reasons.update(dict.fromkeys(tied, f"{TIED}{first}"))
+        return tuple((name, reason) for name, reason in reasons.items() if name not in predicted)
 
 
-_LEARNED_TOKEN = "a learned token or query"
-_UNCALLED = "not read by the forward pass in evaluation mode"
-_TABLE = "a table added to activations that is not one of positions, or one of several that make it up"
-_DERIVED = "scales a weight of which it is a small part"
-_SCALE = "multiplied elementwise (layer scale, gain or gate)"
-_REASONS = {"mul": _SCALE, "div": _SCALE, "addcmul": _SCALE}
+def _convolution(operation: Operation) -> Op:
+    """The operator of a convolution, by its groups and its dilation in both directions."""
+    if operation.argument(6, "groups", 1) == 1:
+        return Op.CONV
+    dilation = flat(operation.argument(7 if row_of(operation).is_transposed else 5, "dilation", 1))
+    return Op.DIL_CONV if min(dilation, default=1) > 1 else Op.SEP_CONV

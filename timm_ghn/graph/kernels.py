@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from timm_ghn.graph.facts import ADAPTIVE_AVG_POOLS, flat
 from timm_ghn.graph.nodes import Layout, Shape
+from timm_ghn.trace.operations import Kind, flat, kind_of
 from timm_ghn.trace.records import Operation
 
 
@@ -47,7 +47,7 @@ def pool_shape(operation: Operation) -> Shape:
 
 def adaptive_window(operation: Operation) -> Shape | None:
     """Kernel of an adaptive pooling to a smaller map; None if that is one position, or as large as the map was."""
-    if operation.name not in ADAPTIVE_AVG_POOLS:
+    if kind_of(operation) is not Kind.ADAPTIVE_AVG_POOL:
         return None
     before, after = operation.inputs[0].shape[2:], operation.outputs[0].shape[2:]
     if after == before or math.prod(after) == 1:

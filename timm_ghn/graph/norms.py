@@ -1,4 +1,4 @@
-"""Normalization that a model spells out: division by a statistic of the activations, then a weight and a bias.
+"""Norms that a model spells out: division by a statistic of the activations, then a weight and a bias.
 
 EvoNorm, filter response norm, and the fallbacks of RMS norm call no function of torch that normalizes. They divide
 activations by a mean square, a variance or a norm of theirs, or multiply by its inverse, which is what is looked for.
@@ -7,92 +7,97 @@ activations by a mean square, a variance or a norm of theirs, or multiply by its
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, auto
 
-from timm_ghn.graph.nodes import Op, Shape
-from timm_ghn.trace.records import Operation
-
-_STATISTICS = {"mean", "var", "std", "norm", "vector_norm"}
-_INVERSES = {"rsqrt", "reciprocal"}
-_ANY_OF = {"add", "max", "maximum", "clamp", "clip"}
-_UNCHANGED = {
-    "to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "view", "reshape", "flatten",
-    "unflatten", "unsqueeze", "squeeze", "expand", "expand_as", "permute", "transpose", "movedim",
-}  # fmt: skip
+from timm_ghn.graph.extents import UNKNOWN, Extent
+from timm_ghn.graph.nodes import Op
+from timm_ghn.graph.origins import Origins
+from timm_ghn.trace.operations import LAYERS, Kind, exponent_of, kind_of, reduced_dims, row_of
+from timm_ghn.trace.records import Operation, Value
 
 
-class Power(Enum):
-    """How a value depends on a statistic: like it, or like its inverse."""
+class Stage(Enum):
+    """How far a norm is spelled out in a value."""
 
-    DIRECT = 1
-    INVERSE = -1
+    STATISTIC = auto()
+    """A statistic of the activations, with constants."""
+    INVERSE = auto()
+    """One divided by such a statistic."""
+    NORMALIZED = auto()
+    """Activations divided by the statistic."""
+    SCALED = auto()
+    """Normalized activations times a weight."""
 
 
 @dataclass(frozen=True, slots=True)
-class Statistic:
-    """A value made from a statistic of the activations and constants.
+class SpelledNorm:
+    """A part of a norm.
 
     Attributes:
-        power: Whether it is the statistic or its inverse.
-        op: What a norm that divides by it is in the vocabulary.
+        stage: How far it is spelled out.
+        op: What the norm is in the vocabulary.
+        weighted: Number of the value in which the norm's weight was applied; None before.
     """
 
-    power: Power
+    stage: Stage
     op: Op
+    weighted: int | None = None
 
 
-def statistic_after(
-    operation: Operation, known: Sequence[Statistic | None], dims: tuple[int, ...], channels: int | None
-) -> Statistic | None:
-    """The statistic in an operation's output.
+def find_norms(origins: Origins, extents: Mapping[int, Extent]) -> Mapping[int, SpelledNorm]:
+    """Parts of spelled-out norms, by number of the value."""
 
-    Args:
-        operation: The operation.
-        known: Statistics in those of its operands that depend on the input.
-        dims: Dimensions that it reduces.
-        channels: Number of channels of its input, if known.
-    """
-    name = operation.name
-    if name in _STATISTICS:
-        return Statistic(Power.DIRECT, _kind(operation.inputs[0].shape, dims, channels)) if dims else None
-    found = [item for item in known if item is not None]
-    if not found or (len(found) < len(known) and name not in _ANY_OF) or (name == "div" and len(found) > 1):
+    def step(operation: Operation, output: Value, known: Sequence[SpelledNorm | None]) -> SpelledNorm | None:
+        kind = kind_of(operation)
+        if len(known) == 1 and kind is Kind.VIEW:
+            return known[0]
+        source = operation.inputs[0]
+        channels = extents.get(source.index, UNKNOWN).channels
+        if kind is Kind.MEAN or (kind is Kind.REDUCTION and row_of(operation).is_spread):
+            return _statistic(source, reduced_dims(operation), channels)
+        if kind in LAYERS or kind is Kind.PRODUCT or all(part is None for part in known):
+            return None
+        scaled = known[0] if len(known) == 1 and kind is Kind.MULTIPLICATION else None
+        if scaled is not None and scaled.stage is Stage.NORMALIZED:
+            weight = next((value for value in operation.inputs if origins.of(value).values), None)
+            if weight is not None and max(weight.shape, default=1) == extents[output.index].channels:
+                return SpelledNorm(Stage.SCALED, scaled.op, output.index)
+        return _normalized(kind, known) or _still_a_statistic(operation, known)
+
+    return origins.flow.follow(step)
+
+
+def _statistic(source: Value, dims: tuple[int, ...], channels: int | None) -> SpelledNorm | None:
+    """Statistics of the channels of one position make a layer norm, those over positions what stands for images."""
+    if not dims:
         return None
-    if name in _INVERSES or (name == "pow" and _is_negative(operation.argument(1, "exponent"))):
-        return Statistic(Power(-found[0].power.value), found[0].op)
-    return found[0]
+    size = math.prod(source.shape[dim] for dim in dims)
+    is_per_position = len(dims) == 1 and (channels is None or size <= channels)
+    return SpelledNorm(Stage.STATISTIC, Op.LN if is_per_position else Op.BN)
 
 
-def _kind(shape: Shape, dims: tuple[int, ...], channels: int | None) -> Op:
-    """A statistic of the channels of one position makes a layer norm, one over positions what stands for images."""
-    size = math.prod(shape[dim] for dim in dims)
-    return Op.LN if len(dims) == 1 and (channels is None or size <= channels) else Op.BN
-
-
-def _is_negative(exponent: object) -> bool:
-    return isinstance(exponent, (int, float)) and exponent < 0
-
-
-def keeps_values(operation: Operation) -> bool:
-    """Whether an operation gives back the numbers that it got, in another shape or type."""
-    return operation.name in _UNCHANGED
-
-
-def norm_made_by(operation: Operation, known: Sequence[Statistic | None]) -> Op | None:
-    """The norm that a division of activations by a statistic is; None for other operations.
-
-    Args:
-        operation: The operation.
-        known: Statistics in those of its operands that depend on the input.
-    """
-    name = operation.name
-    if name not in ("mul", "multiply", "div") or len(known) != 2:
+def _normalized(kind: Kind, known: Sequence[SpelledNorm | None]) -> SpelledNorm | None:
+    """Activations divided by a statistic, or multiplied with its inverse."""
+    if len(known) != 2 or kind not in (Kind.MULTIPLICATION, Kind.DIVISION):
         return None
-    first, second = known
-    if first is None and second is not None and second.power is (Power.DIRECT if name == "div" else Power.INVERSE):
-        return second.op
-    if name != "div" and second is None and first is not None and first.power is Power.INVERSE:
-        return first.op
-    return None
+    wanted = Stage.STATISTIC if kind is Kind.DIVISION else Stage.INVERSE
+    pairs = [known] if kind is Kind.DIVISION else [known, known[::-1]]
+    ops = [part.op for whole, part in pairs if not _is_statistic(whole) and part is not None and part.stage is wanted]
+    return SpelledNorm(Stage.NORMALIZED, ops[0]) if ops else None
+
+
+def _still_a_statistic(operation: Operation, known: Sequence[SpelledNorm | None]) -> SpelledNorm | None:
+    """A statistic that constants, functions of one operand, and sums and maxima with activations leave one."""
+    kind, found = kind_of(operation), [part for part in known if part is not None and _is_statistic(part)]
+    is_mixed = len(found) < len(known) and kind not in (Kind.SUM, Kind.MAXIMUM, Kind.REDUCTION)
+    if not found or is_mixed or (kind is Kind.DIVISION and len(found) > 1):
+        return None
+    if exponent_of(operation) >= 0:
+        return found[0]
+    return SpelledNorm(Stage.INVERSE if found[0].stage is Stage.STATISTIC else Stage.STATISTIC, found[0].op)
+
+
+def _is_statistic(part: SpelledNorm | None) -> bool:
+    return part is not None and part.stage in (Stage.STATISTIC, Stage.INVERSE)

@@ -14,7 +14,7 @@ from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
 from timm_ghn.graph import Graph, Layout, Reading, Role, Target, capture, condense
-from timm_ghn.graph.facts import find_facts
+from timm_ghn.graph.analyses import Analyses
 from timm_ghn.orthogonalization import PostProcess, WeightLayer, resolve_start_layer, selected_layers, weight_layers
 from timm_ghn.scale.structure import find_structure
 from timm_ghn.settings import Init, Source
@@ -136,12 +136,12 @@ def make_plan(
     factors: dict[str, float] = {}
     if hypernetwork is not None:
         trace = capture(model, input_size=input_size, example_input=example_input)
-        facts = find_facts(trace)
-        graph = condense(trace, reading=Reading(init.reading), facts=facts)
+        analyses = Analyses(trace)
+        graph = condense(trace, reading=Reading(init.reading), analyses=analyses)
         targets, reasons = _choose_targets(graph, hypernetwork.model)
         if init.rescale == "auto":
             kept = {name: parameter for name, parameter in parameters.items() if name not in targets}
-            structure = find_structure(trace, partial(_start, kept, deferred), facts=facts)
+            structure = find_structure(trace, partial(_start, kept, deferred), analyses=analyses)
             if init.spec.orthogonal:
                 unscaled = (layer for layer in layers if structure.needs_orthogonal(layer.parameter))
                 processed.update({layer.parameter: layer for layer in unscaled if not layer.is_classifier})

@@ -61,13 +61,6 @@ SMALLEST_NORM = 1e-3
 MAX_CHAIN = 8
 """Layers in a row without a norm layer that are left as they are: more than a block of any kind has."""
 
-MAX_AFFINE_CHAIN = 96
-"""The same where batch norms count as none: float32 overflows once each of them makes values 2.5 times as large."""
-
-MAX_POWER = 2.0
-"""Powers of a stream's values that its branches may compute: products of two of them."""
-
-
 # --- single tensors -------------------------------------------------------------------------------------------------
 
 
