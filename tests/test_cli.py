@@ -270,6 +270,11 @@ def test_graph_of_torchvision_in_ppuda_reading(capsys: pytest.CaptureFixture[str
     assert "100.00% can be predicted" in capsys.readouterr().out
 
 
+def test_graph_of_torchvision_downloads_no_backbone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", "torchvision:lraspp_mobilenet_v3_large"]) == 0
+    assert "can be predicted" in capsys.readouterr().out
+
+
 def test_graph_of_a_model_that_does_not_fit_in_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["graph", "vit_giant_patch14_dinov2.ghn-orth", "--model-kwargs", "depth=2", "embed_dim=1536"]) == 0
     assert "can be predicted" in capsys.readouterr().out

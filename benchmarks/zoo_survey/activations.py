@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from timm_ghn.errors import CaptureError, InitError
 from timm_ghn.orthogonalization import weight_layers
 from timm_ghn.seeding import seeded
-from timm_ghn.trace.capture import input_sizes
+from timm_ghn.trace.inputs import input_sizes
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

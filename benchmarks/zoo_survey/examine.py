@@ -21,7 +21,7 @@ from timm_ghn.initialize.report import Report, Status
 from timm_ghn.orthogonalization import resolve_start_layer, selected_layers, weight_layers
 from timm_ghn.seeding import seeded
 from timm_ghn.settings import Init
-from timm_ghn.trace.capture import input_sizes
+from timm_ghn.trace.inputs import input_sizes
 from timm_ghn.trace.meta import build_on_meta
 from timm_ghn.trace.records import Trace
 from zoo_survey.activations import Activations as Measured

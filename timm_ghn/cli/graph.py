@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -71,6 +72,8 @@ def _create_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         found = name.removeprefix(_TORCHVISION)
         if found not in (known := models.list_models()):
             raise CommandError(f"torchvision has no model {found!r}{did_you_mean(found, known)}")
+        if "weights_backbone" in inspect.signature(models.get_model_builder(found)).parameters:
+            kwargs = {"weights_backbone": None, **kwargs}  # else torchvision downloads them
     else:
         import timm
 

@@ -6,6 +6,7 @@ On meta tensors many functions run Python code, for up to some milliseconds, and
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
-from timm_ghn.trace.skeleton import ATOMS
+_ATOMS = frozenset({type(None), bool, int, float, str, type, FunctionType, BuiltinFunctionType, torch.dtype})
+"""Types of values that cannot change."""
 
 # Functions that only compute new tensors.
 _COMPUTING = {
@@ -57,7 +59,7 @@ def call_key(
     name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Hashable | None:
     """Equal for calls with results of equal layouts; None if that is not known of the function or its arguments."""
-    if name not in _COMPUTING or torch.is_grad_enabled():
+    if name not in _COMPUTING or torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     try:
         return function, _layout(args), *((key, _layout(item)) for key, item in kwargs.items())
@@ -113,7 +115,7 @@ def _layout(item: Any) -> Hashable:
         if not item.is_meta or item.layout is not torch.strided:
             raise _UnusualError
         return Tensor, item.shape, item.stride(), item.dtype
-    if kind in ATOMS:
+    if kind in _ATOMS:
         return kind, item  # with its type: 1, 1.0 and True are equal
     if kind is tuple or kind is list or kind is torch.Size:
         return kind, *map(_layout, item)

@@ -1,0 +1,86 @@
+"""What the forward pass of a model is called with: example inputs, or the image size that the model names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+DEFAULT_INPUT_SIZE = (3, 224, 224)
+"""(channels, height, width) of the input when neither the caller nor the model names one."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a forward pass."""
+
+
+def timm_config(model: nn.Module) -> Mapping[str, Any]:
+    """The `pretrained_cfg` of a timm model as a mapping; an empty one for other models, and where it is a text."""
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, Mapping):
+        return config
+    return dataclasses.asdict(config) if isinstance(config, PretrainedCfg) else {}
+
+
+def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:
+    """Input sizes (channels, height, width) worth trying, best first, from the attributes of a timm model."""
+    config = timm_config(model)
+    size = tuple(config.get("input_size") or DEFAULT_INPUT_SIZE)
+    channels = _input_channels(model, config) or size[0]
+    found: list[tuple[int, ...]] = []
+    for owner in (getattr(model, "patch_embed", None), model):
+        image_size = getattr(owner, "img_size", None)
+        if isinstance(image_size, int) and image_size > 0:
+            found.append((channels, image_size, image_size))
+        elif isinstance(image_size, (tuple, list)) and len(image_size) == 2:
+            found.append((channels, *image_size))
+    # The layer that is named first does not always see the image itself (space-to-depth stems).
+    return list(dict.fromkeys([*found, (channels, *size[1:]), size]))
+
+
+def possible_calls(model: nn.Module, input_size: Sequence[int] | None, example_input: Any) -> list[Call]:
+    """Arguments to try a forward pass with, in this order, all of them on the meta device.
+
+    Args:
+        model: The model.
+        input_size: (channels, height, width) of one image; None for the sizes that the model names.
+        example_input: Instead of an image: a tensor, or a tuple or dict of tensors. With integers and booleans, a
+            second call is returned in which these are on the CPU and keep their values (positions, masks).
+    """
+    if example_input is not None:
+        return [_as_call(example_input, keep_values=keep_values) for keep_values in (False, True)]
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    sizes = [tuple(input_size)] if input_size is not None else input_sizes(model)
+    return [((torch.empty((1, *size), dtype=dtype, device="meta"),), {}) for size in sizes]
+
+
+def _input_channels(model: nn.Module, config: Mapping[str, Any]) -> int | None:
+    """Input channels of the layer that timm's configuration names as the first, if the model has the layer."""
+    names = config.get("first_conv")
+    for name in [names] if isinstance(names, str) else names or []:
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if isinstance(layer, nn.Conv2d):
+            return layer.in_channels
+    return None
+
+
+def _as_call(example: Any, *, keep_values: bool) -> Call:
+    def to_meta(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        is_kept = keep_values and not (leaf.is_floating_point() or leaf.is_complex() or leaf.is_meta)
+        return leaf.detach().cpu() if is_kept else torch.empty_like(leaf, device="meta", requires_grad=False)
+
+    example = tree_map(to_meta, example)
+    if isinstance(example, tuple):
+        return example, {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example,), {}
