@@ -1,0 +1,150 @@
+"""The analyses of the scale rule, each on a trace of a few operations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from traces import TraceBuilder
+
+from timm_ghn.graph.analyses import Analyses
+from timm_ghn.scale.batch_norms import Depth, Power, find_depths, find_last_batch_norms, find_overflowing, find_powers
+from timm_ghn.scale.branches import Scale, find_scales
+from timm_ghn.scale.chains import Chain, find_chains
+from timm_ghn.scale.products import Factors, Product, Weights, find_products, find_weights
+from timm_ghn.scale.steps import Steps
+from timm_ghn.scale.streams import ResidualSum, find_streams
+from timm_ghn.trace.records import Value
+
+
+@pytest.fixture
+def t() -> TraceBuilder:
+    return TraceBuilder()
+
+
+def linear(t: TraceBuilder, x: Value, name: str) -> Value:
+    return t.call("linear", x, t.parameter(name, 4, 4))
+
+
+def number(t: TraceBuilder, name: str) -> int:
+    return next(index for index, names in t.trace().parameters.items() if names == (name,))
+
+
+def steps(t: TraceBuilder) -> Steps:
+    return Steps(Analyses(t.trace()))
+
+
+# Streams
+
+
+def test_a_stream_runs_from_sum_to_sum(t: TraceBuilder) -> None:
+    x = linear(t, t.input(2, 4), "stem")
+    first = linear(t, x, "a")
+    y = t.call("add", x, first)
+    second = linear(t, t.call("relu", y), "b")
+    z = t.call("add", second, t.call("relu", y))
+    other = t.call("add", linear(t, z, "c"), linear(t, z, "d"))
+    found = find_streams(steps(t))
+    assert found.sums == {y.index: ResidualSum(y.index, 0, first.index), z.index: ResidualSum(y.index, 1, second.index)}
+    assert found.lengths == {y.index: 2}
+    assert found.places[other.index].stream is None
+
+
+# Branches
+
+
+@pytest.mark.parametrize(("start", "expected"), [(None, None), (0.5, 0.5), (-2.0, 2.0)])
+def test_learned_scales_count_as_large_as_they_start(
+    t: TraceBuilder, start: float | None, expected: float | None
+) -> None:
+    x = linear(t, t.input(2, 4), "w")
+    scaled = t.call("mul", x, t.call("view", t.parameter("gamma", 4), shape=(1, 4)))
+    normed = t.call("layer_norm", scaled, (4,))
+    known = steps(t)
+    scales = find_scales(known, find_streams(known), lambda _: start)
+    layer = frozenset({number(t, "w")})
+    assert scales[x.index] == Scale(layer)
+    assert scales[scaled.index] == (Scale(None) if expected is None else Scale(layer, expected))
+    assert scales[normed.index] == Scale(None)
+
+
+# Chains
+
+
+def test_chains_count_layers_up_to_a_norm(t: TraceBuilder) -> None:
+    x = linear(t, linear(t, t.input(2, 4), "a"), "b")
+    y = t.call("add", x, t.call("relu", x))
+    normed = t.call("batch_norm", y, None, None, t.parameter("gain", 4))
+    z = linear(t, normed, "c")
+    chains = find_chains(steps(t))
+    assert chains[y.index] == Chain(2, frozenset({number(t, "a"), number(t, "b")}))
+    assert chains[normed.index] == Chain()
+    assert chains[z.index] == Chain(1, frozenset({number(t, "c")}))
+
+
+# Products
+
+
+def products(t: TraceBuilder, value: Value) -> frozenset[Product]:
+    known = steps(t)
+    streams = find_streams(known)
+    scales = find_scales(known, streams, lambda _: None)
+    factors = Factors(find_chains(known), find_depths(known, streams), scales, find_weights(known, streams))
+    return find_products(known, streams, factors).get(value.index, frozenset())
+
+
+def test_products_of_two_layers_and_squares_of_one(t: TraceBuilder) -> None:
+    x = t.input(2, 4)
+    a, b = linear(t, x, "a"), linear(t, x, "b")
+    both = frozenset({number(t, "a"), number(t, "b")})
+    assert products(t, t.call("mul", a, b)) == {Product(both)}
+    assert products(t, t.call("square", a)) == {Product(frozenset({number(t, "a")}))}
+    assert products(t, t.call("mul", a, t.call("sigmoid", b))) == frozenset()
+    assert products(t, t.call("layer_norm", t.call("mul", a, b), (4,))) == frozenset()
+
+
+def test_a_matrix_product_adds_up_as_many_products_as_it_is_long(t: TraceBuilder) -> None:
+    x = t.input(4, 4)
+    query, key = linear(t, linear(t, x, "a"), "query"), linear(t, x, "key")
+    counted = Product(frozenset({number(t, "query")}), 4)
+    assert counted in products(t, t.call("matmul", query, key))
+    assert products(t, t.call("matmul", t.call("softmax", query, -1), key)) == frozenset()
+    shared = Product(frozenset({number(t, "key")}), math.sqrt(4))
+    assert shared in products(t, t.call("matmul", key, key))
+
+
+def test_what_weights_a_mean(t: TraceBuilder) -> None:
+    x = linear(t, t.input(4, 4), "w")
+    weights = t.call("softmax", x, -1)
+    mixed, applied = linear(t, weights, "heads"), t.call("mul", weights, x)
+    behind = linear(t, applied, "after")
+    known = steps(t)
+    found = find_weights(known, find_streams(known))
+    assert (found[weights.index], found[mixed.index], found[applied.index]) == (
+        Weights.PURE, Weights.PURE, Weights.APPLIED,
+    )  # fmt: skip
+    assert behind.index not in found
+
+
+# Batch norms
+
+
+def test_powers_depths_and_the_last_batch_norm(t: TraceBuilder) -> None:
+    x = linear(t, t.input(4, 4), "w")
+    norm = t.call("batch_norm", x, None, None, t.parameter("gain", 4))
+    cube = t.call("mul", t.call("mul", norm, norm), norm)
+    branch = t.call("batch_norm", linear(t, cube, "v"), None, None, t.parameter("last", 4))
+    total = t.call("add", norm, branch)
+    normed = t.call("layer_norm", total, (4,))
+    known = steps(t)
+    streams = find_streams(known)
+    depths, scales = find_depths(known, streams), find_scales(known, streams, lambda _: None)
+    powers = find_powers(known, streams)
+    assert powers[branch.index] == Power(3, 3)
+    assert powers[normed.index] == Power(0, 0)
+    assert depths[total.index] == Depth(2, frozenset({total.index}))
+    assert depths[normed.index] == Depth()
+    assert find_overflowing(known, streams, depths) == {total.index}
+    last = find_last_batch_norms(known, streams, scales, depths)
+    assert (last[branch.index], last[total.index]) == (branch.index, norm.index)
+    assert cube.index not in last
