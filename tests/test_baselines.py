@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -13,21 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import timm_ghn
-from timm_ghn.baselines import BASELINES, apply_baseline, fixup_, lsuv_
-from timm_ghn.baselines.covariance import covariance_, kernel_covariance, sample_kernels
+from timm_ghn.baselines import BASELINES
+from timm_ghn.baselines.covariance import kernel_covariance, sample_kernels
 from timm_ghn.baselines.fixup import fixup_scales, residual_branches
-from timm_ghn.baselines.mimetic import factors, find_attention, mimetic_
+from timm_ghn.baselines.mimetic import factors, find_attention
 from timm_ghn.errors import InitError
 from timm_ghn.initialize.report import Status
 from timm_ghn.trace.capture import capture
 
 
-def changed_parameters(model: nn.Module, change: Callable[[], tuple[str, ...]]) -> set[str]:
-    """Names of what changes; it has to be what is told, and buffers and modes stay."""
+def changed_parameters(model: nn.Module, method: str, **settings: Any) -> set[str]:
+    """Initialize, and return names of what changes; it has to be what is told, and buffers and modes stay."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     rng = torch.get_rng_state()
-    told = set(change())
+    report = timm_ghn.init_model(model, method, **settings)
+    told = {row.name for row in report.parameters if row.status is Status.COMPUTED}
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed <= told <= {name for name, _ in model.named_parameters()}
     assert [module.training for module in model.modules()] == modes
@@ -70,7 +72,7 @@ def test_lsuv_gives_every_layer_outputs_of_variance_one(name: str) -> None:
     else:
         model = timm.create_model(name, drop_path_rate=0.2)
         images = torch.rand(8, *model.pretrained_cfg["input_size"])
-    changed = changed_parameters(model, lambda: lsuv_(model, images, 0))
+    changed = changed_parameters(model, "lsuv", example_input=images)
     variances = output_variances(model.eval(), images)
     assert len(variances) >= 3
     assert all(0.98 < value < 1.02 for value in variances.values()), variances
@@ -85,7 +87,7 @@ def test_lsuv_gives_every_layer_outputs_of_variance_one(name: str) -> None:
 def test_lsuv_of_weights_that_are_standardized_stays_orthonormal() -> None:
     model = timm.create_model("test_nfnet")
     images = torch.rand(4, *model.pretrained_cfg["input_size"])
-    lsuv_(model, images, 0)
+    timm_ghn.init_model(model, "lsuv", example_input=images)
     weight = model.stem[0].weight.detach().flatten(1)
     gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
     torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-4)
@@ -95,9 +97,60 @@ def test_lsuv_of_weights_that_are_standardized_stays_orthonormal() -> None:
 def test_lsuv_needs_a_batch_or_its_size() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(InitError, match="give example_input=images, or input_size="):
-        apply_baseline("lsuv", model, 0)
-    apply_baseline("lsuv", model, 0, input_size=(4,))
-    apply_baseline("lsuv", model, 0, example_input=torch.randn(9, 4))
+        timm_ghn.init_model(model, "lsuv")
+    timm_ghn.init_model(model, "lsuv", input_size=(4,))
+    timm_ghn.init_model(model, "lsuv", example_input=torch.randn(9, 4))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 8)
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, words: Tensor, scale: Tensor) -> Tensor:
+        assert not words.is_floating_point()
+        return self.last(F.relu(self.first(self.table(words)))) * scale
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict"])
+def test_lsuv_takes_what_forward_takes(kind: str) -> None:
+    model = TwoInputs()
+    words, scale = torch.randint(0, 10, (64, 5)), torch.ones(1)
+    example = (words, scale) if kind == "tuple" else {"words": words, "scale": scale}
+    assert changed_parameters(model, "lsuv", example_input=example) == {
+        "first.weight", "first.bias", "last.weight", "last.bias",
+    }  # fmt: skip
+    assert float(model(words, scale).detach().var()) == pytest.approx(1, rel=0.02)
+
+
+def test_lsuv_measures_on_the_size_that_the_model_takes() -> None:
+    model = timm.create_model("test_vit", init="lsuv", in_chans=1, img_size=64)
+    assert 0.3 < float(model.patch_embed(torch.randn(8, 1, 64, 64)).var()) < 3
+
+
+def test_lsuv_leaves_out_what_has_no_weight_of_its_own() -> None:
+    layers = (nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Linear(5, 0), nn.Linear(0, 5), nn.Linear(5, 4))
+    model = nn.Sequential(*layers, nn.Linear(4, 3))
+    model[3].weight.requires_grad_(False)
+    assert changed_parameters(model, "lsuv", input_size=(6,)) == {"4.weight", "4.bias"}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 2)), {"input_size": (4,)}),
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), {"example_input": torch.randn(1, 4)}),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), {"input_size": (1, 8, 8)}),
+    ],
+)
+def test_lsuv_changes_nothing_if_the_forward_pass_fails(model: nn.Module, settings: dict[str, Any]) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InitError, match=r"forward pass failed at module '\d'.*Nothing was changed"):
+        timm_ghn.init_model(model, "lsuv", **settings)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert not model[0]._forward_hooks
 
 
 # --- Fixup ----------------------------------------------------------------------------------------------------------
@@ -133,7 +186,7 @@ def test_fixup_finds_branches_and_scales_them() -> None:
     expected = [(f"blocks.{index}.first.weight", f"blocks.{index}.second.weight") for index in range(5)]
     assert [branch.weights for branch in branches] == expected
     assert fixup_scales(branches)["blocks.0.first.weight"] == pytest.approx(5**-0.5)
-    changed_parameters(model, lambda: fixup_(model, 0, input_size=(3, 16, 16)))
+    changed_parameters(model, "fixup", input_size=(3, 16, 16))
     assert not model.head.weight.any()
     assert not model.head.bias.any()
     for index in range(5):
@@ -146,7 +199,7 @@ def test_fixup_finds_branches_and_scales_them() -> None:
 
 def test_fixup_keeps_the_signal_of_a_deep_network() -> None:
     model = Residual(30)
-    fixup_(model, 0, input_size=(3, 16, 16))
+    timm_ghn.init_model(model, "fixup", input_size=(3, 16, 16))
     with torch.no_grad():
         stem = F.relu(model.stem(torch.randn(4, 3, 16, 16)))
         torch.testing.assert_close(model.blocks[:29](stem), stem)
@@ -197,7 +250,7 @@ def test_covariance_changes_depthwise_kernels_alone_and_keeps_their_scale() -> N
     model = timm.create_model("test_convnext")
     depthwise = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
     before = {name: float(model.get_parameter(name).detach().square().sum()) for name in depthwise}
-    assert changed_parameters(model, lambda: covariance_(model, 0)) == depthwise
+    assert changed_parameters(model, "covariance") == depthwise
     for name in depthwise:
         assert float(model.get_parameter(name).detach().square().sum()) == pytest.approx(before[name], rel=0.5)
 
@@ -216,7 +269,7 @@ def test_factors_multiply_to_noise_and_identity() -> None:
 @pytest.mark.parametrize("name", ["test_vit", "deit_tiny_patch16_224"])
 def test_attention_of_timm(name: str) -> None:
     model = timm.create_model(name)
-    changed = changed_parameters(model, lambda: mimetic_(model, 0))
+    changed = changed_parameters(model, "mimetic")
     expected = {f"{n}.{part}.weight" for n, m in model.named_modules() if hasattr(m, "qkv") for part in ("qkv", "proj")}
     assert changed == expected
     for attention in find_attention(model):
@@ -234,7 +287,7 @@ def test_attention_of_timm(name: str) -> None:
 
 def test_attention_of_torch() -> None:
     model = nn.TransformerEncoderLayer(32, 4)
-    changed = changed_parameters(model, lambda: mimetic_(model, 0))
+    changed = changed_parameters(model, "mimetic")
     assert changed == {"self_attn.in_proj_weight", "self_attn.out_proj.weight"}
 
 

@@ -372,6 +372,38 @@ def test_run_in_a_process(script: Path) -> None:
     assert done.stdout == f"__main__ {script} orth neighbour\n"
 
 
+SPAWNING = """
+import multiprocessing, sys
+from timm import create_model
+
+def work(queue):
+    queue.put(create_model("test_resnet", init="orth").pretrained_cfg["tag"])
+
+if __name__ == "__main__":
+    for method in sys.argv[1:]:
+        context = multiprocessing.get_context(method)
+        queue = context.Queue()
+        process = context.Process(target=work, args=(queue,))
+        process.start()
+        process.join()
+        print(method, process.exitcode or queue.get())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forkserver")
+def test_processes_that_a_script_starts_know_init(tmp_path: Path) -> None:
+    (tmp_path / "spawning.py").write_text(SPAWNING)
+    (tmp_path / "sitecustomize.py").write_text("print('customized')")
+    command = [sys.executable, "-m", "timm_ghn", "run", str(tmp_path / "spawning.py"), "spawn", "forkserver"]
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "spawn orth" in lines
+    assert "forkserver orth" in lines
+    assert lines.count("customized") >= 2  # the user's own module of that name still runs
+
+
 def test_run_a_module(script: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(script.parent)
     (script.parent / "tool.py").write_text("import sys\nprint(sys.argv[1:], __name__)")

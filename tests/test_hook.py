@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,11 +16,13 @@ import pytest
 import timm
 import timm.models
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import timm_ghn
 from timm_ghn import hook
 from timm_ghn.errors import InitError
+from timm_ghn.initialize.report import Status
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +100,91 @@ def test_install_and_uninstall() -> None:
     assert hook.is_installed()
 
 
+def run(script: str, **environment: str) -> str:
+    """What another Python process prints."""
+    variables = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_does_not_matter_what_is_imported_first() -> None:
+    script = """
+from timm import create_model
+from timm.models import create_model as same
+import timm_ghn
+print(create_model("test_resnet", init="orth").pretrained_cfg["tag"], same is create_model)
+"""
+    assert run(script) == "orth True\n"
+
+
+def test_uninstalling_leaves_nothing_behind() -> None:
+    script = """
+import inspect, pickle
+from timm import create_model as function
+before = (function.__code__, function.__defaults__, function.__kwdefaults__, dict(vars(function)))
+signature = inspect.signature(function)
+import timm_ghn
+assert "init" in inspect.signature(function).parameters
+assert pickle.loads(pickle.dumps(function)) is function
+timm_ghn.uninstall()
+assert (function.__code__, function.__defaults__, function.__kwdefaults__, dict(vars(function))) == before
+assert inspect.signature(function) == signature
+"""
+    run(script)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_child_can_initialize(seeded_checkpoint: Path) -> None:
+    script = """
+import os, timm, timm_ghn
+init = timm_ghn.Init("ghn-orth", cache=False)
+timm.create_model("test_resnet", init=init)
+child = os.fork()
+if child == 0:
+    timm.create_model("test_vit", init=init)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run(script, OMP_NUM_THREADS="2") == "7\n"
+
+
+def test_a_seed_decides_timms_own_weights() -> None:
+    torch.manual_seed(1)
+    plain = timm.create_model("test_vit")
+    state = torch.get_rng_state()
+    seeded = timm.create_model("test_vit", init=timm_ghn.Init("rand", seed=1))
+    assert torch.equal(state, torch.get_rng_state())
+    assert equal(plain, seeded)
+    report, found = timm_ghn.report_of(seeded), timm_ghn.provenance(seeded)
+    assert report is not None
+    assert found is not None
+    assert (report.share(Status.KEPT), found["method"], found["seed"]) == (1, "rand", 1)
+    assert timm_ghn.provenance(timm.create_model("test_vit", init="rand"))["seed"] is None  # type: ignore[index]
+
+
+def test_copies_of_a_model_keep_its_report() -> None:
+    model = timm.create_model("test_resnet", init="orth")
+    report = timm_ghn.report_of(model)
+    assert report is not None
+    compiled = torch.compile(model, backend="eager")
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), ModelEmaV3(model).module, compiled]
+    assert [timm_ghn.report_of(copied) for copied in copies] == [report] * 4
+    assert timm_ghn.report_of(timm.create_model("test_resnet")) is None
+
+
+@pytest.mark.parametrize("kwargs", [{"num_classes": 0}, {"features_only": True}])
+def test_the_backbone_does_not_depend_on_the_classifier(kwargs: dict[str, Any]) -> None:
+    whole = timm.create_model("resnet18", init="orth")
+    backbone = timm.create_model("resnet18", init="orth", **kwargs)
+    for name, parameter in backbone.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(name)), name
+    init = timm_ghn.Init("ghn-orth", cache=False)
+    found = timm_ghn.report_of(timm.create_model("resnet18", init=init, **kwargs))
+    assert found is not None
+    assert (found.start_layer, found.num_layers) == (15, 20)
+
+
 def test_the_deprecated_module_is_patched_only_if_it_was_imported() -> None:
     script = "import timm, timm_ghn, sys; assert 'timm.models.factory' not in sys.modules"
     warning = "error:Importing from timm.models.factory:FutureWarning"
@@ -110,7 +200,6 @@ def test_the_rest_of_the_weights_are_timms_own_and_repeatable() -> None:
     assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.2)
     assert not torch.equal(ours, theirs)
     assert torch.equal(first.head.bias, plain.head.bias)
-    assert torch.equal(first.norm.bias, first.norm.bias)
 
 
 def test_layer_scale_and_buffers_are_timms() -> None:
@@ -176,6 +265,9 @@ def test_image_size() -> None:
         (("test_resnet.ghn-orth",), {"init": "orth"}, "different weights"),
         (("test_resnet",), {"init": "ghn-orth", "device": "meta"}, "meta device"),
         (("test_resnet",), {"init": 7}, "int"),
+        (("test_resnet",), {"init": "hf-hub:a/b", "pretrained": True}, "'hf-hub:a/b' and pretrained=True"),
+        (("test_resnet.ghn-orth",), {"init": "hf-hub:a/b"}, "init='hf-hub:a/b' and the tag 'ghn-orth'"),
+        (("test_resnet", False, None, None, "x.pth"), {"init": "orth"}, "checkpoint_path"),
     ],
 )
 def test_contradictions_are_refused(arguments: tuple[str, ...], kwargs: dict[str, Any], match: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import nn
 import timm_ghn
 from timm_ghn.errors import CaptureError, CheckpointError, GraphError, InitError, UnknownGhnError
 from timm_ghn.ghn import GHN
-from timm_ghn.initialize.report import Status
+from timm_ghn.initialize.report import Report, Status
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +257,103 @@ def test_a_ghn_that_predicts_nan_is_refused() -> None:
         bad.decoder_1d.fc[2].bias.fill_(float("nan"))
     with pytest.raises(InitError, match="not finite"):
         timm_ghn.init_model(timm.create_model("test_resnet"), ghn=bad)
+    unchanged_after(timm.create_model("test_resnet"), InitError, "not finite", ghn=bad)
+
+
+def test_a_kept_layer_that_is_not_finite_changes_nothing(ghn: GHN) -> None:
+    model = Unused()
+    with torch.no_grad():
+        model.spare.weight[0, 0] = float("nan")
+    before = model.layer.weight.detach().clone()
+    with pytest.raises(InitError, match=r"spare\.weight holds NaN"):
+        timm_ghn.init_model(model, ghn=ghn, example_input=torch.zeros(2, 8), start_layer=1)
+    assert torch.equal(model.layer.weight, before)
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.spare, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.layer(x))
+
+
+@pytest.mark.parametrize("method", ["ghn-orth", "orth", "lsuv"])
+def test_frozen_parameters_are_kept_unless_asked_for(ghn: GHN, method: str) -> None:
+    settings: dict[str, Any] = {"ghn": ghn, "start_layer": 1} if method == "ghn-orth" else {}
+    model = timm.create_model("test_resnet", num_classes=7)
+    model.layer1.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in model.layer1.named_parameters()}
+    report = timm_ghn.init_model(model, method, **settings)
+    assert all(torch.equal(p, before[name]) for name, p in model.layer1.named_parameters())
+    rows = {row.name: (row.status, row.reason) for row in report.parameters}
+    assert {rows[f"layer1.{name}"] for name in before} == {(Status.KEPT, "frozen: requires_grad is False")}
+    assert rows["layer2.0.conv1.weight"][0] is not Status.KEPT
+    timm_ghn.init_model(model, method, frozen="init", **settings)
+    assert not torch.equal(model.layer1[0].conv1.weight, before["0.conv1.weight"])
+    with pytest.raises(InitError, match=r"all parameters are frozen.*frozen='init'"):
+        timm_ghn.init_model(model.requires_grad_(False), method, **settings)
+
+
+def test_the_report_tells_every_factor(ghn: GHN) -> None:
+    exact, model = timm.create_model("test_vit"), timm.create_model("test_vit")
+    timm_ghn.init_model(exact, "ghn", ghn="bundled", rescale="off")
+    report = timm_ghn.init_model(model, "ghn", ghn="bundled")
+    rows = {row.name: row for row in report.parameters if row.status is Status.PREDICTED}
+    factors = set()
+    for name, row in rows.items():
+        if name != "pos_embed":  # a part of it is kept
+            torch.testing.assert_close(model.get_parameter(name), exact.get_parameter(name) * row.factor)
+            assert bool(row.reason) == (row.factor != 1)
+            factors.add(row.factor < 1 if row.factor != 1 else None)
+    assert factors == {None, True, False}
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_a_side_is_a_square() -> None:
+    model = timm.create_model("test_vit", in_chans=1)
+    report = timm_ghn.init_model(model, "ghn", ghn="bundled", input_size=160)
+    assert report.predicted_share > 0.5
+    for size in ("160", (3, -1, 2), (), 2.5, True):
+        unchanged_after(model, InitError, "input_size=", ghn="bundled", input_size=size)
+
+
+def test_the_cache_is_used_only_if_asked_for(seeded_checkpoint: Path) -> None:
+    model, path = timm.create_model("test_resnet"), str(seeded_checkpoint)
+    for init in (timm_ghn.Init("ghn", ghn=path), timm_ghn.Init("ghn", ghn=path, cache=False)):
+        assert not [timm_ghn.init_model(model, init).from_cache for _ in range(2)][1]
+    init = timm_ghn.Init("ghn", ghn=path, cache=True)
+    assert [timm_ghn.init_model(model, init).from_cache for _ in range(2)] == [False, True]
+
+
+def test_compiled_models_are_initialized_without_a_word(ghn: GHN, capfd: pytest.CaptureFixture[str]) -> None:
+    model = timm.create_model("test_resnet")
+    report = timm_ghn.init_model(torch.compile(model), ghn=ghn)
+    assert [row.name for row in report.parameters] == [name for name, _ in model.named_parameters()]
+    assert timm_ghn.report_of(model) == report
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: timm_ghn.init_model("resnet18"), "takes a model.*timm.create_model\\('resnet18', init="),  # type: ignore[arg-type]
+        (lambda: timm_ghn.Init(method=3), "method=3: expected the name"),  # type: ignore[arg-type]
+        (lambda: timm_ghn.Init(ghn=3), "ghn=3: expected the name or path"),  # type: ignore[arg-type]
+        (lambda: timm_ghn.Init(cache="x"), "cache='x': expected True, False or None"),  # type: ignore[arg-type]
+        (lambda: timm_ghn.Init(seed=2**70), "seed=1180591620717411303424: expected an integer from"),
+        (lambda: timm_ghn.Init(frozen="x"), "frozen='x': expected 'keep' or 'init'"),  # type: ignore[arg-type]
+        (lambda: timm_ghn.Init(noise=True), "noise=True: expected a number"),
+        (
+            lambda: timm_ghn.init_model(nn.Sequential(nn.Conv2d(3, 4, 3, dtype=torch.complex64)), "orth"),
+            r"0\.weight is complex",
+        ),
+    ],
+)
+def test_what_is_refused_says_what_is_expected(call: Callable[[], object], match: str) -> None:
+    with pytest.raises(InitError, match=match):
+        call()
 
 
 def test_init_is_a_value() -> None:

@@ -449,7 +449,9 @@ def test_standardized_kernels_of_a_network_without_norms_are_orthogonalized() ->
 def test_the_report_and_the_provenance_tell() -> None:
     report = timm_ghn.init_model(timm.create_model("test_vit"), "ghn", ghn="bundled")
     reasons = {row.name: row.reason for row in report.parameters}
-    assert reasons["blocks.0.mlp.fc2.weight"] == "divided by 20.8: what adds up in phase without a norm layer"
+    assert reasons["blocks.0.mlp.fc2.weight"] == (
+        "smaller, as similar layers would add up to large values and no norm layer follows"
+    )
     assert reasons["blocks.0.mlp.fc1.weight"] == ""
     assert report.provenance["rescale"] == "auto"
     with pytest.raises(InitError, match="rescale='on': expected 'auto' or 'off'"):

@@ -60,7 +60,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """
     devices = [device] if device is not None and device.type == "cuda" else []
     with _lock, torch.random.fork_rng(devices=devices):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for place in devices:
             with torch.cuda.device(place):
                 torch.cuda.manual_seed(seed)
@@ -120,7 +120,7 @@ class PrivateRandom(TorchFunctionMode):
 @contextmanager
 def _as_global(generator: torch.Generator) -> Iterator[None]:
     """Lets the global generator of a device go on from the state of another one, which gets the state that results."""
-    shared = torch.random.default_generator
+    shared = torch.default_generator
     if generator.device.type == "cuda":
         shared = torch.cuda.default_generators[generator.device.index or torch.cuda.current_device()]
     with _lock:

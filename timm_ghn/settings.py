@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
@@ -114,12 +115,17 @@ class Init:
         ghn: Name, path or "hf-hub:organization/name" of a GHN, or a loaded one; None for the default.
         noise: The paper's beta; 0 adds none.
         start_layer: L: the number (1-based) of the first layer to be post-processed, a fraction of the number of
-            layers (a float in (0, 1]), or the name of a module. None: the method's default.
-        seed: Seed of all noise and of what keeps a random initialization.
+            layers (a float in (0, 1]), or the name of a module. None: the method's default, which does not depend on
+            whether the model has a classifier. (What a GHN predicts does: the classifier is part of the graph.)
+        seed: Seed of all noise and of what keeps a random initialization. None stands for 0, but for "rand", which
+            then draws from torch's global generator as timm does.
         correlation: Whose correlations scale the noise: the "paper"'s, between channels, or those of "ppuda"'s code.
         reading: How the graph is read, "default" or "ppuda" (see `timm_ghn.graph.Reading`).
         rescale: Whether the scale of predictions is kept sane: "auto" or "off" (see `timm_ghn.scale.rule`).
-        cache: Whether results are looked up in the cache and kept there.
+        frozen: What happens to parameters with `requires_grad=False`: "keep" leaves them as they are, which the report
+            tells, "init" treats them as all others.
+        cache: Whether results are looked up in the cache and kept there. None: `timm.create_model` does,
+            `timm_ghn.init_model` does not.
 
     Raises:
         InitError: If the method is unknown or a setting is out of range.
@@ -129,19 +135,30 @@ class Init:
     ghn: str | nn.Module | None = None
     noise: float = NOISE
     start_layer: int | float | str | None = None
-    seed: int = 0
+    seed: int | None = None
     correlation: Correlation = "paper"
     reading: Literal["default", "ppuda"] = "default"
     rescale: Rescale = "auto"
-    cache: bool = True
+    frozen: Literal["keep", "init"] = "keep"
+    cache: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", find_method(self.method).name)
-        check_seed(self.seed)
+        if self.seed is None and self.spec.source is not Source.TIMM:
+            object.__setattr__(self, "seed", 0)
+        if isinstance(self.ghn, os.PathLike):
+            object.__setattr__(self, "ghn", os.fspath(self.ghn))
+        elif not (self.ghn is None or isinstance(self.ghn, str) or callable(getattr(self.ghn, "predict", None))):
+            raise InitError(f"ghn={self.ghn!r}: expected the name or path of a GHN, or what timm_ghn.load_ghn returned")
+        if self.seed is not None:
+            check_seed(self.seed)
         check_noise(self.noise)
         check_choice("correlation", self.correlation, Correlation)
         check_choice("reading", self.reading, Literal["default", "ppuda"])
         check_choice("rescale", self.rescale, Rescale)
+        check_choice("frozen", self.frozen, Literal["keep", "init"])
+        if not (self.cache is None or isinstance(self.cache, bool)):
+            raise InitError(f"cache={self.cache!r}: expected True, False or None")
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | Init, **changes: Any) -> Init:

@@ -14,9 +14,12 @@ weights had before, so that only their structure changes.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
+from timm_ghn.baselines.task import Computation, Task, names_of
 from timm_ghn.seeding import derived_seed
 
 WIDTHS = (0.1, 0.35)
@@ -65,7 +68,7 @@ def sample_kernels(count: int, covariance: Tensor, generator: torch.Generator) -
     return kernels
 
 
-def is_structured(module: nn.Module) -> bool:
+def is_structured(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a module is a depthwise convolution that this applies to."""
     return (
         isinstance(module, nn.Conv2d)
@@ -76,22 +79,27 @@ def is_structured(module: nn.Module) -> bool:
     )
 
 
-@torch.no_grad()
-def covariance_(model: nn.Module, seed: int) -> tuple[str, ...]:
-    """Initialize all depthwise convolutions.
+def covariance(task: Task) -> Computation:
+    """Kernels of all depthwise convolutions.
 
-    Returns:
-        Names of the parameters that changed.
+    Raises:
+        InitError: If there are none.
     """
-    found = [(name, module) for name, module in model.named_modules() if is_structured(module)]
+    names = names_of(task.model)
+    weights = [m.weight for m in task.model.modules() if is_structured(m) and id(m.weight) in names]
+    return task.computation(
+        (names[id(weight)] for weight in weights),
+        lambda: ((names[id(weight)], _kernels(weight, i, len(weights), task.seed)) for i, weight in enumerate(weights)),
+        "it has no depthwise convolutions with odd kernels of 3 x 3 or more",
+    )
+
+
+@torch.no_grad()
+def _kernels(weight: Tensor, index: int, count: int, seed: int) -> Tensor:
+    """Kernels for one of `count` depthwise layers, of the mean square that its weight has."""
+    side = weight.shape[-1]
     low, high = WIDTHS
-    for index, (_, module) in enumerate(found):
-        weight = module.get_parameter("weight")
-        side = weight.shape[-1]
-        depth = index / max(1, len(found) - 1)
-        covariance = kernel_covariance(side, side * (low + (high - low) * depth))
-        generator = torch.Generator().manual_seed(derived_seed("covariance", seed, index, tuple(weight.shape)))
-        kernels = sample_kernels(weight.shape[0], covariance, generator)
-        scale = weight.double().cpu().square().sum((1, 2, 3)).mean().sqrt()
-        weight.copy_((kernels * scale).view_as(weight))
-    return tuple(f"{name}.weight" for name, _ in found)
+    kernel = kernel_covariance(side, side * (low + (high - low) * index / max(1, count - 1)))
+    generator = torch.Generator().manual_seed(derived_seed("covariance", seed, index, tuple(weight.shape)))
+    scale = weight.double().cpu().square().sum((1, 2, 3)).mean().sqrt()
+    return (sample_kernels(weight.shape[0], kernel, generator) * scale).view_as(weight)

@@ -12,13 +12,13 @@ have; what is on the other side is the shortcut, possibly with a layer of its ow
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from timm_ghn.baselines.task import Computation, Task
 from timm_ghn.errors import InitError
 from timm_ghn.graph.origins import find_origins
 from timm_ghn.orthogonalization import weight_layers
@@ -79,36 +79,38 @@ def fixup_scales(branches: Sequence[Branch]) -> Mapping[str, float]:
     return scales
 
 
-@torch.no_grad()
-def fixup_(model: nn.Module, seed: int, *, input_size: Any = None, example_input: Any = None) -> tuple[str, ...]:
-    """Initialize all convolutional and fully-connected layers.
-
-    Returns:
-        Names of the parameters that changed.
+def fixup(task: Task) -> Computation:
+    """Weights and biases of all convolutional and fully-connected layers.
 
     Raises:
-        InitError: If the network has normalization layers or no residual branches; it is then unchanged.
+        InitError: If the network has normalization layers or no residual branches.
     """
+    model = task.model
     norm = next((module for module in model.modules() if isinstance(module, _NORMS)), None)
     if norm is not None:
         raise InitError(
             f"fixup is for residual networks without normalization, and {type(model).__name__} has "
             f"{type(norm).__name__} layers"
         )
-    branches = residual_branches(capture(model, input_size=input_size, example_input=example_input))
+    branches = residual_branches(capture(model, input_size=task.input_size, example_input=task.example_input))
     if not branches:
         raise InitError(f"fixup is for residual networks, and {type(model).__name__} has no residual branches")
+    parameters = dict(model.named_parameters())
+    layers = weight_layers(model)
+    biases = [f"{layer.parameter.rpartition('.')[0]}.bias".lstrip(".") for layer in layers]
+    biases = [name for name in biases if name in parameters]
     scales = fixup_scales(branches)
-    changed: list[str] = []
-    for layer in weight_layers(model):
-        weight = model.get_parameter(layer.parameter)
-        scale = 0.0 if layer.is_classifier else scales.get(layer.parameter, 1.0)
-        generator = torch.Generator().manual_seed(derived_seed("fixup", seed, layer.number, tuple(weight.shape)))
-        drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
-        weight.copy_(drawn * scale * math.sqrt(2 / math.prod(weight.shape[1:])))
-        changed.append(layer.parameter)
-        bias = f"{layer.parameter.rpartition('.')[0]}.bias".lstrip(".")
-        if bias in dict(model.named_parameters()):
-            model.get_parameter(bias).zero_()
-            changed.append(bias)
-    return tuple(changed)
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        for layer in layers:
+            scale = 0.0 if layer.is_classifier else scales.get(layer.parameter, 1.0)
+            yield layer.parameter, _drawn(parameters[layer.parameter].shape, scale, layer.number, task.seed)
+        yield from ((name, torch.zeros(parameters[name].shape)) for name in biases)
+
+    return task.computation((*(layer.parameter for layer in layers), *biases), values, "it has no layers")
+
+
+def _drawn(shape: Sequence[int], scale: float, number: int, seed: int) -> Tensor:
+    """He's initialization of a weight, times a scale."""
+    generator = torch.Generator().manual_seed(derived_seed("fixup", seed, number, tuple(shape)))
+    return torch.randn(shape, generator=generator, dtype=torch.float32) * scale * math.sqrt(2 / math.prod(shape[1:]))

@@ -12,79 +12,150 @@ dropout and stochastic depth are off. Of a module that is used several times, th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
+from timm_ghn.baselines.task import Computation, Task, names_of
+from timm_ghn.errors import InitError
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor_
 from timm_ghn.seeding import derived_seed
+from timm_ghn.trace.inputs import input_sizes
 
+_BATCH = 32
+"""Inputs of standard normal noise where no batch is given."""
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _LARGEST_ERROR = 0.1
 """Of the variance, as the paper's tolerance. A layer that does not reach it does not follow its weight."""
 
 
-@torch.no_grad()
-def lsuv_(model: nn.Module, images: Tensor, seed: int) -> tuple[str, ...]:
-    """Initialize all layers.
+def lsuv(task: Task) -> Computation:
+    """Weights and biases of all convolutions and linear layers.
 
-    Args:
-        model: The model; its mode and buffers stay as they are.
-        images: A batch of inputs, on the model's device.
-        seed: Seed of the orthonormal matrices.
+    Left out are layers whose weight is not a parameter of their own (a parametrization computes it), frozen or empty.
 
-    Returns:
-        Names of the parameters that changed.
+    Raises:
+        InitError: If there are none, or nothing says what the model takes.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _LAYERS)}
-    changed: list[str] = []
-    for number, (name, layer) in enumerate(layers.items()):
-        changed += [f"{name}.{part}" for part, _ in layer.named_parameters(recurse=False) if part in ("weight", "bias")]
-        _draw_(layer, derived_seed("lsuv", seed, number, tuple(layer.weight.shape)))
-    done: set[int] = set()
+    names = names_of(task.model)
+    layers: dict[nn.Module, int] = {}
+    computed: list[str] = []
+    for number, layer in enumerate(module for module in task.model.modules() if isinstance(module, _LAYERS)):
+        own = dict(layer.named_parameters(recurse=False))
+        weight = own.get("weight")
+        name = "" if weight is None or weight.numel() == 0 else names[id(weight)]
+        if name in task.free and name not in computed:  # tied weights are computed for the first layer
+            layers[layer] = number
+            computed += [names[id(own[part])] for part in ("weight", "bias") if part in own]
+    values = partial(_values, task, layers, names) if layers else dict[str, Tensor]().items
+    computation = task.computation(computed, values, "it has no convolutions or linear layers that may change")
+    _inputs(task)
+    return computation
 
-    def rescale(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if id(layer) in done:
+
+@torch.no_grad()
+def _values(task: Task, layers: Mapping[nn.Module, int], names: Mapping[int, str]) -> Iterator[tuple[str, Tensor]]:
+    """Run the model once with new weights in place of its own, scaling each layer's when the layer is run.
+
+    Raises:
+        InitError: If the forward pass fails.
+    """
+    model = task.model
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    tensors: dict[str, Tensor] = {}
+    for layer, number in layers.items():
+        for part, parameter in layer.named_parameters(recurse=False):
+            if part == "weight":
+                seed = derived_seed("lsuv", task.seed, number, tuple(parameter.shape))
+                tensors[names[id(parameter)]] = _orthonormal(parameter, seed)
+            elif part == "bias" and names[id(parameter)] in task.free:
+                tensors[names[id(parameter)]] = torch.zeros_like(parameter)
+    done: set[nn.Module] = set()
+    running: list[str] = []
+
+    def scale(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        if layer in done:
             return None
-        done.add(id(layer))
-        return _scale_(layer, inputs, output)
+        done.add(layer)
+        return _scale_(layer, args, kwargs, output)
 
-    handles = [layer.register_forward_hook(rescale) for layer in layers.values()]
+    handles = [layer.register_forward_hook(scale, with_kwargs=True) for layer in layers]
+    handles += [
+        module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+        for name, module in model.named_modules()
+    ]
+    args, kwargs = _inputs(task)
     try:
         with _measuring(model):
-            model(images)
+            functional_call(model, {**buffers, **tensors}, args, kwargs)
+    except Exception as error:  # any model code may run here
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InitError(
+            f"lsuv measures the outputs of layers, and the forward pass failed at module '{(running or [''])[-1]}': "
+            f"{reason}. Nothing was changed. Give example_input=, a batch of several inputs as the model takes them, "
+            "or input_size=(channels, height, width)"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(changed)
+    yield from tensors.items()
 
 
-def _draw_(layer: nn.Module, seed: int) -> None:
-    """Make a weight orthonormal, and a bias 0."""
-    weight = layer.get_parameter("weight")
-    drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+def _inputs(task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of forward: the example if there is one, else standard normal noise.
+
+    Raises:
+        InitError: If nothing says what the model takes.
+    """
+    parameter = next(task.model.parameters())
+    generator = torch.Generator().manual_seed(derived_seed("lsuv batch", task.seed))
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.is_meta:
+            leaf = torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
+        return leaf.to(parameter.device, parameter.dtype if leaf.is_floating_point() else leaf.dtype)
+
+    if task.example_input is not None:
+        example = tree_map(place, task.example_input)
+        if isinstance(example, Mapping):
+            return (), dict(example)
+        return (example if isinstance(example, tuple) else (example,)), {}
+    size = task.input_size
+    if size is None and getattr(task.model, "pretrained_cfg", None):
+        size = input_sizes(task.model)[0]
+    if size is None:
+        raise InitError("lsuv measures on a batch of inputs: give example_input=images, or input_size=(3, 224, 224)")
+    return (torch.randn(_BATCH, *size, generator=generator).to(parameter.device, parameter.dtype),), {}
+
+
+def _orthonormal(like: Tensor, seed: int) -> Tensor:
+    """A weight whose rows or columns are orthonormal, of the shape, type and device of another one."""
+    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     orthogonal_factor_(drawn.view(drawn.shape[0], -1), "weight")
-    weight.copy_(drawn)
-    if isinstance(getattr(layer, "bias", None), nn.Parameter):
-        layer.get_parameter("bias").zero_()
+    return torch.empty_like(like).copy_(drawn)
 
 
-def _scale_(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    """Scale a weight for outputs of variance 1.
+def _scale_(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    """Scale a layer's weight for outputs of variance 1.
 
     Returns:
         The new outputs; None if the weight was left as it was.
     """
-    variance = float(output.float().var())
+    variance = float(output.float().var()) if output.numel() > 1 else 0.0
     if not (math.isfinite(variance) and variance > 0):
         return None
-    weight = layer.get_parameter("weight")
+    weight: Tensor = layer.weight  # type: ignore[assignment]
     before = weight.clone()
     weight.div_(math.sqrt(variance))
-    result: Tensor = layer.forward(*inputs)
+    result: Tensor = layer.forward(*args, **kwargs)
     if abs(float(result.float().var()) - 1) > _LARGEST_ERROR:
         weight.copy_(before)
         return None
@@ -93,9 +164,8 @@ def _scale_(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor
 
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
-    """Norm layers normalize by the batch, nothing random happens, and afterwards all is as before."""
+    """Batch norms normalize by the batch, and nothing random happens; afterwards all modes are as before."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.eval()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -105,5 +175,3 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        for buffer, value in buffers:
-            buffer.copy_(value)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from timm_ghn.baselines.task import Computation, Task
 from timm_ghn.seeding import derived_seed
 
 QUERY_KEY = (0.7, 0.7)
@@ -48,6 +49,7 @@ class AttentionWeights:
 
 def find_attention(model: nn.Module) -> Iterator[AttentionWeights]:
     """All self-attention modules of a model, by types and shapes."""
+    parameters = {name for name, _ in model.named_parameters()}
     for prefix, module in model.named_modules():
         heads = getattr(module, "num_heads", None)
         if not isinstance(heads, int):
@@ -62,7 +64,8 @@ def find_attention(model: nn.Module) -> Iterator[AttentionWeights]:
         if len(square) == len(triple) == 1 and square[0][1].shape[1] == triple[0][1].shape[1]:
             names = (triple[0][0], square[0][0])
             first, second = (f"{prefix}.{name}" if prefix else name for name in names)
-            yield AttentionWeights(heads, triple[0][1], square[0][1], (first, second))
+            if {first, second} <= parameters:
+                yield AttentionWeights(heads, triple[0][1], square[0][1], (first, second))
 
 
 def factors(width: int, rank: int, alpha: float, beta: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -77,23 +80,29 @@ def factors(width: int, rank: int, alpha: float, beta: float, generator: torch.G
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
-@torch.no_grad()
-def mimetic_(model: nn.Module, seed: int) -> tuple[str, ...]:
-    """Initialize all self-attention.
+def mimetic(task: Task) -> Computation:
+    """Weights of all self-attention.
 
-    Returns:
-        Names of the parameters that changed.
+    Raises:
+        InitError: If there is none.
     """
-    changed: list[str] = []
-    for index, attention in enumerate(find_attention(model)):
-        width = attention.projection.shape[0]
-        generator = torch.Generator().manual_seed(derived_seed("mimetic", seed, index, width))
-        pairs = [factors(width, width // attention.heads, *QUERY_KEY, generator) for _ in range(attention.heads)]
-        alpha, beta = VALUE_PROJECTION
-        value, projection = factors(width, width, alpha, -beta, generator)
-        query = torch.cat([first.T for first, _ in pairs])
-        key = torch.cat([second for _, second in pairs])
-        attention.stacked.copy_(torch.cat([query, key, value.T]))
-        attention.projection.copy_(projection.T)
-        changed += attention.names
-    return tuple(changed)
+    found = list(find_attention(task.model))
+    return task.computation(
+        (name for attention in found for name in attention.names),
+        lambda: (pair for index, attention in enumerate(found) for pair in _weights(attention, index, task.seed)),
+        "it has no self-attention with stacked query, key and value weights",
+    )
+
+
+@torch.no_grad()
+def _weights(attention: AttentionWeights, index: int, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The stacked and the output weight of one self-attention, float64."""
+    width, heads = attention.projection.shape[0], attention.heads
+    generator = torch.Generator().manual_seed(derived_seed("mimetic", seed, index, width))
+    pairs = [factors(width, width // heads, *QUERY_KEY, generator) for _ in range(heads)]
+    alpha, beta = VALUE_PROJECTION
+    value, projection = factors(width, width, alpha, -beta, generator)
+    query = torch.cat([first.T for first, _ in pairs])
+    key = torch.cat([second for _, second in pairs])
+    yield attention.names[0], torch.cat([query, key, value.T])
+    yield attention.names[1], projection.T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from timm_ghn.cli.common import PROGRAM
 from timm_ghn.errors import CommandError
+
+_CHILDREN = Path(__file__).resolve().parent / "children"
+"""Folder of the module that Python imports when a child of the script starts."""
 
 HELP = "run a script whose timm.create_model knows init="
 
@@ -61,12 +65,16 @@ def _check_module(name: str) -> None:
 
 @contextmanager
 def _as_program(folder: str, arguments: list[str]) -> Iterator[None]:
-    """`sys.argv` and `sys.path` as the program would find them."""
+    """`sys.argv` and `sys.path` as the program would find them; processes that it starts know `init=` as well."""
     before = sys.argv, list(sys.path)
+    paths = os.environ.get("PYTHONPATH")
     sys.argv = arguments
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_CHILDREN), *([paths] if paths else [])])
     if not getattr(sys.flags, "safe_path", False):
         sys.path[:1] = [folder]
     try:
         yield
     finally:
         sys.argv, sys.path[:] = before
+        os.environ.pop("PYTHONPATH")
+        os.environ.update({} if paths is None else {"PYTHONPATH": paths})

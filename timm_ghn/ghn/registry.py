@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import importlib.resources
 import logging
+import multiprocessing
 import os
 import socket
 import threading
@@ -216,7 +217,8 @@ def default_ghn() -> GHN:
     """The GHN that is used when none is named.
 
     The environment variable `TIMM_GHN` names it. Otherwise it is "ghn2-imagenet" if that is on disk or can be
-    fetched, which is tried once per process, and else the bundled one, with one warning per process.
+    fetched, which is tried once per process, and else the bundled one, with one warning
+    per process that is not the child of another one.
 
     Raises:
         UnknownGhnError: If `TIMM_GHN` is neither a known name nor a file.
@@ -238,8 +240,14 @@ def default_ghn() -> GHN:
             raise DownloadError(f"{reason} (this installation has no bundled GHN to fall back on)") from reason
         if not _state.warned:
             _state.warned = True
-            _logger.warning(
-                "Using the small GHN that comes with timm-ghn, because the published one is not available: %s", reason
+            is_first = multiprocessing.parent_process() is None and os.environ.get("LOCAL_RANK", "0") == "0"
+            _logger.log(
+                logging.WARNING if is_first else logging.DEBUG,
+                "Using the small GHN that comes with timm-ghn, because the published one is not available: %s. "
+                "Set %s=%s to choose it without this message",
+                reason,
+                DEFAULT_VARIABLE,
+                BUNDLED,
             )
     return load_ghn(BUNDLED)
 

@@ -3,70 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from timm_ghn.drawing import save as save_picture
-from timm_ghn.errors import PushError
 from timm_ghn.graph import to_graph
 from timm_ghn.hub.card import model_card
 from timm_ghn.hub.manifest import FILE, WEIGHTS, FileRecord, Manifest, versions
 from timm_ghn.initialize.stream import init_to_folder
-from timm_ghn.request import input_size_of
-from timm_ghn.settings import Init
+from timm_ghn.request import Request
 from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.storage.paths import file_sha256
-from timm_ghn.trace.meta import build_on_meta
 
 _logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 PICTURES = ("graph.png", "graph.svg")
-_PLACEMENT = ("device", "dtype")
-
-
-@dataclass(frozen=True)
-class Request:
-    """A model to be initialized.
-
-    Attributes:
-        name: timm's name.
-        init: Settings.
-        arguments: Arguments of `timm.create_model`; `dtype` is that of the weights.
-    """
-
-    name: str
-    init: Init
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def plain_arguments(self) -> dict[str, Any]:
-        """What the model is built from, JSON-compatible, without type and device.
-
-        Raises:
-            PushError: If an argument is not plain data, and so nobody else could build the model.
-        """
-        given = {key: value for key, value in self.arguments.items() if key not in _PLACEMENT and value is not None}
-        try:
-            plain: dict[str, Any] = json.loads(json.dumps(given, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise PushError(f"{self.name}: an argument of the model is not plain data: {error}") from error
-        return plain
-
-    def skeleton(self) -> nn.Module:
-        """The model without memory."""
-        arguments = {key: value for key, value in self.arguments.items() if key != "device"}
-        model: nn.Module = build_on_meta(lambda: timm.create_model(self.name, **arguments))
-        return model
 
 
 def make_folder(
@@ -90,7 +46,7 @@ def make_folder(
     skeleton = request.skeleton()
     manifest = Manifest(
         architecture=report.model,
-        arguments=request.plain_arguments,
+        arguments=request.plain_arguments(),
         num_classes=int(getattr(skeleton, "num_classes", 0)),
         license=license,
         max_shard_size=str(max_shard_size),
@@ -136,7 +92,7 @@ def _draw(skeleton: nn.Module, request: Request, folder: Path) -> str | None:
     """Draw the graph that a GHN reads; PNG if there is matplotlib, since the Hub shows no SVG in every place."""
     name = PICTURES[0 if importlib.util.find_spec("matplotlib") else 1]
     try:
-        size = input_size_of(skeleton, request.arguments)
+        size = request.input_size(skeleton)
         graph = to_graph(skeleton, input_size=size, reading=request.init.reading)
         save_picture(graph, folder / name, titles=request.name)
     except (ValueError, RuntimeError) as error:  # models that `orth` initializes without a graph

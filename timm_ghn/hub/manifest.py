@@ -102,7 +102,10 @@ class Manifest:
         tensors = [
             f"  {json.dumps(name)}: {json.dumps([dtype, shape])}" for name, (dtype, shape) in self.tensors.items()
         ]
-        rows = [f"  {json.dumps([row.name, row.shape, row.status.value, row.reason])}" for row in self.parameters]
+        rows = [
+            f"  {json.dumps([row.name, row.shape, row.status.value, row.reason, row.factor])}"
+            for row in self.parameters
+        ]
         lines = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
         listed, told = ",\n".join(tensors), ",\n".join(rows)
         return f'{lines},\n "tensors": {{\n{listed}\n }},\n "parameters": [\n{told}\n ]\n}}\n'
@@ -191,8 +194,8 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _row(value: Any) -> ParameterReport:
-    name, shape, status, reason = value
-    return ParameterReport(_name(name), _shape(shape), Status(status), _name(reason))
+    name, shape, status, reason, *factor = value  # weights of earlier versions have no factor
+    return ParameterReport(_name(name), _shape(shape), Status(status), _name(reason), *map(float, factor[:1]))
 
 
 def _tensor(value: Any) -> tuple[str, tuple[int, ...]]:

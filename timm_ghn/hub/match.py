@@ -10,9 +10,7 @@ from torch import nn
 
 from timm_ghn.hub.folder import tensor_table
 from timm_ghn.hub.manifest import Manifest
-from timm_ghn.initialize.plan import Plan, find_hypernetwork
-from timm_ghn.initialize.provenance import Provenance
-from timm_ghn.orthogonalization import resolve_start_layer, selected_layers, weight_layers
+from timm_ghn.initialize.plan import expected_origin
 from timm_ghn.settings import Init
 
 _LABELS = ("ghn",)
@@ -42,7 +40,7 @@ class Asked:
         Raises:
             TimmGhnError: If L lies outside of the model, or the GHN cannot be loaded.
         """
-        return cls(name.partition(".")[0], arguments, expected_provenance(model, init), tensor_table(model))
+        return cls(name.partition(".")[0], arguments, expected_origin(model, init), tensor_table(model))
 
     def difference(self, manifest: Manifest) -> str:
         """What is different about weights that are offered; empty if they are the ones."""
@@ -59,14 +57,3 @@ class Asked:
             first = min(name for name in names if manifest.tensors.get(name) != self.tensors.get(name))
             return f"{first} is {manifest.tensors.get(first)} there and {self.tensors.get(first)} here"
         return ""
-
-
-def expected_provenance(model: nn.Module, init: Init) -> dict[str, Any]:
-    """The provenance that an initialization would note, without capturing the graph."""
-    layers = weight_layers(model)
-    start_layer, processed = None, {}
-    if init.spec.orthogonal:
-        start_layer = resolve_start_layer(layers, init.start_layer, init.spec.start_layer)
-        processed = {layer.parameter: layer for layer in selected_layers(layers, start_layer)}
-    plan = Plan(init, find_hypernetwork(init), None, {}, layers, start_layer, {}, {}, processed)
-    return Provenance.of(plan).to_dict()

@@ -6,9 +6,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from timm_ghn.hub.client import (
 )
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, Manifest
 from timm_ghn.hub.match import Asked
-from timm_ghn.initialize.provenance import Provenance, record_
+from timm_ghn.initialize.provenance import record_
 from timm_ghn.initialize.report import ParameterReport, Report, Status
+from timm_ghn.orthogonalization import weight_layers
+from timm_ghn.request import Request
 from timm_ghn.settings import Init, Source
 from timm_ghn.storage.paths import file_sha256, is_offline
 
@@ -105,15 +107,13 @@ class Pulled:
 # --- init="hf-hub:..." ----------------------------------------------------------------------------------------------
 
 
-def create_from_hub(build: Callable[[], nn.Module], source: str, name: str) -> tuple[nn.Module, Report]:
+def create_from_hub(request: Request) -> tuple[nn.Module, Report]:
     """Build a model and give it ready-made weights.
 
     A classifier of another size keeps timm's initialization.
 
     Args:
-        build: Builds the model.
-        source: "hf-hub:organization/name[@revision]".
-        name: timm's name of the model.
+        request: The model, with the source of its weights.
 
     Raises:
         DownloadError: If there are no such weights, or they cannot be fetched.
@@ -121,7 +121,8 @@ def create_from_hub(build: Callable[[], nn.Module], source: str, name: str) -> t
         InitError: If they are those of another model.
     """
     start = time.perf_counter()
-    snapshot = look_up_or_cached(HubSource.parse(source))
+    name = request.name
+    snapshot = look_up_or_cached(HubSource.parse(str(request.source)))
     manifest = read_manifest(snapshot)
     architecture = name.rpartition(":")[2].partition(".")[0]
     if manifest.architecture != architecture and ":" not in name:
@@ -129,11 +130,12 @@ def create_from_hub(build: Callable[[], nn.Module], source: str, name: str) -> t
     pulled = pull(snapshot, manifest)
     deferred = DeferredRandom(int(manifest.provenance["seed"]))
     with deferred:
-        model = build()
+        model = request.build()
     kept = _check_fit(model, pulled)
     fill(model, pulled, deferred, skip=kept)
-    record_(model, _known(manifest.provenance))
-    return model, _report(pulled, time.perf_counter() - start, kept)
+    report = _report(pulled, time.perf_counter() - start, kept)
+    record_(model, report)
+    return model, report
 
 
 def read_manifest(snapshot: Snapshot) -> Manifest:
@@ -181,7 +183,7 @@ def _check_fit(model: nn.Module, pulled: Pulled) -> frozenset[str]:
     state = model.state_dict()
     offered = pulled.manifest.tensors
     resized = getattr(model, "num_classes", None) != pulled.manifest.num_classes
-    classifiers = _classifier_prefixes(model) if resized else ()
+    classifiers = tuple(f"{layer.module}." for layer in weight_layers(model) if layer.is_classifier and resized)
     head = (
         frozenset(name for name in {*state, *offered} if name.startswith(classifiers)) if classifiers else frozenset()
     )
@@ -196,11 +198,6 @@ def _check_fit(model: nn.Module, pulled: Pulled) -> frozenset[str]:
     return head
 
 
-def _classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
-
-
 def fill(model: nn.Module, pulled: Pulled, deferred: DeferredRandom, *, skip: frozenset[str] = frozenset()) -> None:
     """Give a model the weights, and what they do not cover the initialization that was put off."""
     tensors = {name: tensor.data for name, tensor in model.state_dict(keep_vars=True).items() if name not in skip}
@@ -212,27 +209,13 @@ def fill(model: nn.Module, pulled: Pulled, deferred: DeferredRandom, *, skip: fr
         pulled.copy_to(tensors)
 
 
-def _known(origin: Mapping[str, Any]) -> Provenance:
-    """A provenance as this version notes it; another version may have noted more, or less."""
-    return Provenance(**{entry.name: origin.get(entry.name) for entry in fields(Provenance)})  # type: ignore[arg-type]
-
-
 def _report(pulled: Pulled, seconds: float, kept: frozenset[str] = frozenset()) -> Report:
-    origin = pulled.manifest.provenance
     rows = tuple(
         ParameterReport(row.name, row.shape, Status.KEPT, "classifier of another size") if row.name in kept else row
         for row in pulled.manifest.parameters
     )
-    return Report(
-        model=pulled.manifest.architecture,
-        provenance=dict(origin),
-        parameters=rows,
-        num_layers=int(origin["num_layers"]),
-        start_layer=origin["start_layer"],
-        from_cache=False,
-        seconds=seconds,
-        source=pulled.source,
-    )
+    manifest = pulled.manifest
+    return Report(manifest.architecture, dict(manifest.provenance), rows, seconds=seconds, source=pulled.source)
 
 
 # --- an organization that is looked into first ----------------------------------------------------------------------
@@ -269,20 +252,17 @@ def organization_repository(architecture: str, init: Init) -> HubSource | None:
         DownloadError: If it cannot be the name of one.
     """
     organization, sign, revision = os.environ.get(ORGANIZATION_VARIABLE, "").strip().partition("@")
-    if not organization or not init.cache or init.spec.source is Source.TIMM:
+    if not organization or init.cache is False or init.spec.source is Source.TIMM:
         return None
     return HubSource.parse(f"{organization}/{architecture}.{init.method.replace('-', '_')}{sign}{revision}")
 
 
-def from_organization(
-    model: nn.Module, init: Init, arguments: Sequence[Any], deferred: DeferredRandom
-) -> Report | None:
+def from_organization(request: Request, model: nn.Module, deferred: DeferredRandom) -> Report | None:
     """Give a model ready-made weights of the organization, if it has exactly those that are asked for.
 
     Args:
+        request: What is asked for.
         model: The model as it was built.
-        init: Settings.
-        arguments: Name, configuration, positional and further arguments of `timm.create_model`.
         deferred: What was put off while the model was built.
 
     Returns:
@@ -291,17 +271,14 @@ def from_organization(
     Raises:
         TimmGhnError: If what is asked for cannot be had either way: L lies outside of the model, or there is no GHN.
     """
-    name, config, positional, keywords = arguments
-    architecture = str(name).partition(".")[0]
-    source = organization_repository(architecture, init)
-    if source is None or config is not None or positional or ":" in name:
+    source = organization_repository(request.name.partition(".")[0], request.init)
+    if source is None or request.recipe() is None or "pretrained_cfg" in request.arguments:
         return None
     start = time.perf_counter()
     try:
         snapshot = _look_up_patiently(source)
         manifest = read_manifest(snapshot)
-        plain = {key: value for key, value in keywords.items() if key not in ("device", "dtype") and value is not None}
-        asked = Asked.of(model, str(name), init, plain)
+        asked = Asked.of(model, request.name, request.init, request.plain_arguments())
         difference = asked.difference(manifest)
         if difference:
             _logger.warning(
@@ -313,8 +290,9 @@ def from_organization(
         _tell(source, error)
         return None
     fill(model, pulled, deferred)
-    record_(model, _known(asked.provenance))
-    return replace(_report(pulled, time.perf_counter() - start), provenance=dict(asked.provenance))
+    report = replace(_report(pulled, time.perf_counter() - start), provenance=dict(asked.provenance))
+    record_(model, report)
+    return report
 
 
 def _look_up_patiently(source: HubSource) -> Snapshot:

@@ -16,13 +16,14 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from torch import nn
 from tqdm import tqdm
 
-from timm_ghn.errors import CheckpointError, DownloadError, PushError
+from timm_ghn.errors import CheckpointError, DownloadError, InitError, PushError
 from timm_ghn.hub import match
 from timm_ghn.hub.card import settings_of
 from timm_ghn.hub.client import HubSource, Snapshot, api, bounded_silence, fetch, hub_errors, look_up
-from timm_ghn.hub.folder import CARD, PICTURES, Request, first_difference, make_folder
+from timm_ghn.hub.folder import CARD, PICTURES, first_difference, make_folder
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, WEIGHTS, Manifest, versions
 from timm_ghn.initialize.provenance import provenance
+from timm_ghn.request import Request
 from timm_ghn.settings import Init, Source
 from timm_ghn.storage.folder import CONFIG_FILE, MAX_SHARD_SIZE
 from timm_ghn.storage.writer import INDEX_FILE
@@ -191,12 +192,15 @@ def _destination(repository: str, options: PushOptions) -> HubSource:
 
 
 def _request(name: str, init: str | Mapping[str, Any] | Init | None, arguments: Mapping[str, Any]) -> Request:
-    settings = Init.of("ghn-orth" if init is None else init, cache=False)
-    if settings.spec.source is Source.TIMM:
-        raise PushError(f"{name}: {settings.method!r} is timm's own initialization; there is nothing to push")
-    request = Request(name, settings, dict(arguments))
-    _ = request.plain_arguments  # before anything is computed
-    return request
+    request = Request.parse(name, init, **arguments) or Request(name, arguments=arguments)
+    if request.source is not None or request.init.spec.source not in (Source.GHN, Source.GAUSSIAN):
+        what = "timm's own initialization" if request.init.spec.source is Source.TIMM else "not what is pushed"
+        raise PushError(f"{name}: {request.source or request.init.method!r} is {what}; there is nothing to push")
+    try:
+        request.plain_arguments()  # before anything is computed
+    except InitError as error:
+        raise PushError(str(error)) from error
+    return replace(request, init=replace(request.init, cache=False))
 
 
 def _request_of(model: nn.Module, init: str | Mapping[str, Any] | Init | None, arguments: Mapping[str, Any]) -> Request:
@@ -218,7 +222,7 @@ def _request_of(model: nn.Module, init: str | Mapping[str, Any] | Init | None, a
     kept = {key: value for key, value in dict(getattr(model, "_model_args", {})).items() if value is not None}
     types = {} if dtype == torch.float32 else {"dtype": dtype}
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    return Request(str(config["architecture"]), settings, {**kept, **types})
+    return Request(str(config["architecture"]), settings, arguments={**kept, **types})
 
 
 def _given(init: str | Mapping[str, Any] | Init) -> dict[str, Any]:
@@ -292,7 +296,7 @@ def _unchanged(request: Request, remote: Snapshot | None, options: PushOptions) 
         or dict(manifest.versions) != versions()
     ):
         return ""
-    expected = match.Asked.of(request.skeleton(), request.name, request.init, request.plain_arguments)
+    expected = match.Asked.of(request.skeleton(), request.name, request.init, request.plain_arguments())
     difference = expected.difference(manifest)
     if difference:
         _logger.info("%s: %s", remote, difference)

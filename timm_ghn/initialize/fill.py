@@ -6,7 +6,7 @@ before the next one is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -15,19 +15,22 @@ from torch import Tensor, nn
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import Prediction
-from timm_ghn.initialize.plan import Plan
-from timm_ghn.initialize.provenance import Facts
-from timm_ghn.initialize.report import Status
+from timm_ghn.initialize.plan import Plan, postprocess_settings
+from timm_ghn.initialize.report import Report, Status, why_scaled
 from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_many, single_threaded, weight_layers
-from timm_ghn.scale.rule import bounded, gaining_norms
+from timm_ghn.scale.rule import bounding_factor
 from timm_ghn.seeding import derived_seed
+from timm_ghn.settings import Source
 
 Finished = Callable[[str, Prediction | None], None]
-"""Called once for each parameter when it is final: its name, and what it was tiled from if nothing followed that."""
+"""Called once for each parameter when it is final, with its name. The second argument is the prediction that its values
+were tiled from, if nothing was done to them afterwards."""
 
 
 @torch.no_grad()
-def fill_generated(plan: Plan, deferred: DeferredRandom, finished: Finished, *, queued: int | None = None) -> None:
+def fill_generated(
+    plan: Plan, deferred: DeferredRandom, finished: Finished, *, queued: int | None = None, check_first: bool = False
+) -> dict[str, tuple[float, str]]:
     """Predict or draw the generated parameters, and post-process those from layer L on.
 
     Args:
@@ -35,25 +38,36 @@ def fill_generated(plan: Plan, deferred: DeferredRandom, finished: Finished, *, 
         deferred: What was put off while the model was built; forgotten for what is overwritten.
         finished: Called for each of `plan.generated`.
         queued: How many weights are post-processed or wait for that; None for a few per thread.
+        check_first: Whether all predictions are made and checked before the first one is written.
+
+    Returns:
+        What predictions were multiplied with and why, by name, where that was not 1.
 
     Raises:
         InitError: If the GHN predicts values that are not finite.
     """
-    source = _drawn(plan, deferred) if plan.hypernetwork is None else _predicted(plan, deferred, finished)
+    scaled: dict[str, tuple[float, str]] = {}
     workers = torch.get_num_threads()
     # The thousands of small products of a GNN are slower on several threads, and sums depend on their number.
     with single_threaded(), torch.autocast("cpu", enabled=False):
-        for layer, weight in postprocess_many(source, plan.postprocess, workers, in_place=True, queued=queued):
+        if plan.hypernetwork is None:
+            source = _drawn(plan, deferred)
+        else:
+            predictions = _predictions(plan, scaled)
+            source = _predicted(plan, list(predictions) if check_first else predictions, deferred, finished)
+        settings = postprocess_settings(plan.init)
+        for layer, weight in postprocess_many(source, settings, workers, in_place=True, queued=queued):
             parameter = plan.parameters[layer.parameter].data
             if weight.data_ptr() != parameter.data_ptr():
                 parameter.copy_(weight)
             finished(layer.parameter, None)
+    return scaled
 
 
 @torch.no_grad()
 def fill_others(
     model: nn.Module,
-    facts: Facts,
+    report: Report,
     settings: PostProcess,
     deferred: DeferredRandom,
     finished: Finished,
@@ -64,13 +78,14 @@ def fill_others(
 
     Args:
         model: The model.
-        facts: What every parameter gets.
+        report: What every parameter gets.
         settings: Settings of the post-processing.
         deferred: What was put off while the model was built.
         finished: Called for each parameter that is not generated.
         queued: How many weights are post-processed or wait for that; None for a few per thread.
     """
-    others = [row for row in facts.parameters if row.name not in facts.generated]
+    generated = report.generated
+    others = [row for row in report.parameters if row.name not in generated]
     transformed = {row.name for row in others if row.status is Status.ORTHOGONALIZED}
     for row in others:
         if row.name not in transformed:
@@ -90,32 +105,48 @@ def fill_others(
         finished(layer.parameter, None)
 
 
-def _claim(plan: Plan, deferred: DeferredRandom, name: str) -> Tensor:
-    """The memory of a generated parameter; of what was put off for it, only what will not be overwritten is done."""
-    parameter = plan.parameters[name]
-    if plan.is_overwritten(name):
-        deferred.drop([parameter])
-    else:
-        deferred.replay(parameter, name)
-    return parameter.data
+@torch.no_grad()
+def fill_computed(plan: Plan) -> None:
+    """Give parameters what a baseline computes, once all others are as they are going to be."""
+    if plan.computation is None:
+        return
+    for name, value in plan.computation.values():
+        if plan.assignments[name].source is Source.BASELINE:
+            plan.parameters[name].copy_(value)
 
 
-def _predicted(plan: Plan, deferred: DeferredRandom, finished: Finished) -> Iterator[tuple[WeightLayer, Tensor]]:
-    """Write what needs no post-processing, and hand out the rest in float32 (the noise is lost in 16 bits)."""
+def _predictions(plan: Plan, scaled: dict[str, tuple[float, str]]) -> Iterator[Prediction]:
+    """The predictions of a plan, scaled; notes by what and why.
+
+    Raises:
+        InitError: If one is not finite.
+    """
     if plan.hypernetwork is None or plan.graph is None:
         return
-    gaining = gaining_norms(plan.graph)
     for prediction in plan.hypernetwork.model.predict(plan.graph):
         name = prediction.target.name
-        if name not in plan.targets:
+        assigned = plan.assignments[name]
+        if assigned.source is not Source.GHN:
             continue
         if not bool(torch.isfinite(prediction.block).all()):
             raise InitError(f"the GHN predicts values for {name} that are not finite; it was not trained well enough")
-        if plan.init.rescale == "auto":
-            prediction = bounded(prediction, name in gaining)
-        prediction = _scaled(prediction, plan.factors.get(name, 1.0))
+        bounding = 1.0 if plan.init.rescale == "off" else bounding_factor(prediction, assigned.gains)
+        for factor in (bounding, assigned.factor):
+            if factor != 1:
+                prediction = replace(prediction, block=prediction.block * factor)
+        if bounding * assigned.factor != 1:
+            scaled[name] = bounding * assigned.factor, why_scaled(assigned.factor, bounding)
+        yield prediction
+
+
+def _predicted(
+    plan: Plan, predictions: Iterable[Prediction], deferred: DeferredRandom, finished: Finished
+) -> Iterator[tuple[WeightLayer, Tensor]]:
+    """Write what needs no post-processing, and hand out the rest in float32 (the noise is lost in 16 bits)."""
+    for prediction in predictions:
+        name = prediction.target.name
         parameter = _claim(plan, deferred, name)
-        layer = plan.processed.get(name)
+        layer = plan.assignments[name].layer
         if layer is None:
             prediction.write_(parameter)
             finished(name, prediction)
@@ -126,18 +157,26 @@ def _predicted(plan: Plan, deferred: DeferredRandom, finished: Finished) -> Iter
             yield layer, parameter
 
 
-def _scaled(prediction: Prediction, factor: float) -> Prediction:
-    return prediction if factor == 1 else replace(prediction, block=prediction.block * factor)
-
-
 def _drawn(plan: Plan, deferred: DeferredRandom) -> Iterator[tuple[WeightLayer, Tensor]]:
     """Standard normal weights that depend on seed, layer and shape alone."""
-    for name, layer in plan.processed.items():
+    for name, assigned in plan.assignments.items():
+        if assigned.source is not Source.GAUSSIAN or assigned.layer is None:
+            continue
         parameter = _claim(plan, deferred, name)
         in_place = _is_workspace(parameter) and parameter.is_contiguous()  # else the order of the draw differs
         weight = parameter if in_place else torch.empty(parameter.shape)
-        seed = derived_seed("orth", plan.init.seed, layer.number, tuple(weight.shape))
-        yield layer, weight.normal_(generator=torch.Generator().manual_seed(seed))
+        seed = derived_seed("orth", plan.init.seed, assigned.layer.number, tuple(weight.shape))
+        yield assigned.layer, weight.normal_(generator=torch.Generator().manual_seed(seed))
+
+
+def _claim(plan: Plan, deferred: DeferredRandom, name: str) -> Tensor:
+    """The memory of a generated parameter; what was put off is done if a part of it stays, and else forgotten."""
+    parameter = plan.parameters[name]
+    if plan.assignments[name].is_whole:
+        deferred.drop([parameter])
+    else:
+        deferred.replay(parameter, name)
+    return parameter.data
 
 
 def _is_workspace(parameter: Tensor) -> bool:

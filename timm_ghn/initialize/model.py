@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -15,25 +15,19 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_ghn._version import __version__
-from timm_ghn.baselines import apply_baseline
 from timm_ghn.deferred import DeferredRandom
+from timm_ghn.errors import InitError
 from timm_ghn.ghn import Prediction
 from timm_ghn.graph import Layout
-from timm_ghn.initialize.fill import fill_generated, fill_others
-from timm_ghn.initialize.plan import (
-    Hypernetwork,
-    Plan,
-    check_memory,
-    find_hypernetwork,
-    make_plan,
-    postprocess_settings,
-)
-from timm_ghn.initialize.provenance import Facts, model_name, record_
+from timm_ghn.initialize.fill import fill_computed, fill_generated, fill_others
+from timm_ghn.initialize.plan import Hypernetwork, Plan, find_hypernetwork, make_plan, postprocess_settings
+from timm_ghn.initialize.provenance import model_name, record_
 from timm_ghn.initialize.report import Report
 from timm_ghn.settings import Init, Source
 from timm_ghn.storage.cache import Entry, WeightCache, cache_key
 from timm_ghn.storage.fingerprint import fingerprint
 from timm_ghn.storage.upkeep import UNREADABLE
+from timm_ghn.trace.inputs import input_sizes
 
 _logger = logging.getLogger(__name__)
 
@@ -42,40 +36,42 @@ def init_model(
     model: nn.Module,
     method: str | Mapping[str, Any] | Init = "ghn-orth",
     *,
-    input_size: Sequence[int] | None = None,
+    input_size: int | Sequence[int] | None = None,
     example_input: Any = None,
     **settings: Any,
 ) -> Report:
     """Initialize a model that is in memory, in place.
 
+    Everything is checked before a weight is written: after an error the model is as it was. The cache is used only if
+    the settings say `cache=True`.
+
     Args:
-        model: Any module, from timm or not. Parameters that are not predicted keep their values; training mode,
-            `requires_grad` and buffers stay as they are.
+        model: Any module, from timm or not. Parameters that are not predicted keep their values, and so do frozen ones
+            (`requires_grad=False`) unless the settings say `frozen="init"`. Training mode, `requires_grad` and buffers
+            stay as they are.
         method: A name of `METHODS`, such as "ghn-orth", "orth" or "lsuv", or `Init` with all settings.
-        input_size: (channels, height, width) of one image, where the model does not say it itself.
-        example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors. "lsuv" measures on it.
+        input_size: (channels, height, width) of one image, where the model does not say it itself; a number for the
+            height and width of a square.
+        example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors (positional or keyword arguments
+            of forward). "lsuv" measures on it.
         **settings: Fields of `Init`: `ghn`, `noise`, `start_layer`, `seed`, ...
 
     Returns:
-        What every parameter got.
+        What every parameter got; `timm_ghn.report_of(model)` finds it again.
 
     Raises:
-        InitError: If a setting is wrong or the model is on the meta device. The model is then unchanged.
+        InitError: If a setting is wrong, or the model is on the meta device.
         CaptureError: If the forward pass cannot be recorded.
         GraphError: If the model has no layer that can be predicted.
         CheckpointError, UnknownGhnError, DownloadError: If the GHN cannot be loaded.
     """
-    settings.setdefault("cache", method.cache if isinstance(method, Init) else False)
+    if not isinstance(model, nn.Module):
+        hint = f": timm.create_model({model!r}, init='ghn-orth') builds one" if isinstance(model, str) else ""
+        raise InitError(f"init_model takes a model, and got {type(model).__name__} {model!r:.80}{hint}")
     init = Init.of(method, **settings)
-    return initialize_(model, init, input_size=input_size, example_input=example_input)
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What generated weights have been written, and where they came from."""
-
-    facts: Facts
-    from_cache: bool
+    model = getattr(model, "_orig_mod", model)  # of torch.compile: recording it would compile it again
+    size = _as_size(model, input_size)
+    return initialize_(model, replace(init, cache=init.cache or False), input_size=size, example_input=example_input)
 
 
 def initialize_(
@@ -90,61 +86,77 @@ def initialize_(
     """Initialize a model in place; see `init_model` for the arguments and errors.
 
     Args:
-        deferred: What was put off while the model was built. Parameters that are not predicted get it here.
+        deferred: What was put off while the model was built, if nobody has it yet: after an error it may be incomplete.
+            Parameters that are not predicted get what was put off.
         recipe: What determines the model's code and graph, JSON-compatible, if that is known.
     """
     start = time.perf_counter()
     parameters = dict(model.named_parameters())
-    check_memory(parameters)
-    deferred = DeferredRandom(init.seed) if deferred is None else deferred
+    is_new = deferred is not None
+    deferred = DeferredRandom(init.seed or 0) if deferred is None else deferred
     hypernetwork = find_hypernetwork(init)
     cacheable = init.spec.source in (Source.GHN, Source.GAUSSIAN)
-    cache = WeightCache.default() if init.cache and cacheable else None
+    cache = None if init.cache is False or not cacheable else WeightCache.default()
     key = cache_key(_recipe_inputs(recipe, init, hypernetwork, model)) if cache and recipe is not None else None
-    outcome = _restore(cache, key, parameters, deferred) if cache and key else None
-    if outcome is None:
+    report = _restore(cache, key, parameters, deferred) if cache and key else None
+    plan = None
+    if report is None:
         plan = make_plan(
             model, init, hypernetwork, input_size=input_size, example_input=example_input, deferred=deferred
         )
-        outcome = _fill(plan, cache, deferred, key, model_name(model))
-    facts = outcome.facts if hypernetwork is None else outcome.facts.with_ghn(hypernetwork.name)
-    fill_others(model, facts, postprocess_settings(init), deferred, lambda *_: None)
-    computed = _baseline(model, init, input_size, example_input)
-    record_(model, facts.provenance)
-    report = facts.report(model, from_cache=outcome.from_cache, seconds=time.perf_counter() - start)
-    return report.with_computed(computed)
+        report = _generate(plan, cache, deferred, key, model_name(model), check_first=not is_new)
+    if hypernetwork is not None:  # the same GHN may have had another name when an entry of the cache was written
+        report = replace(report, provenance={**report.provenance, "ghn": hypernetwork.name})
+    fill_others(model, report, postprocess_settings(init), deferred, lambda *_: None)
+    if plan is not None:
+        fill_computed(plan)
+    report = replace(report, model=model_name(model), seconds=time.perf_counter() - start)
+    record_(model, report)
+    return report
 
 
-def _baseline(model: nn.Module, init: Init, input_size: Sequence[int] | None, example_input: Any) -> frozenset[str]:
-    """Names of the parameters that a baseline has changed, on top of what was there."""
-    if init.spec.source is not Source.BASELINE:
-        return frozenset()
-    return frozenset(apply_baseline(init.method, model, init.seed, input_size=input_size, example_input=example_input))
+def _as_size(model: nn.Module, size: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """An input size with its channels.
+
+    Raises:
+        InitError: If it is no size.
+    """
+    if size is None:
+        return None
+    try:
+        sizes = tuple(size) if not isinstance(size, int) else (input_sizes(model)[0][0], size, size)
+    except TypeError:
+        sizes = ()
+    if not sizes or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sizes):
+        raise InitError(f"input_size={size!r}: expected (channels, height, width), or the side of a square")
+    return sizes
 
 
-def _fill(plan: Plan, cache: WeightCache | None, deferred: DeferredRandom, key: str | None, model: str) -> _Outcome:
+def _generate(
+    plan: Plan, cache: WeightCache | None, deferred: DeferredRandom, key: str | None, model: str, *, check_first: bool
+) -> Report:
     """Write all generated weights, from the cache or computed; without a key the plan determines the entry."""
-    facts = Facts.of(plan)
     if cache is None or not plan.generated:
-        _compute(plan, deferred)
-        return _Outcome(facts, from_cache=False)
-    key = key or cache_key(_cache_inputs(plan, facts))
+        return _compute(plan, deferred, {}, model, check_first=check_first)
+    key = key or cache_key(_cache_inputs(plan))
     with cache.locked(key):
-        found = _restore(cache, key, plan.parameters, deferred)
-        if found is None:
-            blocks = _compute(plan, deferred)
+        report = _restore(cache, key, plan.parameters, deferred)
+        if report is None:
+            blocks: dict[str, Prediction] = {}
+            report = _compute(plan, deferred, blocks, model, check_first=check_first)
             tensors = {name: plan.parameters[name].data for name in plan.generated if name not in blocks}
-            cache.write(key, tensors, blocks, facts.to_dict(), model=model)
-    return found or _Outcome(facts, from_cache=False)
+            cache.write(key, tensors, blocks, report.to_dict(), model=model)
+    return report
 
 
-def _compute(plan: Plan, deferred: DeferredRandom) -> dict[str, Prediction]:
+def _compute(
+    plan: Plan, deferred: DeferredRandom, blocks: dict[str, Prediction], model: str, *, check_first: bool
+) -> Report:
     """Compute all generated weights; a progress bar shows what takes more than two seconds, on a terminal.
 
-    Returns:
-        The blocks of those that were predicted and not post-processed.
+    Args:
+        blocks: Gets the predictions that were not post-processed, by name.
     """
-    blocks: dict[str, Prediction] = {}
     bar = tqdm(desc="initializing", total=len(plan.generated), unit="tensor", delay=2, leave=False, disable=None)
 
     def finished(name: str, prediction: Prediction | None) -> None:
@@ -153,19 +165,23 @@ def _compute(plan: Plan, deferred: DeferredRandom) -> dict[str, Prediction]:
         bar.update()
 
     with closing(bar):
-        fill_generated(plan, deferred, finished)
-    return blocks
+        scaled = fill_generated(plan, deferred, finished, check_first=check_first)
+    return plan.report(model).with_factors(scaled)
 
 
 def _restore(
     cache: WeightCache, key: str, parameters: Mapping[str, nn.Parameter], deferred: DeferredRandom
-) -> _Outcome | None:
-    """Write the weights of a cache entry; None if there is no such entry or it is damaged."""
+) -> Report | None:
+    """Write the weights of a cache entry.
+
+    Returns:
+        The report that is stored beside them; None if there is no such entry or it is damaged.
+    """
     entry = cache.open(key)
     if entry is None or not entry.names <= parameters.keys():
         return None
     try:
-        facts = Facts.from_dict(entry.report)
+        report = replace(Report.from_dict(entry.report), from_cache=True)
         partial = _partial(entry)
         deferred.drop(parameters[name] for name in entry.names - partial)
         for name in partial:
@@ -174,7 +190,7 @@ def _restore(
     except UNREADABLE as error:
         cache.report_damage(entry.path, error)
         return None
-    return _Outcome(facts, from_cache=True)
+    return report
 
 
 def _partial(entry: Entry) -> frozenset[str]:
@@ -182,14 +198,16 @@ def _partial(entry: Entry) -> frozenset[str]:
     return frozenset(name for name, tile in entry.tiles.items() if tile["layout"] == Layout.TOKENS.value)
 
 
-def _cache_inputs(plan: Plan, facts: Facts) -> dict[str, Any]:
-    """What determines the generated weights, and the facts that are stored with them."""
+def _cache_inputs(plan: Plan) -> dict[str, Any]:
+    """What determines the generated weights, and the report that is stored with them."""
     return {
-        "provenance": {name: value for name, value in facts.provenance.to_dict().items() if name != "ghn"},
+        "provenance": {name: value for name, value in plan.origin.items() if name != "ghn"},
         "graph": plan.graph.digest if plan.graph else None,
         "parameters": _signature(plan.parameters),
-        "processed": {name: layer.number for name, layer in plan.processed.items()},
-        "factors": dict(plan.factors),
+        "assignments": {
+            name: [assigned.status.value, assigned.layer and assigned.layer.number, assigned.factor, assigned.reason]
+            for name, assigned in plan.assignments.items()
+        },
     }
 
 
@@ -208,4 +226,4 @@ def _recipe_inputs(
 
 
 def _signature(parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    return {name: [list(parameter.shape), str(parameter.dtype)] for name, parameter in parameters.items()}
+    return {name: [list(p.shape), str(p.dtype), p.requires_grad] for name, p in parameters.items()}

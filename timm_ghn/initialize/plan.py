@@ -1,23 +1,36 @@
-"""What an initialization is going to do, decided before a weight is written."""
+"""What an initialization is going to do, decided and checked before a weight is written."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
+from timm_ghn.baselines import BASELINES, Computation, Task
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
 from timm_ghn.graph import Graph, Layout, Reading, Role, Target, capture, condense
 from timm_ghn.graph.analyses import Analyses
-from timm_ghn.orthogonalization import PostProcess, WeightLayer, resolve_start_layer, selected_layers, weight_layers
+from timm_ghn.initialize.provenance import describe_origin
+from timm_ghn.initialize.report import ParameterReport, Report, Status
+from timm_ghn.orthogonalization import (
+    PostProcess,
+    WeightLayer,
+    resolve_start_layer,
+    selected_layers,
+    single_threaded,
+    weight_layers,
+)
+from timm_ghn.scale.rule import Structure, gaining_norms
 from timm_ghn.scale.structure import find_structure
 from timm_ghn.settings import Init, Source
+from timm_ghn.trace.records import Trace
+
+FROZEN = "frozen: requires_grad is False"
 
 
 @dataclass(frozen=True)
@@ -35,68 +48,111 @@ class Hypernetwork:
     hash: str
 
 
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What one parameter is going to get.
+
+    Attributes:
+        source: Where its values come from: a GHN, a draw of normal numbers, a baseline, or timm (what it holds already,
+            or what was put off while the model was built).
+        target: How the GHN predicts it; None for other sources.
+        layer: As which layer it is post-processed; None if it is not.
+        factor: What the prediction is multiplied with because of the structure of the network.
+        gains: Whether it is the weight of a layer norm whose output is multiplied by what follows.
+        reason: Why its values are those of timm.
+    """
+
+    source: Source
+    target: Target | None = None
+    layer: WeightLayer | None = None
+    factor: float = 1.0
+    gains: bool = False
+    reason: str = ""
+
+    @property
+    def status(self) -> Status:
+        """What the report says of it."""
+        if self.source is Source.GHN:
+            return Status.PREDICTED if self.layer is None else Status.PREDICTED_ORTHOGONALIZED
+        if self.source is Source.BASELINE:
+            return Status.COMPUTED
+        return Status.KEPT if self.layer is None else Status.ORTHOGONALIZED
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is kept of the parameter, not even the prefix rows of a table of tokens."""
+        return self.target is None or self.target.layout is not Layout.TOKENS
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that decides what the parameters of a model get.
 
     Attributes:
         init: Settings.
-        hypernetwork: What predicts; None for methods without a GHN.
-        graph: The model's graph; None likewise.
+        origin: The provenance that results (see `describe_origin`).
         parameters: Parameters by name; tied ones once.
-        layers: All conv and fully-connected layers, in order.
-        start_layer: L; None without post-processing.
-        targets: What the GHN predicts, by name.
-        reasons: Why a parameter is not predicted, by name.
-        processed: Layers that are post-processed, by the name of their weight.
-        factors: What a prediction is multiplied with before it is post-processed, by name; 1 for all others.
+        assignments: What each of them gets, in the same order.
+        hypernetwork: What predicts; None for methods without a GHN.
+        graph: The model's graph; None for methods without a GHN.
+        computation: What a baseline is going to compute; None for other methods.
     """
 
     init: Init
-    hypernetwork: Hypernetwork | None
-    graph: Graph | None
+    origin: dict[str, Any]
     parameters: Mapping[str, nn.Parameter]
-    layers: tuple[WeightLayer, ...]
-    start_layer: int | None
-    targets: Mapping[str, Target]
-    reasons: Mapping[str, str]
-    processed: Mapping[str, WeightLayer]
-    factors: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-
-    @property
-    def postprocess(self) -> PostProcess:
-        """Settings of the post-processing."""
-        return postprocess_settings(self.init)
+    assignments: Mapping[str, Assignment]
+    hypernetwork: Hypernetwork | None = None
+    graph: Graph | None = None
+    computation: Computation | None = None
 
     @property
     def generated(self) -> tuple[str, ...]:
         """Parameters whose values depend on the plan alone, not on what they were before."""
-        drawn = self.processed if self.init.spec.source is Source.GAUSSIAN else {}
-        return tuple(name for name in self.parameters if name in self.targets or name in drawn)
+        return tuple(n for n, assigned in self.assignments.items() if assigned.source in (Source.GHN, Source.GAUSSIAN))
 
-    def is_overwritten(self, name: str) -> bool:
-        """Whether nothing is kept of a generated parameter, not even the prefix rows of a table of tokens."""
-        return name not in self.targets or self.targets[name].layout is not Layout.TOKENS
+    def report(self, model: str, seconds: float = 0.0) -> Report:
+        """The report of the plan, before anything was predicted."""
+        rows = (
+            ParameterReport(name, tuple(self.parameters[name].shape), assigned.status, assigned.reason)
+            for name, assigned in self.assignments.items()
+        )
+        return Report(model, self.origin, tuple(rows), seconds=seconds)
 
 
 def postprocess_settings(init: Init) -> PostProcess:
     """Settings of the post-processing; random weights get no noise."""
     noise = init.noise if init.spec.source is Source.GHN else 0.0
-    return PostProcess(noise=noise, seed=init.seed, correlation=init.correlation)
+    return PostProcess(noise=noise, seed=init.seed or 0, correlation=init.correlation)
 
 
 def find_hypernetwork(init: Init) -> Hypernetwork | None:
     """The GHN that an initialization asks for, and its hash; None for methods without one.
+
+    One thread loads it: once torch has started threads, children that are forked later hang in their first parallel
+    loop.
 
     Raises:
         CheckpointError, UnknownGhnError, DownloadError: If it cannot be loaded.
     """
     if init.spec.source is not Source.GHN:
         return None
-    ghn = load_ghn(init.ghn) if init.ghn is not None else default_ghn()
-    if isinstance(init.ghn, GHN) or ghn.info is None:  # its weights may have changed since it was loaded
-        return Hypernetwork(ghn, ghn.info.name if ghn.info else "in memory", content_hash(ghn))
+    with single_threaded():
+        ghn = load_ghn(init.ghn) if init.ghn is not None else default_ghn()
+        if isinstance(init.ghn, GHN) or ghn.info is None:  # its weights may have changed since it was loaded
+            return Hypernetwork(ghn, ghn.info.name if ghn.info else "in memory", content_hash(ghn))
     return Hypernetwork(ghn, ghn.info.name, ghn.info.hash)
+
+
+def expected_origin(model: nn.Module, init: Init) -> dict[str, Any]:
+    """The provenance that an initialization of a model would have, without reading its graph.
+
+    Raises:
+        InitError: If L lies outside of the model.
+        CheckpointError, UnknownGhnError, DownloadError: If the GHN cannot be loaded.
+    """
+    layers = weight_layers(model)
+    return describe_origin(init, find_hypernetwork(init), layers, _start_layer(init, layers))
 
 
 def make_plan(
@@ -108,7 +164,7 @@ def make_plan(
     example_input: Any = None,
     deferred: DeferredRandom | None = None,
 ) -> Plan:
-    """Decide what every parameter gets. The model is not changed, and no values but those of kept scales are read.
+    """Decide what every parameter gets. Nothing is written; the values of kept parameters are read.
 
     Args:
         model: The model.
@@ -119,54 +175,113 @@ def make_plan(
         deferred: What was put off while the model was built: values that it is still going to get.
 
     Raises:
-        InitError: If L lies outside of the model.
+        InitError: If L lies outside of the model, all parameters are frozen, or the method does not apply.
         CaptureError: If the forward pass cannot be recorded.
         GraphError: If the model has no layer that can be predicted.
     """
     parameters = dict(model.named_parameters())
+    deferred = DeferredRandom(0) if deferred is None else deferred
+    free = frozenset(name for name, p in parameters.items() if p.requires_grad or init.frozen == "init")
     layers = weight_layers(model)
-    start_layer = None
-    processed: dict[str, WeightLayer] = {}
-    if init.spec.orthogonal:
-        start_layer = resolve_start_layer(layers, init.start_layer, init.spec.start_layer)
-        processed = {layer.parameter: layer for layer in selected_layers(layers, start_layer)}
-    graph = None
-    targets: dict[str, Target] = {}
-    reasons: dict[str, str] = {}
-    factors: dict[str, float] = {}
+    _check_model(init, parameters, free, layers)
+    start_layer = _start_layer(init, layers)
+    selected = () if start_layer is None else selected_layers(layers, start_layer)
+    processed = {layer.parameter: layer for layer in selected if layer.parameter in free}
+    reasons = dict.fromkeys(parameters, f"not changed by {init.method}")
+    chosen: dict[str, Assignment] = {}
+    graph, computation = None, None
     if hypernetwork is not None:
         trace = capture(model, input_size=input_size, example_input=example_input)
-        analyses = Analyses(trace)
-        graph = condense(trace, reading=Reading(init.reading), analyses=analyses)
-        targets, reasons = _choose_targets(graph, hypernetwork.model)
-        if init.rescale == "auto":
-            kept = {name: parameter for name, parameter in parameters.items() if name not in targets}
-            structure = find_structure(trace, partial(_start, kept, deferred), analyses=analyses)
-            if init.spec.orthogonal:
-                unscaled = (layer for layer in layers if structure.needs_orthogonal(layer.parameter))
-                processed.update({layer.parameter: layer for layer in unscaled if not layer.is_classifier})
-            unprocessed = (target for name, target in targets.items() if name not in processed)
-            factors = structure.factors(unprocessed, hypernetwork.model.config.largest_kernel[1])
-    return Plan(init, hypernetwork, graph, parameters, layers, start_layer, targets, reasons, processed, factors)
+        graph, structure = _read(trace, init, hypernetwork.model, parameters, free, deferred)
+        targets, unpredicted = _choose_targets(graph, hypernetwork.model, free)
+        reasons |= unpredicted
+        if init.spec.orthogonal and structure is not None:
+            orthogonal = (layer for layer in layers if structure.needs_orthogonal(layer.parameter))
+            processed |= {x.parameter: x for x in orthogonal if x.parameter in free and not x.is_classifier}
+        chosen = _predictions(targets, graph, structure, hypernetwork.model, processed)
+    elif init.spec.source is Source.BASELINE:
+        task = Task(model, init.method, init.seed or 0, free, input_size, example_input)
+        computation = BASELINES[init.method](task)
+        chosen = dict.fromkeys(computation.names, Assignment(Source.BASELINE))
+    elif init.spec.source is Source.GAUSSIAN:
+        chosen = {name: Assignment(Source.GAUSSIAN, layer=layer) for name, layer in processed.items()}
+    for name, parameter in parameters.items():
+        if name not in chosen:
+            layer = processed.get(name)
+            chosen[name] = Assignment(Source.TIMM, layer=layer, reason=reasons[name] if name in free else FROZEN)
+            if layer is not None and not deferred.is_pending(parameter) and not bool(parameter.isfinite().all()):
+                raise InitError(f"{name} holds NaN or infinity, so nothing was changed; repair the weights first")
+    origin = describe_origin(init, hypernetwork, layers, start_layer)
+    assignments = {name: chosen[name] for name in parameters}
+    return Plan(init, origin, parameters, assignments, hypernetwork, graph, computation)
 
 
-def check_memory(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raises InitError for a parameter without memory."""
+def _check_model(
+    init: Init, parameters: Mapping[str, nn.Parameter], free: frozenset[str], layers: Sequence[WeightLayer]
+) -> None:
+    """Raises InitError for models that no method can initialize."""
+    if init.spec.source is Source.TIMM:
+        return
     on_meta = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
     if on_meta is not None:
         raise InitError(f"{on_meta} is on the meta device and has no memory; call model.to_empty(device=...) first")
+    if parameters and not free:
+        raise InitError("all parameters are frozen (requires_grad=False): Init(frozen='init') initializes them as well")
+    complex_name = next((name for name, p in parameters.items() if p.is_complex() and p.dim() > 1), None)
+    if not layers and complex_name is not None:
+        raise InitError(f"{complex_name} is complex, and methods but 'rand' initialize layers of real numbers alone")
 
 
-def _start(kept: Mapping[str, Tensor], deferred: DeferredRandom | None, name: str) -> float | None:
+def _start_layer(init: Init, layers: Sequence[WeightLayer]) -> int | None:
+    """L; None for methods that do not orthogonalize."""
+    return resolve_start_layer(layers, init.start_layer, init.spec.start_layer) if init.spec.orthogonal else None
+
+
+def _read(
+    trace: Trace,
+    init: Init,
+    ghn: GHN,
+    parameters: Mapping[str, nn.Parameter],
+    free: frozenset[str],
+    deferred: DeferredRandom,
+) -> tuple[Graph, Structure | None]:
+    """The graph that the GHN reads, and what the scale rule reads; None if the scale is left alone."""
+    analyses = Analyses(trace)
+    graph = condense(trace, reading=Reading(init.reading), analyses=analyses)
+    if init.rescale == "off":
+        return graph, None
+    targets, _ = _choose_targets(graph, ghn, free)
+    kept = {name: parameter for name, parameter in parameters.items() if name not in targets}
+    return graph, find_structure(trace, partial(_start, kept, deferred), analyses=analyses)
+
+
+def _predictions(
+    targets: Mapping[str, Target],
+    graph: Graph,
+    structure: Structure | None,
+    ghn: GHN,
+    processed: Mapping[str, WeightLayer],
+) -> dict[str, Assignment]:
+    """What the parameters get that are predicted, by name."""
+    unprocessed = (target for name, target in targets.items() if name not in processed)
+    factors = {} if structure is None else structure.factors(unprocessed, ghn.config.largest_kernel[1])
+    gaining = gaining_norms(graph)
+    return {
+        name: Assignment(Source.GHN, target, processed.get(name), factors.get(name, 1.0), name in gaining)
+        for name, target in targets.items()
+    }
+
+
+def _start(kept: Mapping[str, Tensor], deferred: DeferredRandom, name: str) -> float | None:
     """The value that all elements of a kept parameter have; None if they differ, or get random values later."""
     parameter = kept.get(name)
-    if parameter is None or (deferred is not None and deferred.is_pending(parameter)):
+    if parameter is None or parameter.numel() == 0 or parameter.is_complex() or deferred.is_pending(parameter):
         return None
     low, high = (float(value) for value in parameter.detach().aminmax())
     return low if low == high else None
 
 
-def _choose_targets(graph: Graph, ghn: GHN) -> tuple[dict[str, Target], dict[str, str]]:
+def _choose_targets(graph: Graph, ghn: GHN, free: frozenset[str]) -> tuple[dict[str, Target], dict[str, str]]:
     """Parameters to predict, and why the others are not."""
     reasons = dict(graph.unused)
     chosen: dict[str, Target] = {}
@@ -174,6 +289,6 @@ def _choose_targets(graph: Graph, ghn: GHN) -> tuple[dict[str, Target], dict[str
         classes = target.shape[0]
         if target.role in (Role.CLASS_WEIGHT, Role.CLASS_BIAS) and classes != ghn.config.num_classes:
             reasons[target.name] = f"classifier of {classes} classes, the GHN's has {ghn.config.num_classes}"
-        else:
+        elif target.name in free:
             chosen[target.name] = target
     return chosen, reasons

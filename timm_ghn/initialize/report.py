@@ -1,11 +1,11 @@
-"""What every parameter of a model got, and why."""
+"""What every parameter of a model got, and why: told to the user, kept in the cache, and published on the Hub."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -30,13 +30,15 @@ class ParameterReport:
         name: Qualified name.
         shape: Shape.
         status: What it got.
-        reason: Why, where it was kept.
+        reason: Why it was kept, or why its prediction was scaled.
+        factor: What the prediction was multiplied with, before anything followed; 1 where it was left as it was.
     """
 
     name: str
     shape: tuple[int, ...]
     status: Status
     reason: str = ""
+    factor: float = 1.0
 
     @property
     def numel(self) -> int:
@@ -50,10 +52,9 @@ class Report:
 
     Attributes:
         model: Name of the model.
-        provenance: Everything that determines the weights: method, GHN and its hash, beta, L, seed, version.
+        provenance: Everything that determines the weights: method, GHN and its hash, beta, L, seed, versions
+            (see `timm_ghn.initialize.provenance.describe_origin`).
         parameters: Every parameter of the model, in order; tied ones once.
-        num_layers: Number of conv and fully-connected layers.
-        start_layer: L, 1-based; None if no layer was post-processed.
         from_cache: Whether the weights came from the cache.
         seconds: Time that it took, without the construction of the model.
         source: Repository of the Hub that ready-made weights were taken from; None if they were not.
@@ -62,16 +63,40 @@ class Report:
     model: str
     provenance: dict[str, Any]
     parameters: tuple[ParameterReport, ...]
-    num_layers: int
-    start_layer: int | None
-    from_cache: bool
-    seconds: float
+    from_cache: bool = False
+    seconds: float = 0.0
     source: str | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Number of conv and fully-connected layers."""
+        return int(self.provenance["num_layers"])
+
+    @property
+    def start_layer(self) -> int | None:
+        """L, 1-based; None if no layer was post-processed."""
+        found: int | None = self.provenance["start_layer"]
+        return found
 
     @property
     def num_parameters(self) -> int:
         """Number of elements of all parameters."""
         return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def generated(self) -> frozenset[str]:
+        """Parameters whose values the provenance determines: predicted ones, or without a GHN those that are drawn."""
+        drawn = Status.ORTHOGONALIZED if self.provenance["ghn_hash"] is None else None
+        statuses = (Status.PREDICTED, Status.PREDICTED_ORTHOGONALIZED, drawn)
+        return frozenset(row.name for row in self.parameters if row.status in statuses)
+
+    def with_factors(self, scaled: Mapping[str, tuple[float, str]]) -> Report:
+        """The report with what some predictions were multiplied with, and why, by the name of the parameter."""
+        rows = (
+            replace(row, factor=scaled[row.name][0], reason=scaled[row.name][1]) if row.name in scaled else row
+            for row in self.parameters
+        )
+        return replace(self, parameters=tuple(rows))
 
     def share(self, *statuses: Status) -> float:
         """Share of all elements whose parameters got one of these."""
@@ -84,7 +109,8 @@ class Report:
         return self.share(Status.PREDICTED, Status.PREDICTED_ORTHOGONALIZED)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-compatible form."""
+        """JSON-compatible form; `from_dict` reads it back."""
+        rows = [{**asdict(row), "shape": list(row.shape), "status": row.status.value} for row in self.parameters]
         return {
             "model": self.model,
             "provenance": self.provenance,
@@ -93,24 +119,40 @@ class Report:
             "from_cache": self.from_cache,
             "seconds": self.seconds,
             "source": self.source,
-            "parameters": [
-                {"name": p.name, "shape": list(p.shape), "status": p.status.value, "reason": p.reason}
-                for p in self.parameters
-            ],
+            "parameters": rows,
         }
 
-    def with_computed(self, names: Collection[str]) -> Report:
-        """The report with parameters that a baseline has computed."""
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Read what `to_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: If it is something else.
+        """
         rows = tuple(
-            replace(row, status=Status.COMPUTED, reason="") if row.name in names else row for row in self.parameters
+            ParameterReport(
+                str(row["name"]), tuple(row["shape"]), Status(row["status"]), str(row["reason"]), float(row["factor"])
+            )
+            for row in data["parameters"]
         )
-        return replace(self, parameters=rows)
+        report = cls(
+            str(data["model"]),
+            dict(data["provenance"]),
+            rows,
+            bool(data["from_cache"]),
+            float(data["seconds"]),
+            data["source"],
+        )
+        _ = report.num_layers, report.start_layer, report.generated, report.provenance["method"]
+        return report
 
     def __str__(self) -> str:
         source = self.source or ("cache" if self.from_cache else "computed")
+        layers = f"{self.num_layers} layers"
         return (
             f"{self.model}: {self.provenance['method']}, {self.num_parameters:,} parameters, "
-            f"{self.predicted_share:.1%} predicted, L = {self.start_layer} of {self.num_layers} layers "
+            f"{self.predicted_share:.1%} predicted, "
+            f"{layers if self.start_layer is None else f'L = {self.start_layer} of {layers}'} "
             f"({source}, {self.seconds:.2f} s)"
         )
 
@@ -124,15 +166,41 @@ class Report:
 
     def _summary_lines(self) -> list[str]:
         groups: dict[tuple[str, str], list[ParameterReport]] = defaultdict(list)
-        for parameter in self.parameters:
-            groups[parameter.status.value, parameter.reason].append(parameter)
-        total = max(self.num_parameters, 1)
+        for row in self.parameters:
+            groups[row.status.value, row.reason].append(row)
         rows = []
         for (status, reason), group in groups.items():
-            count = sum(parameter.numel for parameter in group)
-            rows.append((status, str(len(group)), f"{count:,}", f"{count / total:.2%}", reason))
-        return table(("what", "tensors", "parameters", "share", "why"), rows)
+            count = sum(row.numel for row in group)
+            share = f"{count / max(self.num_parameters, 1):.2%}"
+            rows.append((status, len(group), f"{count:,}", share, _factors(group), reason))
+        return table(("what", "tensors", "parameters", "share", "times", "why"), rows)
 
     def _parameter_lines(self) -> list[str]:
-        rows = [(p.name, "x".join(map(str, p.shape)) or "scalar", p.status.value, p.reason) for p in self.parameters]
-        return table(("parameter", "shape", "what", "why"), rows)
+        rows = [
+            (p.name, "x".join(map(str, p.shape)) or "scalar", p.status.value, _factors([p]), p.reason)
+            for p in self.parameters
+        ]
+        return table(("parameter", "shape", "what", "times", "why"), rows)
+
+
+def _factors(rows: Sequence[ParameterReport]) -> str:
+    """The factors of some parameters; empty if there are none but 1."""
+    low, high = min(row.factor for row in rows), max(row.factor for row in rows)
+    if low == high:
+        return "" if low == 1 else f"{low:.3g}"
+    return f"{low:.3g} to {high:.3g}"
+
+
+def why_scaled(structural: float, bounding: float) -> str:
+    """Why a prediction was multiplied with a factor; empty if it is as the GHN gave it.
+
+    Args:
+        structural: Factor that the structure of the network asks for (`timm_ghn.scale`).
+        bounding: Factor that brings a tensor back to the scale that is usual for its kind.
+    """
+    reasons = []
+    if structural != 1:
+        reasons.append("smaller, as similar layers would add up to large values and no norm layer follows")
+    if bounding != 1:
+        reasons.append(f"scaled, as the prediction was far too {'large' if bounding < 1 else 'small'}")
+    return "; ".join(reasons)

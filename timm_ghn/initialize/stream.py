@@ -13,6 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,14 +22,15 @@ from tqdm import tqdm
 
 from timm_ghn.deferred import DeferredRandom, ReplayedRandom, storage_id
 from timm_ghn.errors import InitError
+from timm_ghn.initialize.create import create
 from timm_ghn.initialize.fill import fill_generated, fill_others
 from timm_ghn.initialize.memory import LazyMemory
-from timm_ghn.initialize.plan import find_hypernetwork, make_plan
-from timm_ghn.initialize.provenance import Facts, record_
+from timm_ghn.initialize.plan import find_hypernetwork, make_plan, postprocess_settings
+from timm_ghn.initialize.provenance import model_name, record_, report_of
 from timm_ghn.initialize.report import Report
-from timm_ghn.request import builder_of, input_size_of
+from timm_ghn.request import Request
 from timm_ghn.settings import Init, Source
-from timm_ghn.storage.folder import MAX_SHARD_SIZE, check_destination, model_folder
+from timm_ghn.storage.folder import MAX_SHARD_SIZE, check_destination, model_folder, save
 from timm_ghn.storage.header import TensorSpec, specs_of
 from timm_ghn.storage.writer import WeightFiles
 
@@ -49,7 +51,7 @@ def init_to_folder(
         timm_ghn.init_to_folder("vit_7b_patch16_dinov3", "weights", dtype=torch.bfloat16)
 
     The values are those of `timm.create_model(model_name, init=init, **kwargs)`, bit for bit. Neither the cache nor
-    any device but the CPU is used.
+    any device but the CPU is used. The baselines ("lsuv", ...) look at the model as a whole, and need memory for it.
 
     Args:
         model_name: Name of a timm model; a tag may name the method.
@@ -72,32 +74,61 @@ def init_to_folder(
     check_destination(directory, overwrite=overwrite)
     if torch.device(kwargs.get("device") or "cpu").type != "cpu":
         raise InitError(f"device={kwargs['device']!r}: weights are written to files from the CPU; leave it out")
-    build, settings = builder_of(model_name, init, **kwargs)
-    memory = LazyMemory()
-    if settings.spec.source is Source.BASELINE:
-        raise InitError(f"{settings.method} needs the whole model in memory: timm.create_model(..., init=...) makes it")
+    request = Request.parse(model_name, init, **kwargs)
+    if request is None or request.source is not None:
+        raise InitError(f"init={init!r}: expected a method or settings, to compute weights that are written to files")
+    settings = replace(request.init, seed=request.init.seed or 0)
+    request = replace(request, init=settings)
+    if settings.spec.source is Source.BASELINE:  # it looks at the model as a whole
+        with torch.device("cpu"):
+            model = create(request)
+        save(model, directory, overwrite=overwrite, max_shard_size=max_shard_size, model_args=_shaping(request, model))
+        report = report_of(model)
+    else:
+        report = _streamed(request, directory, overwrite, max_shard_size)
+    if report is None:
+        raise InitError(f"{model_name} has no report")
+    report = replace(report, seconds=time.perf_counter() - start)
+    _logger.info("%s", report)
+    return report
+
+
+def _streamed(
+    request: Request, directory: str | os.PathLike[str], overwrite: bool, max_shard_size: int | str
+) -> Report:
+    """Write a model tensor after tensor."""
+    settings, memory = request.init, LazyMemory()
+    seed = settings.seed or 0
     is_random = settings.spec.source is Source.TIMM
-    deferred = ReplayedRandom(settings.seed, memory.forget) if is_random else DeferredRandom(settings.seed)
+    deferred = ReplayedRandom(seed, memory.forget) if is_random else DeferredRandom(seed)
     with torch.device("cpu"), deferred, memory:
-        model = build()
+        model = request.build()
     hypernetwork = find_hypernetwork(settings)
-    plan = make_plan(model, settings, hypernetwork, input_size=input_size_of(model, kwargs), deferred=deferred)
-    facts = Facts.of(plan)
-    record_(model, facts.provenance)
-    shaping = {key: value for key, value in kwargs.items() if key not in ("dtype", "device")}
-    described = None if hasattr(model, "_model_args") else shaping  # older versions of timm do not remember them
+    plan = make_plan(model, settings, hypernetwork, input_size=request.input_size(model), deferred=deferred)
+    report = plan.report(model_name(model))
+    record_(model, report)
     specs = specs_of(model.state_dict())
     folder = model_folder(
-        model, specs, directory, overwrite=overwrite, max_shard_size=max_shard_size, model_args=described
+        model,
+        specs,
+        directory,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        model_args=_shaping(request, model),
     )
     with folder as files, closing(_Writer(model, files, memory)) as writer:
         queued = torch.get_num_threads()
-        fill_generated(plan, deferred, writer.finished, queued=queued)
-        fill_others(model, facts, plan.postprocess, deferred, writer.finished, queued=queued)
+        scaled = fill_generated(plan, deferred, writer.finished, queued=queued)
+        fill_others(model, report, postprocess_settings(settings), deferred, writer.finished, queued=queued)
         writer.write_buffers()
-    report = facts.report(model, from_cache=False, seconds=time.perf_counter() - start)
-    _logger.info("%s", report)
-    return report
+    return report.with_factors(scaled)
+
+
+def _shaping(request: Request, model: nn.Module) -> dict[str, Any] | None:
+    """Arguments that describe the model; None where timm remembers them, which older versions do not."""
+    if hasattr(model, "_model_args"):
+        return None
+    return {key: value for key, value in request.arguments.items() if key not in ("dtype", "device")}
 
 
 class _Writer:

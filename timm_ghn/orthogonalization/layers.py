@@ -165,14 +165,16 @@ def resolve_start_layer(
     if count == 0:
         raise InitError("the model has no convolutional or fully-connected weights to post-process")
     chosen = default if start_layer is None else start_layer
+    # A classifier that was left out counts, so that L is the same layer with and without it.
+    depth = count + (not any(layer.is_classifier for layer in layers))
     if chosen is None:
-        return 1 if is_pointwise(layers) else default_start_layer(count)
+        return 1 if is_pointwise(layers) else min(default_start_layer(depth), count)
     if isinstance(chosen, str):
         return _first_layer_of(layers, chosen)
     if isinstance(chosen, int) and not isinstance(chosen, bool) and 1 <= chosen <= count:
         return chosen
     if isinstance(chosen, float) and 0 < chosen <= 1:
-        return max(1, math.floor(chosen * count + 0.5))
+        return min(max(1, math.floor(chosen * depth + 0.5)), count)
     raise InitError(
         f"start_layer={chosen!r}: expected a layer number from 1 to {count}, a share in (0, 1], or the name of a module"
     )

@@ -1,0 +1,73 @@
+"""A model that `timm.create_model` was asked for, built without the cost of random weights and initialized."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from timm_ghn.deferred import DeferredRandom
+from timm_ghn.errors import InitError
+from timm_ghn.initialize.model import initialize_
+from timm_ghn.initialize.plan import make_plan
+from timm_ghn.initialize.provenance import model_name, record_
+from timm_ghn.initialize.report import Report
+from timm_ghn.request import Request
+from timm_ghn.seeding import PrivateRandom
+from timm_ghn.settings import Source
+
+_logger = logging.getLogger(__name__)
+
+
+def create(request: Request) -> nn.Module:
+    """Build a model with the weights that are asked for; `report_of` tells what it got.
+
+    Raises:
+        TimmGhnError: If that is not possible.
+    """
+    if request.source is not None:
+        from timm_ghn.hub.pull import create_from_hub
+
+        model, report = create_from_hub(request)
+    elif request.init.spec.source is Source.TIMM:
+        model, report = _random(request)
+    else:
+        model, report = _initialized(request)
+    _logger.info("%s", report)
+    return model
+
+
+def _random(request: Request) -> tuple[nn.Module, Report]:
+    """timm's own initialization, from its global generator unless a seed was given."""
+    start = time.perf_counter()
+    seed = request.init.seed
+    with nullcontext() if seed is None else PrivateRandom(seed):
+        model = request.build()
+    report = make_plan(model, request.init, None).report(model_name(model), time.perf_counter() - start)
+    record_(model, report)
+    return model, report
+
+
+def _initialized(request: Request) -> tuple[nn.Module, Report]:
+    init = request.init
+    if torch.device(request.arguments.get("device") or torch.get_default_device()).type == "meta":
+        raise InitError(
+            f"init={init.method!r} needs memory for the weights, but the model is built on the meta device; "
+            "build it on a real device, or call timm_ghn.to_graph for its graph alone"
+        )
+    deferred = DeferredRandom(init.seed or 0)
+    with deferred:
+        model = request.build()
+    report = None
+    if os.environ.get("TIMM_GHN_HUB_ORG") and request.recipe() is not None:
+        from timm_ghn.hub.pull import from_organization
+
+        report = from_organization(request, model, deferred)
+    if report is None:
+        size, recipe = request.input_size(model), request.recipe()
+        report = initialize_(model, init, input_size=size, deferred=deferred, recipe=recipe)
+    return model, report
