@@ -81,6 +81,74 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [("--help",), ("--version",), ("ghns",), ("cache", "ls"), ("cache", "verify")])
+def test_quick_commands_import_neither_torch_nor_timm(command: tuple[str, ...]) -> None:
+    program = (
+        "import sys\nfrom timm_ghn.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'timm', 'numpy', 'torchvision'} & sys.modules.keys()))"
+    )
+    done = python("-c", program, *command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import timm, timm_ghn",
+        "import timm_ghn, timm",
+        "import timm_ghn; timm_ghn.init_model; import timm",
+        "from timm_ghn.initialize import model; import timm",
+        "import timm.models; import timm_ghn; import timm",
+    ],
+)
+def test_the_hook_is_there_in_any_order_of_imports(program: str) -> None:
+    check = "print(timm.create_model('test_resnet', init='orth').pretrained_cfg['tag'])"
+    done = python("-c", f"{program}\n{check}")
+    assert done.stdout == "orth\n", done.stderr
+
+
+def test_no_hook_before_timm_is_wanted() -> None:
+    check = "import timm_ghn; timm_ghn.uninstall()\nimport timm\nprint(hasattr(timm.create_model, '__timm_ghn__'))"
+    assert python("-c", check).stdout == "False\n"
+
+
+def test_a_reader_that_goes_away() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "timm_ghn", "ghns"]
+    done = subprocess.run(command, env=variables, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_a_request_to_end_leaves_nothing(tmp_path: Path) -> None:
+    """The weights of 350 MB are being written when it comes."""
+    arguments = ("-m", "timm_ghn", "init", "vit_base_patch16_224", "--method", "orth", "--out", str(tmp_path / "new"))
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, *arguments], env=variables, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("new/.model*.tmp")) and process.poll() is None:
+            os.sched_yield()
+        process.terminate()
+        assert process.wait(60) == 143
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    left = tmp_path / f".model.safetensors.{ended.pid}.00000000.tmp"
+    left.write_bytes(b"half of it")
+    mine = tmp_path / f".model.safetensors.{os.getpid()}.00000000.tmp"
+    mine.write_bytes(b"half of it")
+    assert main(["init", "test_resnet", "--method", "orth", "--out", str(tmp_path)]) == 0
+    assert not left.exists()
+    assert mine.exists()
+
+
 def test_logging_is_left_as_it_was() -> None:
     logger = logging.getLogger("timm_ghn")
     before = logger.level, list(logger.handlers)
@@ -420,7 +488,15 @@ def test_a_failing_script_fails_by_itself(tmp_path: Path) -> None:
 
 def test_an_interrupted_script(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("raise KeyboardInterrupt")
-    assert main(["run", str(tmp_path / "script.py")]) == 130
+    with pytest.raises(KeyboardInterrupt):  # with its traceback, as python would show it
+        main(["run", str(tmp_path / "script.py")])
+
+
+def test_a_script_knows_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (tmp_path / "script.py").write_text("print(__file__)")
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "script.py"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'script.py'}\n"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from timm_ghn._version import __version__
 from timm_ghn.cli import cache, coverage, doctor, ghns, graph, init, push, run, train
 from timm_ghn.cli.common import PROGRAM, exit_status, logging_to_stderr
-from timm_ghn.errors import CommandError, TimmGhnError
+from timm_ghn.errors import CommandError
 
 _COMMANDS = {
     "init": init,
@@ -42,8 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((item for item in arguments if not item.startswith("-")), None)
     args = make_parser(with_train=command == "train").parse_args(arguments)
-    # A script that `run` runs fails as it would without us.
-    expected = (CommandError,) if args.command == "run" else (TimmGhnError, OSError)
     own_logging = args.command in _OWN_LOGGING and not args.verbose
 
     def handle() -> int:
@@ -51,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             handler: Callable[[argparse.Namespace], int] = args.handler
             return handler(args)
 
-    return exit_status(PROGRAM, handle, expected)
+    if args.command == "run":  # its script is prepared here, and runs and fails as it would without us
+        status = exit_status(PROGRAM, lambda: run.prepare(args), (CommandError,))
+        return status or handle()
+    return exit_status(PROGRAM, handle)
 
 
 def make_parser(*, with_train: bool = False) -> argparse.ArgumentParser:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import ast
 import logging
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +19,7 @@ from timm_ghn.text import did_you_mean
 
 PROGRAM = "timm-ghn"
 
-FAILED, INTERRUPTED = 2, 130
+FAILED, INTERRUPTED, NO_READER = 2, 130, 141
 
 _logger = logging.getLogger(__name__)
 
@@ -28,16 +31,24 @@ def exit_status(
 ) -> int:
     """Run a command; what a user can mend becomes one line on stderr.
 
+    A request to end (SIGTERM) raises SystemExit, so that temporary files are removed on the way out.
+
     Args:
         program: What the line begins with.
         command: Returns an exit status, or None for 0.
         expected: Exceptions that are told in a line; others are raised.
 
     Returns:
-        The command's status, 2 after an error, 130 after an interruption.
+        The command's status, 2 after an error, 130 after an interruption, 141 if nobody reads what is printed.
     """
     try:
-        return command() or 0
+        with _terminable():
+            status = command() or 0
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return NO_READER
     except expected as error:
         _logger.debug("where it failed", exc_info=True)
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -45,6 +56,24 @@ def exit_status(
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises SystemExit, where it would end the process at once."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def add_model_kwargs(parser: argparse._ActionsContainer) -> None:

@@ -27,6 +27,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(handler=run)
 
 
+def prepare(args: argparse.Namespace) -> None:
+    """Check that there is something to run.
+
+    Raises:
+        CommandError: If there is no such script or module.
+    """
+    if args.module is not None:
+        if not args.module:
+            raise CommandError("run -m needs the name of a module")
+        with _as_program(str(Path.cwd()), args.module):
+            _check_module(args.module[0])
+    elif args.script is None:
+        raise CommandError("run needs a script, or -m and a module")
+    elif not Path(args.script).exists():
+        raise CommandError(f"there is no script {args.script}")
+
+
 def run(args: argparse.Namespace) -> int:
     """Run a script or module as python would; its exit status passes through as SystemExit."""
     import runpy
@@ -35,20 +52,13 @@ def run(args: argparse.Namespace) -> int:
 
     install()
     if args.module is not None:
-        if not args.module:
-            raise CommandError("run -m needs the name of a module")
         name, *arguments = args.module
         with _as_program(str(Path.cwd()), [name, *arguments]):
-            _check_module(name)
             runpy.run_module(name, run_name="__main__", alter_sys=True)
         return 0
-    if args.script is None:
-        raise CommandError("run needs a script, or -m and a module")
     script = Path(args.script)
-    if not script.exists():
-        raise CommandError(f"there is no script {args.script}")
     with _as_program(str(script.resolve().parent), [args.script, *args.arguments]):
-        runpy.run_path(args.script, run_name="__main__")
+        runpy.run_path(str(script.absolute()), run_name="__main__")
     return 0
 
 
