@@ -145,7 +145,7 @@ def test_branches_without_norm_or_gate_are_counted(end: str) -> None:
     assert found.factors(weights, 64) == {"1.fc2.weight": pytest.approx(1 / 3)}
 
 
-@pytest.mark.parametrize(("gate", "divisor"), [(None, 1), (0.0, 1), (1e-4, 1), (0.5, 1.5), (1.0, 3), (-2.0, 6)])
+@pytest.mark.parametrize(("gate", "divisor"), [(None, 1), (0.0, 1), (1e-4, 1), (0.5, 1.5), (1.0, 3), (2.0, 6)])
 def test_a_learned_scale_counts_as_large_as_it_starts(gate: float | None, divisor: float) -> None:
     model = nn.Sequential(nn.Linear(4, 8), *(Residual("gate") for _ in range(3)))
     factors = structure(model, 5, 4, gate=gate).factors([Target("2.fc2.bias", (8,), Role.BIAS)], 64)
@@ -399,14 +399,45 @@ class Gated(nn.Module):
         return self.head(x.mean(1))
 
 
-@pytest.mark.parametrize(("fill", "factor"), [(nn.init.ones_, 0.5), (nn.init.zeros_, 1.0), (nn.init.normal_, 1.0)])
+@pytest.mark.parametrize(
+    ("fill", "factor"),
+    [
+        (nn.init.ones_, 0.5),
+        (lambda gate: nn.init.constant_(gate, -1.0), 0.5),
+        (nn.init.zeros_, 1.0),
+        (nn.init.normal_, 1.0),
+    ],
+)
 def test_a_scale_whose_values_were_put_off_is_unknown(fill: Callable[[Tensor], Tensor], factor: float) -> None:
     deferred = DeferredRandom(0)
     with deferred:
         model = Gated(fill)
     init = timm_ghn.Init("ghn", ghn="bundled")
     plan = make_plan(model, init, find_hypernetwork(init), example_input=torch.randn(1, 4, 16), deferred=deferred)
-    assert plan.factors.get("layer.bias", 1.0) == factor
+    assert plan.assignments["layer.bias"].factor == factor
+
+
+class Spectral(nn.Module):
+    """A residual branch that is multiplied in the frequencies, with complex numbers or with none at all."""
+
+    def __init__(self, value: complex | None) -> None:
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 10)
+        self.scale = nn.Parameter(torch.empty(0) if value is None else torch.full((9,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for _ in range(2):
+            scale = self.scale if self.scale.numel() else self.scale.sum()
+            x = x + torch.fft.irfft(torch.fft.rfft(self.layer(x)) * scale, n=16)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(("value", "factor"), [(3 + 4j, 0.1), (1j, 0.5), (0j, 1.0), (None, 1.0)])
+def test_a_complex_scale_counts_by_its_absolute_value(value: complex | None, factor: float) -> None:
+    init = timm_ghn.Init("ghn", ghn="bundled")
+    plan = make_plan(Spectral(value), init, find_hypernetwork(init), example_input=torch.randn(1, 4, 16))
+    assert plan.assignments["layer.bias"].factor == pytest.approx(factor)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "convnext_base"])

@@ -37,7 +37,6 @@ def order(root: Path) -> list[str]:
 
 def test_no_module_imports_what_imports_it() -> None:
     found = order(ROOT)
-    assert len(found) > 100
     assert found.index("timm_ghn.graph.nodes") < found.index("timm_ghn.ghn.model") < found.index("timm_ghn.hook")
 
 

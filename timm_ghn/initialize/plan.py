@@ -273,12 +273,15 @@ def _predictions(
 
 
 def _start(kept: Mapping[str, Tensor], deferred: DeferredRandom, name: str) -> float | None:
-    """The value that all elements of a kept parameter have; None if they differ, or get random values later."""
+    """The size of the number that all elements of a kept parameter are.
+
+    None if the elements differ, or get random values later.
+    """
     parameter = kept.get(name)
-    if parameter is None or parameter.numel() == 0 or parameter.is_complex() or deferred.is_pending(parameter):
+    if parameter is None or parameter.numel() == 0 or deferred.is_pending(parameter):
         return None
-    low, high = (float(value) for value in parameter.detach().aminmax())
-    return low if low == high else None
+    first = parameter.detach().flatten()[0]
+    return float(first.abs()) if bool((parameter == first).all()) else None
 
 
 def _choose_targets(graph: Graph, ghn: GHN, free: frozenset[str]) -> tuple[dict[str, Target], dict[str, str]]:

@@ -11,7 +11,7 @@ from timm_ghn.trace.operations import Kind, kind_of
 from timm_ghn.trace.records import Operation, Value
 
 Start = Callable[[str], float | None]
-"""What all elements of a parameter that is kept start from, by its name; None if that is not one known number."""
+"""The size of the number that all elements of a kept parameter start from, by its name; None if that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,7 @@ def learned_gain(steps: Steps, operation: Operation, start: Start) -> float | No
     parameter = steps.renamed.get(factors[0].index) if len(factors) == 1 else None
     if kind_of(operation) is not Kind.MULTIPLICATION or parameter is None:
         return None
-    value = start(steps.analyses.trace.parameters[parameter][0])
-    return None if value is None else abs(value)
+    return start(steps.analyses.trace.parameters[parameter][0])
 
 
 def _merged(found: Sequence[Scale]) -> Scale:
