@@ -53,7 +53,7 @@ from timm_ghn.finetune import (
     tune,
 )
 from timm_ghn.finetune.network import build_network
-from timm_ghn.ghn import GHNConfig, content_hash, load_ghn
+from timm_ghn.ghn import content_hash, load_ghn
 from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.training.begin import new_ghn
@@ -168,8 +168,7 @@ class Bench:
         """File of a GHN of the preset, as it is before its first step."""
         path = self.args.out / "untrained.safetensors"
         if not path.exists():
-            shape = GHNConfig(num_classes=load_ghn(self.args.ghn).config.num_classes, kernels="orthogonal")
-            write_safetensors(new_ghn(shape, PRESETS["bundled"], []), path)
+            write_safetensors(new_ghn(load_ghn(self.args.ghn).config, PRESETS["bundled"].share, seed=0), path)
         return path
 
     def line(self, task: str, model: str, init: str) -> tuple[Line, tuple[RunResult, ...]]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import random
 import re
 import statistics
 import sys
@@ -40,10 +39,10 @@ from timm_ghn.graph import to_graph
 from timm_ghn.orthogonalization import weight_layers
 from timm_ghn.orthogonalization.noise import correlation_std
 from timm_ghn.storage.atomic import write_atomically
-from timm_ghn.training.networks import build
-from timm_ghn.training.pool import architecture_graph
-from timm_ghn.training.probe import few_labels, probe
-from timm_ghn.training.sampling import sample_architecture
+from timm_ghn.training.architectures import Bounds, Network, draw_architecture
+from timm_ghn.training.config import TrainConfig
+from timm_ghn.training.data import BatchSampler, take_batch
+from timm_ghn.training.objective import ridge_loss
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 """Okabe and Ito's, which stay apart for colour-blind readers."""
@@ -431,30 +430,31 @@ def draw_embeddings(rows: Sequence[Mapping[str, Any]], shares: Sequence[float], 
 def embeddings(args: argparse.Namespace) -> None:
     """Embed sampled architectures and named models, and measure the sampled ones if there are images."""
     ghn = load_ghn(args.ghn) if args.ghn else default_ghn()
-    rng = random.Random(args.seed)
-    specs = [sample_architecture(rng) for _ in range(args.count)]
-    points = [graph_embedding(ghn, architecture_graph(spec, ghn.config.num_classes)) for spec in specs]
-    accuracies: list[float | None] = [None] * len(specs)
+    shares_of = TrainConfig().families
+    drawn = [draw_architecture(f"figure {args.seed}", index, shares_of, Bounds()) for index in range(args.count)]
+    networks = [Network(architecture, ghn.config.num_classes) for architecture in drawn]
+    points = [graph_embedding(ghn, network.graph) for network in networks]
+    accuracies: list[float | None] = [None] * len(networks)
     if args.data is not None:
-        images = load_benchmark("shards", args.data, progress=False)
-        shots, rest = few_labels(images.test, args.shots)
-        rest = rest.subset(torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))[:1000])
-        for index, spec in enumerate(specs):
-            torch.manual_seed(args.seed)
-            network = build(spec, ghn.config.num_classes)
-            timm_ghn.init_model(network, "ghn", ghn=ghn, input_size=(3, spec.input_size, spec.input_size))
-            accuracies[index] = probe(network, shots, rest)
+        images = load_benchmark("shards", args.data, progress=False).test
+        ways = min(20, len(images.classes))
+        index = BatchSampler(images).draw(2 * args.shots * ways, ways, torch.Generator().manual_seed(args.seed))
+        batch = take_batch(images, index, "cpu")
+        with torch.no_grad():
+            accuracies = [
+                ridge_loss(network(ghn([network.graph])[0], batch.images)[1], batch.labels)[1] for network in networks
+            ]
     for name in args.models:
         with torch.device("meta"):
             points.append(graph_embedding(ghn, to_graph(timm.create_model(name))))
     places, shares = principal_components(torch.stack(points))
     rows = [
-        {"name": None, "family": spec.stages[0].kind, "accuracy": accuracy, "x": float(x), "y": float(y)}
-        for spec, accuracy, (x, y) in zip(specs, accuracies, places[: len(specs)], strict=True)
+        {"name": None, "family": architecture.family, "accuracy": accuracy, "x": float(x), "y": float(y)}
+        for architecture, accuracy, (x, y) in zip(drawn, accuracies, places[: len(drawn)], strict=True)
     ]
-    for name, (x, y) in zip(args.models, places[len(specs) :], strict=True):
+    for name, (x, y) in zip(args.models, places[len(drawn) :], strict=True):
         rows.append({"name": name, "family": None, "accuracy": None, "x": float(x), "y": float(y)})
-    label = f"linear probe (%), {args.shots} labels a class"
+    label = f"linear classifier (%), {args.shots} labels a class"
     numbers = {"ghn": ghn.info.name if ghn.info else None, "shares": shares.tolist(), "accuracy": label, "points": rows}
     write_figure(draw_embeddings(rows, shares.tolist(), label), numbers, args.out)
 

@@ -17,17 +17,15 @@ from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.ghn.decoder import ConvDecoder, condition
 from timm_ghn.ghn.layout import Tiles, join, tilings
 from timm_ghn.graph import to_graph
+from timm_ghn.training.architectures import Bounds, Network, draw_architecture
 from timm_ghn.training.begin import with_tiles
-from timm_ghn.training.pool import PoolConfig, PoolMember, draw_member
-from timm_ghn.training.sampling import SamplerConfig
 
 SHAPES = [(2, 24, 3, 3, 3), (3, 64, 64, 1, 1), (1, 48, 1, 7, 7), (2, 16, 64, 1, 1), (2, 1, 8, 1, 1)]
 
 
 @pytest.fixture(scope="module")
-def member() -> PoolMember:
-    sampler = SamplerConfig(families={"convnext": 1.0}, max_macs=3e6, max_outputs=1e5)
-    return draw_member(PoolConfig(sampler=sampler), 0)
+def member() -> Network:
+    return Network(draw_architecture("test", 0, {"convnext": 1.0}, Bounds(max_macs=3e6)), 200)
 
 
 def _low_rank(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -52,7 +50,7 @@ def test_orthogonal_blocks_have_even_singular_values_and_unit_scale() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_conditioning_gives_the_same_kernels_and_gradients(member: PoolMember) -> None:
+def test_compiled_conditioning_gives_the_same_kernels_and_gradients(member: Network) -> None:
     torch.manual_seed(0)
     ghn = GHN(GHNConfig(max_shape=(64, 64, 11, 11), num_classes=200, hid=8, kernels="orthogonal"))
 
@@ -108,7 +106,7 @@ def test_zeros_stay_finite() -> None:
         assert bool(torch.isfinite(condition([torch.zeros(1, 4, 4)], kernels)[0]).all())
 
 
-def test_predicted_kernels_have_the_scale_of_he(member: PoolMember) -> None:
+def test_predicted_kernels_have_the_scale_of_he(member: Network) -> None:
     torch.manual_seed(0)
     for kernels in ("normalized", "orthogonal"):
         ghn = GHN(GHNConfig(max_shape=(16, 16, 11, 11), num_classes=200, hid=8, kernels=kernels)).eval()
@@ -124,7 +122,7 @@ def test_predicted_kernels_have_the_scale_of_he(member: PoolMember) -> None:
         assert found > 3
 
 
-def test_training_and_inference_predict_the_same(member: PoolMember) -> None:
+def test_training_and_inference_predict_the_same(member: Network) -> None:
     torch.manual_seed(0)
     ghn = GHN(GHNConfig(max_shape=(16, 16, 11, 11), num_classes=200, hid=8, kernels="orthogonal"))
     together = ghn([member.graph])[0]

@@ -1,95 +1,231 @@
-"""Specifications of small architectures, which say everything about them and are JSON-able."""
+"""The networks that a GHN is trained on: an endless stream of draws from timm's constructors, within bounds of cost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from timm_ghn.errors import TrainingError
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
-CONV_KINDS = ("basic", "bottleneck", "grouped", "inverted", "convnext", "vgg")
-"""Kinds of stages made of convolutions alone."""
-TOKEN_KINDS = ("attention", "mixer")
-"""Kinds of stages that mix tokens."""
-STEM_STRIDES = {
-    "conv3": 1, "conv3s2": 2, "conv5": 1, "conv7s2": 2, "conv7s2_pool": 4, "patch2": 2, "patch4": 4, "patch8": 8,
-    "deep": 2,
-}  # fmt: skip
-"""The stems, and by how much each makes an image smaller."""
+from timm_ghn.errors import GraphError, TrainingError
+from timm_ghn.graph import to_graph
+from timm_ghn.graph.graph import Graph
+from timm_ghn.orthogonalization import WeightLayer, resolve_start_layer, weight_layers
+from timm_ghn.training.families import FAMILIES, Draw
+
+logger = logging.getLogger(__name__)
+
+_MAX_DRAWS = 200
+"""Draws of one family after which a search within the bounds gives up."""
+
+_IMPOSSIBLE = (AssertionError, ValueError, RuntimeError, KeyError, TypeError, IndexError, ZeroDivisionError)
+"""What timm's constructors raise for arguments that do not go together; such a network is drawn again."""
 
 
 @dataclass(frozen=True)
-class StageSpec:
-    """A run of equal blocks.
+class Bounds:
+    """What a training network may cost, for one image.
 
     Attributes:
-        kind: Kind of block: a family other than `hybrid`; or "vit", the whole of timm's VisionTransformer.
-        depth: Number of blocks.
-        width: Channels of its output.
-        stride: 1 or 2, applied where the stage begins.
-        kernel: Side of the kernels, for kinds that have a free one.
-        ratio: Width of the inside of a block relative to the outside (growth rate and bottleneck for `dense`).
-        group: Channels a group, for grouped convolutions; 0 for none.
-        se: Whether blocks have squeeze-and-excitation.
-        norm: "bn" or "ln".
-        act: Name of the activation.
-        layer_scale: Initial layer scale of residual branches; None for none.
-        pool: Whether a strided stage pools instead of striding a convolution (`vgg`, shortcuts of residual blocks).
+        sizes: Sides of the images in pixels, with their weights.
+        min_macs: Fewest multiply-adds of convolutions and linear layers, those of linear layers counted as a third.
+        max_macs: Most of them.
+        max_outputs: Most elements in the outputs of these layers: small networks are bound by memory traffic.
+        max_params: Most parameters.
+        max_layers: Most layers.
     """
 
-    kind: str
-    depth: int
-    width: int
-    stride: int
-    kernel: int = 3
-    ratio: float = 4.0
-    group: int = 0
-    se: bool = False
-    norm: str = "bn"
-    act: str = "relu"
-    layer_scale: float | None = None
-    pool: bool = False
+    sizes: Mapping[int, float] = field(default_factory=lambda: {32: 3.0, 48: 0.5, 64: 1.0})
+    min_macs: float = 0.5e6
+    max_macs: float = 16e6
+    max_outputs: float = 5e5
+    max_params: float = 4e6
+    max_layers: int = 100
 
 
 @dataclass(frozen=True)
-class ArchitectureSpec:
-    """Everything about a small image classifier.
+class Architecture:
+    """A network that can be drawn again.
 
     Attributes:
-        family: What it was drawn as: the key that `FAMILY_WEIGHTS` weighs and that can be held out.
-        stem: Kind of stem: one of conv3, conv3s2, conv5, conv7s2, conv7s2_pool, patch2, patch4, patch8, deep.
-        stem_width: Channels of its output.
-        stages: The body.
-        pool: Pooling of the head: avg, max or catavgmax; token for the class token of a "vit".
-        head: "linear", "norm" (normalization between pooling and classifier), "mlp" (and a hidden layer) or "conv"
-            (a 1x1 convolution before pooling).
-        head_width: Channels of that hidden layer or convolution.
-        input_size: Side of the images in pixels.
+        family: Its name in `FAMILIES`.
+        seed: What decides the draws.
+        size: Side of the images that it takes, in pixels.
     """
 
     family: str
-    stem: str
-    stem_width: int
-    stages: tuple[StageSpec, ...]
-    pool: str = "avg"
-    head: str = "linear"
-    head_width: int = 0
-    input_size: int = 32
+    seed: str
+    size: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-compatible form; `from_dict` reads it back."""
-        return asdict(self)
+    def build(self, classes: int) -> nn.Module:
+        """The network, on the current default device."""
+        return FAMILIES[self.family][0](Draw(self.seed, self.size, classes))
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ArchitectureSpec:
-        """Read `to_dict`'s form.
 
-        Raises:
-            TrainingError: If the data is not of that form.
-        """
+def draw_architecture(stream: str, index: int, shares: Mapping[str, float], bounds: Bounds) -> Architecture:
+    """The architecture with a number in a stream of draws; it depends on the arguments alone.
+
+    Args:
+        stream: Names the stream, its seed included.
+        index: The number.
+        shares: How often each family is drawn relative to the others.
+        bounds: What it may cost.
+
+    Raises:
+        TrainingError: If no network of the family is within the bounds.
+    """
+    rng = random.Random(f"{stream}/{index}")
+    family = rng.choices(list(shares), list(shares.values()))[0]
+    for attempt in range(_MAX_DRAWS):
+        size = rng.choices(list(bounds.sizes), list(bounds.sizes.values()))[0]
+        architecture = Architecture(family, f"{stream}/{index}/{attempt}", size)
+        if _is_within(architecture, bounds):
+            return architecture
+    raise TrainingError(f"no network of the family {family!r} is within the bounds on cost: {bounds}")
+
+
+def _is_within(architecture: Architecture, bounds: Bounds) -> bool:
+    try:
+        with torch.device("meta"):
+            model = architecture.build(100)
+        layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        too_large = sum(parameter.numel() for parameter in model.parameters()) > bounds.max_params
+        if too_large or len(layers) > bounds.max_layers:
+            return False
+        macs, outputs = count_macs(model, architecture.size)
+    except _IMPOSSIBLE as error:
+        logger.debug("%s cannot be built: %s", architecture, error)
+        return False
+    return bounds.min_macs <= macs <= bounds.max_macs and outputs <= bounds.max_outputs
+
+
+def count_macs(model: nn.Module, size: int) -> tuple[int, int]:
+    """Multiply-adds of a meta model's convolutions and linear layers, and elements of their outputs, for one image.
+
+    Those of linear layers count as a third: a processor takes about a third of the time for them.
+    """
+    macs = outputs = 0
+
+    def add(module: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal macs, outputs
+        channels = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
+        macs += output.numel() // channels * module.weight.numel() // (1 if isinstance(module, nn.Conv2d) else 3)
+        outputs += output.numel()
+
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    try:  # batch norms need two images
+        model.train()(torch.empty(2, 3, size, size, device="meta"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return macs // 2, outputs // 2
+
+
+class Network:
+    """An architecture, its graph, and its module without the parameters that a GHN predicts.
+
+    Args:
+        architecture: What to build.
+        classes: Outputs of its classifier.
+        start_layer: Layer from which predicted kernels are orthogonalized, see `resolve_start_layer`.
+
+    Attributes:
+        graph: What a GHN reads.
+        processed: The layers whose predicted kernels are orthogonalized, by name of the weight.
+
+    Raises:
+        TrainingError: If its forward pass cannot be recorded.
+    """
+
+    def __init__(self, architecture: Architecture, classes: int, start_layer: int | float | None = None) -> None:
+        self.architecture = architecture
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # what is not predicted depends on the architecture alone
+            model = architecture.build(classes)
         try:
-            stages = tuple(StageSpec(**stage) for stage in data["stages"])
-            return cls(**{**data, "stages": stages})
-        except (KeyError, TypeError) as error:
-            raise TrainingError(f"not an architecture specification: {error}") from error
+            self.graph: Graph = to_graph(model, input_size=(3, architecture.size, architecture.size))
+        except GraphError as error:
+            raise TrainingError(f"no graph of {architecture}: {error}") from error
+        targets = {target.name for target in self.graph.targets}
+        layers = weight_layers(model)
+        start = resolve_start_layer(layers, start_layer)
+        self.processed: dict[str, WeightLayer] = {
+            layer.parameter: layer
+            for layer in layers
+            if layer.number >= start and not layer.is_classifier and layer.parameter in targets
+        }
+        for name in targets:  # their memory is not needed
+            module_name, _, attribute = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            value = getattr(module, attribute)
+            setattr(module, attribute, nn.Parameter(value.to("meta"), requires_grad=False))
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):  # statistics are those of the batch
+                module.track_running_stats = False
+                module.running_mean = module.running_var = module.num_batches_tracked = None
+        self.model = model.train().requires_grad_(False)
+        heads: Any = model.get_classifier()  # type: ignore[operator]
+        self._classifier: nn.Module = heads[0] if isinstance(heads, tuple) else heads
+
+    def __call__(self, parameters: Mapping[str, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs (B, classes), the mean of several heads, and the features (B, D) that the first of them reads.
+
+        Args:
+            parameters: Values of all targets of the graph.
+            images: Normalized images (B, 3, S, S) of any size S.
+        """
+        size = self.architecture.size
+        if images.shape[-1] != size:
+            images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+        caught: list[Tensor] = []
+        handle = self._classifier.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+        try:
+            outputs = functional_call(self.model, dict(parameters), (images,))
+        finally:
+            handle.remove()
+        heads = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        return torch.stack(list(heads)).mean(0), caught[0].flatten(1)
+
+
+class Networks:
+    """Networks by number, built when they are first used; the latest ones are kept.
+
+    Args:
+        draw: The architecture of a number.
+        classes: Outputs of the classifiers.
+        kept: How many networks stay in memory.
+    """
+
+    def __init__(self, draw: Callable[[int], Architecture], classes: int, kept: int) -> None:
+        self._build = lru_cache(maxsize=kept)(lambda index: Network(draw(index), classes))
+
+    def __getitem__(self, index: int) -> Network:
+        return self._build(index)
+
+
+class EvaluationNetworks(Iterable[Network]):
+    """One network of each family, the same in all runs and built once; none of them is trained on.
+
+    Args:
+        classes: Outputs of the classifiers.
+    """
+
+    def __init__(self, classes: int) -> None:
+        def draw(index: int) -> Architecture:
+            return draw_architecture("evaluation", index, {list(FAMILIES)[index]: 1.0}, Bounds())
+
+        self._networks = Networks(draw, classes, len(FAMILIES))
+
+    def __iter__(self) -> Iterator[Network]:
+        return map(self._networks.__getitem__, range(len(FAMILIES)))
+
+    def __len__(self) -> int:
+        return len(FAMILIES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,25 +10,21 @@ import torch
 from timm_ghn.errors import TrainingError
 from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.ghn.model import GHN
-from timm_ghn.graph.graph import Graph
-from timm_ghn.training.config import TrainConfig
 
 
-def new_ghn(shape: GHNConfig, config: TrainConfig, graphs: Sequence[Graph]) -> GHN:
-    """A GHN as training begins with it: embeddings of sizes that vary slowly, kernels that nodes share, He's scale.
+def new_ghn(shape: GHNConfig, share: float, seed: int) -> GHN:
+    """A GHN as training begins with it: embeddings of sizes that vary slowly, and kernels that nodes share.
 
     Args:
         shape: Its hyperparameters.
-        config: The run.
-        graphs: Architectures on which the scale of raw kernels is measured.
+        share: How different the kernels of different nodes are, see `share_decoder`.
+        seed: Seed of its weights.
     """
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     ghn = GHN(shape)
-    smooth_sizes(ghn, config.seed)
+    smooth_sizes(ghn, seed)
     if shape.decoder == "conv":
-        share_decoder(ghn, config.share, config.seed)
-        if shape.kernels == "raw":
-            rescale_decoder(ghn, graphs)
+        share_decoder(ghn, share, seed)
     return ghn
 
 
@@ -96,50 +91,3 @@ def share_decoder(ghn: GHN, share: float, seed: int = 0) -> None:
     deviation = float(weight.std()) * math.sqrt(weight.shape[1])
     bias.copy_(torch.randn(bias.shape, generator=generator) * deviation)
     weight.mul_(share)
-
-
-@torch.no_grad()
-def rescale_decoder(ghn: GHN, graphs: Sequence[Graph]) -> float:
-    """Scale the kernel decoder's last layer so that an untrained GHN predicts kernels of He's scale.
-
-    With torch's default initialization they come out several times smaller.
-
-    Args:
-        ghn: GHN with a convolutional decoder; changed in place.
-        graphs: Architectures to measure on.
-
-    Returns:
-        The factor.
-
-    Raises:
-        TrainingError: If the GHN has no such layer.
-    """
-    parameters = dict(ghn.named_parameters())
-    names = ("decoder.conv.2.weight", "decoder.conv.2.bias")
-    if not set(names) <= set(parameters):
-        raise TrainingError("only a GHN with a convolutional decoder can be rescaled")
-    logs = []
-    for graph in graphs:
-        roles = {target.name: target.role.value for target in graph.targets}
-        for name, tensor in ghn([graph])[0].items():
-            if tensor.ndim >= 2 and roles.get(name) == "weight":
-                fan_in = tensor[0].numel()
-                logs.append(float((tensor.square().mean() * fan_in / 2).clamp_min(1e-12).log()) / 2)
-    factor = math.exp(-sum(logs) / len(logs))
-    for name in names:
-        parameters[name].mul_(factor)
-    return factor
-
-
-def compile_parts(ghn: GHN) -> None:
-    """Compile what can be, and try it, so that a machine without a compiler is found out at once.
-
-    Raises:
-        TrainingError: If torch.compile does not work here.
-    """
-    ghn.compile_conditioning()
-    try:
-        with torch.no_grad():
-            ghn.unit_factor(torch.eye(4, device=ghn.embed.weight.device)[None])
-    except Exception as error:  # whatever dynamo, inductor or the compiler raise
-        raise TrainingError(f"torch.compile does not work here, train without --compile: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,33 +16,35 @@ from timm_ghn.errors import TrainingError
 from timm_ghn.training.config import PRESETS, TrainConfig
 from timm_ghn.training.data import HOW_TO_GET_IMAGES
 from timm_ghn.training.export import export_run
+from timm_ghn.training.families import FAMILIES
 from timm_ghn.training.processes import join_processes
 from timm_ghn.training.run import Beginning, prepare
-from timm_ghn.training.sampling import FAMILY_WEIGHTS
+from timm_ghn.training.teacher import PACKAGED
 
-_OVERRIDES = (
+_SETTINGS = (
     ("steps", int, "updates of the GHN"),
-    ("stop_after", int, "end at this step, with the schedules of --steps"),
-    ("minutes", float, "let the schedules follow the clock, and stop after so many minutes"),
-    ("meta_batch", int, "architectures a step, over all processes"),
-    ("batch_size", int, "images an architecture"),
-    ("optimizer", str, "adamw, or muon: orthogonalized updates of matrices"),
-    ("lr", float, "peak learning rate"),
-    ("cooldown", float, "share of the run at its end over which a constant learning rate falls to zero"),
-    ("kernels", str, "what the GHN does to the kernels that it emits: raw, normalized or orthogonal"),
-    ("easy", str, "task to begin with: pretext (photographs and drawings) or clusters (of the images)"),
-    ("pool_size", int, "distinct architectures to train on"),
-    ("eval_pool_size", int, "other architectures to evaluate on"),
+    ("cooldown", int, "updates at the end over which the learning rate falls to zero"),
+    ("meta_batch", int, "networks an update, over all processes"),
+    ("batch_size", int, "images a network"),
+    ("lr", float, "learning rate"),
+    ("components", float, "weight of the loss of the teacher's components"),
+    ("relation", float, "weight of the loss of how alike images are to the teacher"),
+    ("classes", float, "weight of the cross-entropy of classes"),
+    ("ridge", float, "weight of the loss of a classifier fitted to half of a batch"),
+    ("ways", int, "classes in a batch of images; 0 for any"),
+    ("whitening", float, "what the teacher's components are divided by: a power of their deviation"),
+    ("first", int, "networks to begin with"),
+    ("fresh", float, "new networks an update"),
+    ("kept", int, "networks in use at a time"),
+    ("average", float, "decay of the running average of the weights"),
     ("held_out_classes", int, "classes that are kept for measuring"),
-    ("groups", int, "groups of classes that training begins with"),
-    ("eval_every", int, "steps between evaluations"),
-    ("save_every", int, "steps between checkpoints"),
-    ("log_every", int, "steps between lines in metrics.jsonl"),
+    ("eval_every", int, "updates between evaluations"),
+    ("save_every", int, "updates between checkpoints"),
+    ("log_every", int, "updates between lines in metrics.jsonl"),
     ("seed", int, "seed of everything drawn"),
     ("num_threads", int, "threads a process"),
-    ("amp", bool, "networks in bfloat16"),
-    ("compile", bool, "torch.compile for the conditioning of kernels"),
 )
+_GHN_SETTINGS = (("hid", "size of the GHN's node features"), ("tiles", "blocks a side that differ in a large kernel"))
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,39 +57,52 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of checkpoints and metrics")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="bundled", help="configuration to start from")
+    parser.add_argument(
+        "--teacher", metavar="NAME", help=f"trained network to learn from: {PACKAGED} or a model of timm"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--from-ghn", type=Path, metavar="FILE", help="begin with the weights of this GHN")
-    parser.add_argument("--from-step", type=int, default=0, metavar="N", help="step of the schedules to begin at")
+    parser.add_argument("--stop-after", type=int, metavar="N", help="stop at this update, to be resumed")
+    parser.add_argument("--minutes", type=float, metavar="N", help="stop after so long, all told, to be resumed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    parser.add_argument("--workers", type=int, default=1, help="processes that record graphs before training")
-    parser.add_argument("--hid", type=int, default=32, help="size of the GHN's node features")
-    parser.add_argument("--tiles", type=int, default=1, help="blocks a side that differ in a large kernel")
     parser.add_argument("--image-size", type=int, default=32, help="side of the images in pixels")
     parser.add_argument(
         "--without-family",
         nargs="+",
         default=[],
-        choices=sorted(FAMILY_WEIGHTS),
-        help="families of architectures never to train on, for measuring generalization",
+        choices=sorted(FAMILIES),
+        help="families of networks never to train on, for measuring generalization",
     )
-    for name, kind, text in _OVERRIDES:
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (default: the preset's)", **how)
+    for name, kind, text in _SETTINGS:
+        parser.add_argument(_option(name), type=kind, help=f"{text} (default: the preset's)")
+    for name, text in _GHN_SETTINGS:
+        parser.add_argument(_option(name), type=int, help=f"{text} (default: the preset's)")
+    parser.add_argument(
+        "--orthogonal",
+        action=argparse.BooleanOptionalAction,
+        help="train with orthogonalized kernels as users get them (default: the preset's)",
+    )
+    parser.add_argument("--evaluate-only", action="store_true", help="do not train: evaluate the checkpoint in --out")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the final GHN to this file")
     parser.add_argument("--export-only", action="store_true", help="do not train: export the last checkpoint in --out")
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def make_config(args: argparse.Namespace) -> TrainConfig:
-    """The preset with the overrides of the command line.
+    """The preset with what the command line changes.
 
     Raises:
         TrainingError: If a value is out of range.
     """
     config = PRESETS[args.preset]
-    changes = {name: getattr(args, name) for name, _, _ in _OVERRIDES if getattr(args, name) is not None}
-    families = {k: w for k, w in config.sampler.families.items() if k not in args.without_family}
-    sampler = replace(config.sampler, families=families, input_size=args.image_size)
-    return replace(config, sampler=sampler, **changes)
+    names = [name for name, _, _ in _SETTINGS] + ["orthogonal"]
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    shape = {name: getattr(args, name) for name, _ in _GHN_SETTINGS if getattr(args, name) is not None}
+    families = {name: share for name, share in config.families.items() if name not in args.without_family}
+    return replace(config, ghn=replace(config.ghn, **shape), families=families, **changes)
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -98,6 +114,7 @@ def run_train(args: argparse.Namespace) -> int:
     Raises:
         TrainingError: If images are missing, the folder holds another run, or training cannot go on.
     """
+    started = time.monotonic()
     if args.export_only:
         if args.export is None:
             raise TrainingError("--export-only needs --export FILE")
@@ -109,13 +126,20 @@ def run_train(args: argparse.Namespace) -> int:
     config = make_config(args)
     processes = join_processes(args.device)
     try:
-        beginning = Beginning(args.from_ghn, args.from_step, resume=args.resume, hid=args.hid, tiles=args.tiles)
-        trainer = prepare(args.images, config, args.out, processes, beginning, workers=args.workers)
-        result = trainer.run()
+        resume = args.resume or args.evaluate_only
+        beginning = Beginning(args.from_ghn, resume, args.teacher, args.image_size)
+        trainer = prepare(args.images, config, args.out, processes, beginning)
+        if args.evaluate_only:
+            result = trainer.evaluate()
+            tqdm.write("" if result is None else result.table())
+            return 0
+        until = None if args.minutes is None else started + 60 * args.minutes
+        result = trainer.run(stop_after=args.stop_after, until=until)
         if processes.is_main_process:
             if args.export is not None:
                 export_run(args.out, args.export)
-            tqdm.write(json.dumps(result.to_dict()))
+            if result is not None:
+                tqdm.write(json.dumps(result.to_dict()))
     finally:
         processes.end_training()
     return 0

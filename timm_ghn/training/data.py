@@ -45,11 +45,13 @@ class ImageSet:
         images: uint8 (N, 3, S, S).
         labels: int64 (N,), indices into `classes`.
         classes: Names of the classes.
+        targets: What a teacher sees in the images, (N, K); None without a teacher.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    targets: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.shape[1] != 3 or self.images.dtype != torch.uint8:
@@ -73,7 +75,8 @@ class ImageSet:
 
     def subset(self, mask: Tensor) -> ImageSet:
         """The images that a boolean mask or an index tensor selects; labels and class names stay."""
-        return replace(self, images=self.images[mask], labels=self.labels[mask])
+        targets = None if self.targets is None else self.targets[mask]
+        return replace(self, images=self.images[mask], labels=self.labels[mask], targets=targets)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +94,11 @@ class Splits:
     validation: ImageSet
     held_out: ImageSet | None
     held_out_classes: tuple[int, ...]
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of a network that names the teacher's components and the classes."""
+        return len(self.train.classes) + (0 if self.train.targets is None else self.train.targets.shape[1])
 
     @property
     def train_classes(self) -> tuple[int, ...]:
@@ -293,7 +301,9 @@ def split(data: ImageSet, *, held_out: int | Sequence[str] = 0, validation: floa
     rng = random.Random(f"timm-ghn split {seed}")
     if isinstance(held_out, int):
         if not 0 <= held_out < len(data.classes):
-            raise TrainingError(f"cannot hold out {held_out} of {len(data.classes)} classes")
+            raise TrainingError(
+                f"--held-out-classes: {held_out} of {len(data.classes)} classes cannot be held out; 0 holds out none"
+            )
         chosen = sorted(rng.sample(range(len(data.classes)), held_out))
     else:
         unknown = sorted(set(held_out) - set(data.classes))
@@ -384,21 +394,41 @@ class BatchSampler:
         return self._order[self._starts[chosen] + place]
 
 
-def sample_batch(
-    sampler: BatchSampler,
-    count: int,
-    generator: torch.Generator,
-    device: torch.device,
-    *,
-    ways: int = 0,
-    padding: int = 2,
-) -> tuple[Tensor, Tensor]:
-    """Draw, augment and normalize a batch of images.
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images and what is known of them.
 
-    Returns:
-        Normalized images (count, 3, S, S) on `device`, and their indices (count,) in the sampler's data.
+    Attributes:
+        images: Normalized, (B, 3, S, S).
+        labels: Classes, int64 (B,).
+        targets: What the teacher sees in them, float32 (B, K); K is 0 without a teacher.
     """
-    index = sampler.draw(count, ways, generator)
-    images = normalize(augment(sampler.data.images[index], generator, padding).to(device))
+
+    images: Tensor
+    labels: Tensor
+    targets: Tensor
+
+
+def take_batch(
+    data: ImageSet,
+    index: Tensor,
+    device: torch.device | str,
+    generator: torch.Generator | None = None,
+    padding: int = 0,
+) -> Batch:
+    """Some images, normalized, with labels and targets.
+
+    Args:
+        data: Images.
+        index: Which, (B,).
+        device: Where the batch goes.
+        generator: If given, the images are augmented, and every draw comes from this generator of the CPU.
+        padding: Largest shift of augmented images.
+    """
+    images = data.images[index]
+    if generator is not None:
+        images = augment(images, generator, padding)
     # Convolutions of few channels are a quarter faster in this layout on a CPU.
-    return images.contiguous(memory_format=torch.channels_last), index
+    images = normalize(images.to(device)).contiguous(memory_format=torch.channels_last)
+    targets = torch.empty(len(index), 0) if data.targets is None else data.targets[index].float()
+    return Batch(images, data.labels[index].to(device), targets.to(device))

@@ -2,142 +2,99 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from tqdm import tqdm
 
-from timm_ghn.errors import TrainingError
 from timm_ghn.ghn.model import GHN
-from timm_ghn.training.data import BatchSampler, ImageSet, Splits, normalize
-from timm_ghn.training.networks import build
-from timm_ghn.training.objective import Objective, Score, ridge_loss
-from timm_ghn.training.pool import PoolMember
+from timm_ghn.training.architectures import Network
+from timm_ghn.training.conditioned import as_users_get
+from timm_ghn.training.data import Batch, BatchSampler, ImageSet, Splits, take_batch
+from timm_ghn.training.objective import Objective, ridge_loss
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What held-out architectures with predicted parameters reach on validation images.
+    """What networks with predicted parameters reach on validation images.
 
     Attributes:
-        loss: Mean cross-entropy over classes.
-        accuracy: Share of images whose class is right.
-        group_accuracy: Share of images whose group of classes is right.
-        few_shot: Accuracy of a linear classifier fitted to six images of each of twenty held-out classes.
-        by_family: `few_shot` by family of architectures.
-        easy: Accuracy of the predicted classifier on the easy task; None if it was not measured.
+        values: Means over all networks: what the objective sees (`cosine`, `accuracy`, `loss` ...), and `few_shot`,
+            the accuracy of a linear classifier that is fitted to six images of each of twenty held-out classes.
+        families: The same by family of networks.
     """
 
-    loss: float
-    accuracy: float
-    group_accuracy: float
-    few_shot: float
-    by_family: dict[str, float]
-    easy: float | None = None
+    values: dict[str, float]
+    families: dict[str, dict[str, float]]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible form, for the metrics file."""
-        return {
-            "eval_loss": self.loss,
-            "eval_accuracy": self.accuracy,
-            "eval_group_accuracy": self.group_accuracy,
-            "eval_few_shot": self.few_shot,
-            "eval_by_family": self.by_family,
-            "eval_easy": self.easy,
-        }
+        return {"evaluation": asdict(self)}
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.3f}" for name, value in self.values.items())
 
-def predict_and_call(model: nn.Module, predicted: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """Logits of a network whose predicted parameters take the place of its own."""
-    logits: Tensor = functional_call(model, dict(predicted), (images,))
-    return logits
-
-
-def call_with_features(model: nn.Module, predicted: Mapping[str, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of a network with predicted parameters, and the features (B, D) that its last linear layer reads.
-
-    Raises:
-        TrainingError: If the network has no linear layer.
-    """
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise TrainingError(f"{type(model).__name__} has no linear classifier")
-    caught: list[Tensor] = []
-    handle = linear[-1].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    try:
-        logits = predict_and_call(model, predicted, images)
-    finally:
-        handle.remove()
-    return logits, caught[-1]
+    def table(self) -> str:
+        """One line a family."""
+        names = list(self.values)
+        rows = [("family", *names)]
+        for family, values in [*sorted(self.families.items()), ("all", self.values)]:
+            rows.append((family, *(f"{values[name]:.3f}" for name in names)))
+        return "\n".join("".join(cell.ljust(17) for cell in row).rstrip() for row in rows)
 
 
 @torch.no_grad()
 def evaluate(
     ghn: GHN,
-    members: Sequence[PoolMember],
+    networks: Iterable[Network],
     splits: Splits,
     objective: Objective,
     *,
-    num_images: int = 240,
-    seed: int = 0,
     device: torch.device | str = "cpu",
-    easy: tuple[ImageSet, Objective] | None = None,
 ) -> Evaluation:
-    """Accuracy of architectures with predicted parameters, without any training of them.
+    """What networks with predicted parameters reach, without any training of them.
 
-    Batch norms use the statistics of the batch. Every architecture sees the same images.
+    Batch norms use the statistics of the batch. Every network sees the same images.
 
     Args:
         ghn: GHN that predicts; its mode is restored.
-        members: Architectures.
-        splits: Images: validation images for the predicted classifier, held-out classes (validation images if there
-            are none) for classifiers fitted to features.
-        objective: What is scored.
-        num_images: Images for each architecture and each of the two.
-        seed: Decides which.
+        networks: One network of each family that is measured.
+        splits: Images: validation images for the predicted outputs, held-out classes (validation images if there are
+            none) for classifiers fitted to features.
+        objective: What is scored, with the settings of the run.
         device: Where to compute.
-        easy: Images of the easy task, and its objective.
     """
-    generator = torch.Generator().manual_seed(seed)
-    plain = BatchSampler(splits.validation).draw(num_images, 0, generator)
-    batch, labels = _on_device(splits.validation, plain, device)
-    few_images = splits.held_out or splits.validation
-    few_batch, few_labels = _on_device(few_images, BatchSampler(few_images).draw(num_images, 20, generator), device)
-    if easy is not None:
-        easy_batch, easy_labels = _on_device(easy[0], BatchSampler(easy[0]).draw(num_images, 0, generator), device)
+    config = objective.config
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def draw(data: ImageSet, ways: int) -> Batch:
+        index = BatchSampler(data).draw(config.eval_images, ways, generator)
+        return take_batch(data, index, device)
+
+    plain = draw(splits.validation, config.ways)
+    few = draw(splits.held_out or splits.validation, 20)
     was_training = ghn.training
     ghn.eval()
-    scores: list[Score] = []
-    easy_scores: list[Score] = []
-    families: dict[str, list[float]] = {}
+    found: dict[str, list[dict[str, float]]] = defaultdict(list)
     try:
-        for member in members:
-            predicted = ghn([member.graph])[0]
-            model = build(member.spec, ghn.config.num_classes).to(device)
-            scores.append(objective(predict_and_call(model, predicted, batch), labels))
-            if easy is not None:
-                logits = predict_and_call(model, predicted, easy_batch)
-                easy_scores.append(easy[1](logits, easy[1].active[easy_labels]))
-            _, features = call_with_features(model, predicted, few_batch)
-            accuracy = ridge_loss(features, few_labels)[1] if bool(torch.isfinite(features).all()) else 0.0
-            families.setdefault(member.spec.family, []).append(accuracy)
+        for network in tqdm(networks, desc="evaluating", unit="network", delay=2, leave=False):
+            predicted = ghn([network.graph])[0]
+            if config.orthogonal:
+                predicted = as_users_get(predicted, network.processed, ghn.config.largest_kernel[0], 0)
+            outputs, features = network(predicted, plain.images)
+            _, values = objective(outputs, features, plain)
+            features = torch.nan_to_num(network(predicted, few.images)[1].float())
+            values["few_shot"] = ridge_loss(features, few.labels)[1]
+            found[network.architecture.family].append(values)
     finally:
         ghn.train(was_training)
-    finite = [float(s.loss) for s in scores if math.isfinite(float(s.loss))]
-    count = sum(s.count for s in scores)
-    return Evaluation(
-        sum(finite) / max(1, len(finite)),
-        sum(s.classes for s in scores) / count,
-        sum(s.groups for s in scores) / count,
-        sum(sum(values) for values in families.values()) / len(scores),
-        {name: sum(values) / len(values) for name, values in sorted(families.items())},
-        sum(s.classes for s in easy_scores) / sum(s.count for s in easy_scores) if easy_scores else None,
-    )
+    means = {family: _mean(rows) for family, rows in found.items()}
+    return Evaluation(_mean([row for rows in found.values() for row in rows]), means)
 
 
-def _on_device(images: ImageSet, chosen: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    return normalize(images.images[chosen].to(device)), images.labels[chosen].to(device)
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(fmean(row[name] for row in rows), 4) for name in rows[0]}

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_ghn.errors import CheckpointError, TrainingError
 from timm_ghn.ghn.checkpoint import read_safetensors, write_safetensors
 from timm_ghn.ghn.model import GHN
-from timm_ghn.graph.graph import Graph
 from timm_ghn.training.checkpoint import Checkpoint
-from timm_ghn.training.pool import ArchitecturePool, PoolConfig
+from timm_ghn.training.optimizer import make_optimizer
 
 
 def export_run(folder: Path, path: Path) -> GHN:
@@ -38,38 +38,35 @@ def export_run(folder: Path, path: Path) -> GHN:
         ghn = read_safetensors(folder / latest.exported)
     except (OSError, CheckpointError, TrainingError) as error:
         raise TrainingError(f"{folder} holds no training run that can be exported: {error}") from error
-    config = latest.config
-    pool = ArchitecturePool.load(
-        folder / "pool-train.jsonl.gz", PoolConfig(config.pool_size, config.seed, "train", config.sampler)
-    )
-    fill_unseen_sizes(ghn, [member.graph for member in pool])
-    facts = {"step": str(latest.step), "train_config": json.dumps(config.to_dict(), sort_keys=True)}
+    state = torch.load(folder / latest.optimizer, map_location="cpu", weights_only=True)
+    fill_unseen_sizes(ghn, state["optimizer"])
+    facts = {"step": str(latest.step), "train_config": json.dumps(latest.config.to_dict(), sort_keys=True)}
     write_safetensors(ghn, path, facts)
     return ghn
 
 
 @torch.no_grad()
-def fill_unseen_sizes(ghn: GHN, graphs: Sequence[Graph]) -> int:
-    """Give sizes that no graph has the embedding between those of the nearest sizes that some graph has.
+def fill_unseen_sizes(ghn: GHN, optimizer: Mapping[str, Any]) -> int:
+    """Give sizes that no training network had the embedding between those of the nearest sizes that some network had.
 
     Args:
         ghn: Trained GHN; changed in place.
-        graphs: Graphs that it was trained on.
+        optimizer: State of its optimizer: rows of sizes that no network had never had a gradient.
 
     Returns:
         Number of rows that were filled in.
     """
+    order = [parameter for group in make_optimizer(ghn, 1.0, 0.0).param_groups for parameter in group["params"]]
     encoder = ghn.shape_enc
-    channels, kernels = set(), set()
-    for graph in graphs:
-        for shape in {node.shape for node in graph.nodes if node.shape is not None}:
-            out_channels, in_channels, height, width = encoder.indices(shape)
-            channels |= {out_channels, in_channels}
-            kernels |= {height, width}
+
+    def seen(table: nn.Embedding) -> set[int]:
+        place = next(index for index, parameter in enumerate(order) if parameter is table.weight)
+        return set(torch.nonzero(optimizer["state"][place]["exp_avg_sq"].any(1)).flatten().tolist())
+
     classes = int((encoder.channels.known == ghn.config.num_classes).argmax())
-    return _fill(encoder.embed_channel.weight, encoder.channels.known.tolist(), channels, classes) + _fill(
-        encoder.embed_spatial.weight, encoder.kernels.known.tolist(), kernels
-    )
+    return _fill(
+        encoder.embed_channel.weight, encoder.channels.known.tolist(), seen(encoder.embed_channel), classes
+    ) + _fill(encoder.embed_spatial.weight, encoder.kernels.known.tolist(), seen(encoder.embed_spatial))
 
 
 def _fill(weight: Tensor, known: list[int], seen: set[int], special: int | None = None) -> int:

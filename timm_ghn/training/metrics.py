@@ -4,87 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-
-from timm_ghn.training.objective import Score
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
 
-@dataclass
 class Meter:
-    """Running sums over the networks of one task since the last line of the metrics file."""
-
-    loss: float = 0.0
-    classes: int = 0
-    groups: int = 0
-    images: int = 0
-    networks: int = 0
-    ridge_loss: float = 0.0
-    ridge_accuracy: float = 0.0
-
-    def add(self, score: Score) -> None:
-        """Count a network's batch."""
-        self.loss += float(score.loss.detach())
-        self.classes += score.classes
-        self.groups += score.groups
-        self.images += score.count
-        self.networks += 1
-
-    def summary(self) -> dict[str, float]:
-        """Means; empty if nothing was counted."""
-        if not self.networks:
-            return {}
-        return {
-            "loss": self.loss / self.networks,
-            "accuracy": self.classes / self.images,
-            "group_accuracy": self.groups / self.images,
-            "ridge_loss": self.ridge_loss / self.networks,
-            "ridge_accuracy": self.ridge_accuracy / self.networks,
-        }
-
-
-PARTS = ("images", "networks_forward", "networks_backward", "ghn_forward", "ghn_backward", "update")
-"""Parts of a step, as `Clock` times them: those of the networks, and those of the GHN and its optimizer."""
-
-
-@dataclass
-class Clock:
-    """Where the time of this process went, and sums over its steps, since the last line of the metrics file.
+    """Means of named values, and seconds of named parts of an update, since the last line of the metrics.
 
     On CUDA, a part's seconds are those until its kernels are launched; they wait wherever a value is read.
     """
 
-    steps: int = 0
-    networks: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    norm_penalty: float = 0.0
-    correlation_penalty: float = 0.0
-    gradient: float = 0.0
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._started = time.perf_counter()
+        self.steps = 0
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Count some values once."""
+        for name, value in values.items():
+            self._sums[name] += value
+            self._counts[name] += 1
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the time that is spent here for one of the `PARTS`."""
+        """Count the time that is spent here for a part."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.parts[name] += time.perf_counter() - start
+            self._seconds[name] += time.perf_counter() - start
 
     def summary(self) -> dict[str, float]:
-        """Means, rates and shares of the time; empty if nothing was counted."""
-        if not self.steps:
-            return {}
-        total = max(self.seconds, 1e-9)
-        ghn = sum(self.parts[name] for name in ("ghn_forward", "ghn_backward", "update"))
-        return {
-            "norm_penalty": self.norm_penalty / self.steps,
-            "correlation_penalty": self.correlation_penalty / self.steps,
-            "gradient": self.gradient / self.steps,
-            "steps_per_second": self.steps / total,
-            "architectures_per_second": self.networks / total,
-            "images_per_second": self.images / total,
-            "ghn_share": ghn / total,
-            **{f"{name}_share": seconds / total for name, seconds in self.parts.items()},
-        }
+        """Means, updates a second, and shares of the time."""
+        total = max(time.perf_counter() - self._started, 1e-9)
+        means = {name: value / self._counts[name] for name, value in self._sums.items()}
+        shares = {f"{name}_share": seconds / total for name, seconds in self._seconds.items()}
+        return {**means, "steps_per_second": self.steps / total, **shares}

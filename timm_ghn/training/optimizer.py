@@ -1,4 +1,4 @@
-"""The optimizer of a GHN: AdamW, or orthogonalized updates for its matrices.
+"""The optimizer of a GHN: orthogonalized updates for its matrices, AdamW for the rest.
 
 The nodes of a network look alike to a decoder: its last hidden features are nearly parallel at the start, so a gradient
 is nearly of rank one, and what an element-wise optimizer learns first, and for long, is one kernel for all layers. Muon
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from timm_ghn.ghn.decoder import even_factor
 from timm_ghn.ghn.model import GHN
-
-OPTIMIZERS = ("adamw", "muon")
 
 _RATE = 0.6
 """Root mean square of a full-rank update at a learning rate of 1. AdamW's is about 0.2; three times that learned faster
@@ -86,18 +84,16 @@ def orthogonal_update(gradient: Tensor) -> Tensor:
     return update
 
 
-def make_optimizer(ghn: GHN, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def make_optimizer(ghn: GHN, lr: float, weight_decay: float) -> Muon:
     """The optimizer of a training run.
+
+    Tables of embeddings and class layers are left to AdamW, because most of their rows have no gradient in a step.
 
     Args:
         ghn: GHN to train.
-        name: "adamw", or "muon" for the matrices of the GNN and of the decoders; tables of embeddings and class layers
-            are AdamW's there too, because most of their rows have no gradient in a step.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
     """
-    if name == "adamw":
-        return torch.optim.AdamW(ghn.parameters(), lr=lr, weight_decay=weight_decay)
     tables = [module for module in ghn.modules() if isinstance(module, nn.Embedding)]
     sparse: list[nn.Module] = [*tables, ghn.bias_class, ghn.decoder.class_layer_predictor]
     excluded = {id(parameter) for module in sparse for parameter in module.parameters()}

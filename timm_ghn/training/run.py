@@ -1,26 +1,33 @@
-"""A run from its settings: images, architectures and a GHN become a trainer."""
+"""A run from its settings: images, a teacher, networks and a GHN become a trainer."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from timm_ghn.errors import TrainingError
 from timm_ghn.ghn.checkpoint import read
 from timm_ghn.ghn.config import GHNConfig
-from timm_ghn.training.begin import compile_parts, new_ghn, with_tiles
+from timm_ghn.ghn.model import GHN
+from timm_ghn.storage.paths import cache_directory
+from timm_ghn.training.architectures import Bounds, EvaluationNetworks, Networks, draw_architecture
+from timm_ghn.training.begin import new_ghn, with_tiles
 from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.config import TrainConfig
-from timm_ghn.training.data import ImageSet, Splits, load_images, split
+from timm_ghn.training.data import Splits, load_images, split
 from timm_ghn.training.loop import Trainer
-from timm_ghn.training.pool import ArchitecturePool, PoolConfig
-from timm_ghn.training.pretext import make_pretext
+from timm_ghn.training.teacher import SAMPLE, check_teacher, teacher_targets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,118 +36,90 @@ class Beginning:
 
     Attributes:
         ghn: File of a GHN; None for a new one.
-        step: Step of the schedules.
         resume: Whether it goes on from the checkpoint in its folder instead, if there is one.
-        hid: Size of a new GHN's node features; a GHN from a file keeps its own.
-        tiles: Blocks a side that differ in a large kernel. A GHN from a file without them gets new codes.
+        teacher: Name of the teacher, see `teacher_targets`; None for none.
+        size: Side to which images are brought, in pixels.
     """
 
     ghn: Path | None = None
-    step: int = 0
     resume: bool = False
-    hid: int = 32
-    tiles: int = 1
+    teacher: str | None = None
+    size: int = 32
 
 
 def prepare(
-    images: Sequence[str | Path],
-    config: TrainConfig,
-    out: Path,
-    processes: Accelerator,
-    beginning: Beginning,
-    *,
-    workers: int = 1,
+    images: Sequence[str | Path], config: TrainConfig, out: Path, processes: Accelerator, beginning: Beginning
 ) -> Trainer:
-    """Load images and architectures, and make or restore the trainer.
+    """Check everything, load the images and what the teacher sees in them, and make or restore the trainer.
 
     Raises:
-        TrainingError: If images are missing, or the folder holds another run.
+        TrainingError: If images are missing, the folder holds another run, or the GHN is of another kind.
+        CheckpointError: If the file of a GHN is none.
+        MissingDependencyError: If the teacher's weights are not installed.
     """
-    _check_folder(out, config, beginning.resume)
-    first = processes.is_main_process
-    data = load_images(images, config.sampler.input_size, progress=first)
-    splits = split(data, held_out=config.held_out_classes, validation=config.validation, seed=config.seed)
-    with processes.main_process_first():  # it builds the pools, the others read them
-        pool, eval_pool = _pools(out, config, workers, first)
-    return make_trainer(config, splits, pool, eval_pool, out, processes, beginning)
-
-
-def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
-    if not resume:
-        if Checkpoint.is_in(out):
-            raise TrainingError(f"{out} holds a run already: give --resume, or another folder")
-        return
-    before = Checkpoint.read(out)
-    if before is None:
-        return
-    values = [(entry.name, getattr(before.config, entry.name), getattr(config, entry.name)) for entry in fields(config)]
-    changed = [name for name, old, new in values if old != new]
-    if changed:
-        logging.getLogger(__name__).warning("resuming with other settings than before: %s", ", ".join(changed))
-
-
-def _pools(out: Path, config: TrainConfig, workers: int, progress: bool) -> tuple[ArchitecturePool, ArchitecturePool]:
-    # Evaluation has as many architectures of each family.
-    every_family = replace(config.sampler, families=dict.fromkeys(config.sampler.all_families, 1.0))
-    held_out = ArchitecturePool.load_or_build(
-        out / "pool-evaluation.jsonl.gz",
-        PoolConfig(config.eval_pool_size, config.seed, "evaluation", every_family),
-        workers=workers,
-        progress=progress,
-    )
-    pool = ArchitecturePool.load_or_build(
-        out / "pool-train.jsonl.gz",
-        PoolConfig(config.pool_size, config.seed, "train", config.sampler),
-        exclude=held_out,
-        workers=workers,
-        progress=progress,
-    )
-    return pool, held_out
-
-
-def easy_images(config: TrainConfig) -> ImageSet | None:
-    """Images of the easy task to begin with; None for clusters of the training images.
-
-    Raises:
-        TrainingError: If packages are missing.
-    """
-    if config.easy != "pretext":
-        return None
-    return make_pretext(config.sampler.input_size, config.pretext_images, config.seed)
-
-
-def make_trainer(
-    config: TrainConfig,
-    splits: Splits,
-    pool: ArchitecturePool,
-    eval_pool: ArchitecturePool,
-    out: Path,
-    processes: Accelerator,
-    beginning: Beginning,
-) -> Trainer:
-    """A trainer with a new GHN at a good scale, or with that of a file or of the folder's checkpoint.
-
-    Raises:
-        CheckpointError: If the file is no GHN.
-        TrainingError: If it is one of another kind.
-    """
-    before = Checkpoint.read(out) if beginning.resume else None
+    before = _check_folder(out, config, beginning.resume)
+    if beginning.teacher is not None:
+        check_teacher(beginning.teacher)
+    elif config.components or config.relation:
+        raise TrainingError("this configuration learns from a teacher: name one with --teacher")
     file = beginning.ghn if before is None else out / before.weights
-    if file is not None:
-        ghn = read(file)
-        ghn.info = None  # of the file; training makes another GHN of it
-        if ghn.config.kernels != config.kernels:
-            raise TrainingError(f"{file} has '{ghn.config.kernels}' kernels, the run '{config.kernels}' ones")
-        ghn = with_tiles(ghn, beginning.tiles, config.seed)
-    else:
-        shape = GHNConfig(
-            num_classes=len(splits.train.classes), hid=beginning.hid, kernels=config.kernels, tiles=beginning.tiles
-        )
-        ghn = new_ghn(shape, config, [member.graph for member in pool[:32]])
-    if config.compile:
-        compile_parts(ghn.to(processes.device))
-    trainer = Trainer(ghn, config, splits, pool, eval_pool, out, processes, easy_images(config))
-    trainer.step = beginning.step
+    given = None if file is None else read(file)
+    splits = load_splits(images, config, beginning, processes)
+    shape = replace(config.ghn, num_classes=splits.num_outputs)
+    ghn = new_ghn(shape, config.share, config.seed) if given is None else _continued(given, shape, config.seed)
+    draw = partial(draw_architecture, f"{config.seed}/train", shares=config.families, bounds=Bounds())
+    networks = Networks(draw, splits.num_outputs, config.kept)
+    trainer = Trainer(ghn, config, splits, networks, EvaluationNetworks(splits.num_outputs), out, processes)
     if before is not None:
         trainer.resume()
     return trainer
+
+
+def _check_folder(out: Path, config: TrainConfig, resume: bool) -> Checkpoint | None:
+    if not resume and Checkpoint.is_in(out):
+        raise TrainingError(f"{out} holds a run already: give --resume, or another folder")
+    before = Checkpoint.read(out)
+    if before is None:
+        return None
+    changed = config.changed(before.config)
+    if changed:
+        logger.warning("resuming with other settings than before: %s", ", ".join(changed))
+    return before
+
+
+def load_splits(
+    images: Sequence[str | Path], config: TrainConfig, beginning: Beginning, processes: Accelerator
+) -> Splits:
+    """The images, with the teacher's targets, in training, validation and held-out parts.
+
+    Raises:
+        TrainingError: If images are missing.
+    """
+    first = processes.is_main_process
+    data = load_images(images, beginning.size, progress=first)
+    if beginning.teacher is not None:
+        with processes.main_process_first():  # it computes the targets, the others read them
+            components = teacher_targets(data.images, beginning.teacher, cache_directory() / "teacher", progress=first)
+        data = replace(data, targets=_whitened(components, config.whitening))
+    return split(data, held_out=config.held_out_classes, validation=config.validation, seed=config.seed)
+
+
+def _whitened(components: Tensor, power: float) -> Tensor:
+    """Components divided by a power of their standard deviations, float16 of moderate size."""
+    values = components.float()
+    values = values / values[:SAMPLE].std(0).clamp_min(1e-6) ** power
+    return (values / values[:SAMPLE].square().mean().sqrt()).half()
+
+
+def _continued(ghn: GHN, shape: GHNConfig, seed: int) -> GHN:
+    """A GHN of a file, as a run with a configuration goes on with it.
+
+    Raises:
+        TrainingError: If it is one of another kind.
+    """
+    ghn.info = None  # of the file; training makes another GHN of it
+    if ghn.config == shape:
+        return ghn
+    if replace(ghn.config, tiles=shape.tiles) != shape:
+        raise TrainingError(f"the GHN of the file is {ghn.config}, the run's is {shape}")
+    return with_tiles(ghn, shape.tiles, seed)

@@ -1,0 +1,114 @@
+"""The networks that a GHN is trained on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from timm_ghn.errors import TrainingError
+from timm_ghn.ghn import GHN, GHNConfig
+from timm_ghn.orthogonalization import weight_layers
+from timm_ghn.training.architectures import Architecture, Bounds, Network, count_macs, draw_architecture
+from timm_ghn.training.conditioned import as_users_get
+from timm_ghn.training.families import FAMILIES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHARES = {name: share for name, (_, share) in FAMILIES.items()}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_family_gives_networks_that_a_ghn_predicts(family: str) -> None:
+    bounds = Bounds()
+    architecture = draw_architecture("test", 0, {family: 1.0}, bounds)
+    assert architecture == draw_architecture("test", 0, {family: 1.0}, bounds)
+    assert architecture.family == family
+    with torch.device("meta"):
+        model = architecture.build(10)
+    assert sum(parameter.numel() for parameter in model.parameters()) <= bounds.max_params
+    macs, outputs = count_macs(model, architecture.size)
+    assert bounds.min_macs * 0.9 <= macs <= bounds.max_macs
+    assert 0 < outputs <= bounds.max_outputs
+
+    network = Network(architecture, 10)
+    predicted = {target.name for target in network.graph.targets}
+    layers = {layer.parameter for layer in weight_layers(model)}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert sum(sizes[name] for name in predicted & layers) > 0.95 * sum(sizes[name] for name in layers)
+    torch.manual_seed(0)
+    ghn = GHN(GHNConfig(max_shape=(16, 16, 11, 11), num_classes=10, hid=8, kernels="orthogonal"))
+    with torch.no_grad():
+        outputs_of, features = network(ghn([network.graph])[0], torch.randn(4, 3, 32, 32))
+    assert outputs_of.shape == (4, 10)
+    assert features.shape[0] == 4
+    assert bool(torch.isfinite(outputs_of).all())
+
+
+def test_draws_follow_the_shares_and_differ() -> None:
+    drawn = [draw_architecture("test", index, {"resnet": 3.0, "vit": 1.0}, Bounds()) for index in range(24)]
+    assert len(set(drawn)) == 24
+    assert 12 <= sum(architecture.family == "resnet" for architecture in drawn) < 24
+    assert drawn[5] != draw_architecture("other", 5, {"resnet": 3.0, "vit": 1.0}, Bounds())
+
+
+def test_a_family_that_is_too_costly_is_named() -> None:
+    with pytest.raises(TrainingError, match="no network of the family 'vgg' is within the bounds"):
+        draw_architecture("test", 0, {"vgg": 1.0}, Bounds(max_params=10))
+
+
+def test_multiply_adds_and_outputs_are_those_of_an_image() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 9))
+    assert count_macs(model, 4) == (16 * 8 * 27 + 8 * 16 * 9 // 3, 8 * 16 + 9)
+
+
+def test_a_network_keeps_no_memory_for_what_is_predicted_and_uses_the_statistics_of_the_batch() -> None:
+    network = Network(draw_architecture("test", 1, {"resnet": 1.0}, Bounds()), 10)
+    predicted = {target.name for target in network.graph.targets}
+    held = {name for name, parameter in network.model.named_parameters() if not parameter.is_meta}
+    assert predicted
+    assert not predicted & held
+    norms = [module for module in network.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert all(norm.running_mean is None for norm in norms)
+
+
+def test_what_is_not_predicted_depends_on_the_architecture_alone() -> None:
+    architecture = draw_architecture("test", 0, {"cait": 1.0}, Bounds())
+    torch.manual_seed(1)
+    first = Network(architecture, 10).model
+    torch.manual_seed(2)
+    second = Network(architecture, 10).model
+    kept = {name: parameter for name, parameter in first.named_parameters() if not parameter.is_meta}
+    assert "cls_token" in kept
+    assert all(torch.equal(parameter, second.get_parameter(name)) for name, parameter in kept.items())
+
+
+def test_orthogonalized_kernels_have_the_gradient_of_a_rotation() -> None:
+    """Checked against finite differences of a small rotation, for which the orthogonal factor is exactly linear."""
+    network = Network(Architecture("resnet", "test/rotation", 32), 10)
+    name, layer = next(iter(network.processed.items()))
+    kernel = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))[0].float() * 3
+    weight = kernel[:20].clone().requires_grad_()
+    turned = as_users_get({name: weight, "bias": torch.ones(3)}, {name: layer}, 64, 0)
+    torch.testing.assert_close(turned[name].detach(), kernel[:20] / 3, atol=1e-5, rtol=0)
+    assert torch.equal(turned["bias"], torch.ones(3))
+    (grad,) = torch.autograd.grad(turned[name][4, 5], weight)
+    expected = torch.zeros(20, 40)
+    expected[4, 5] = 1 / 3
+    torch.testing.assert_close(grad, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("shape", "seen"), [((12, 40), (slice(8), slice(None))), ((40, 12), (slice(None), slice(8)))])
+def test_vectors_that_repeat_have_no_gradient(shape: tuple[int, int], seen: tuple[slice, slice]) -> None:
+    network = Network(Architecture("resnet", "test/rotation", 32), 10)
+    name, layer = next(iter(network.processed.items()))
+    block = torch.randn(8, 8).repeat(5, 5)[: shape[0], : shape[1]]
+    weight = block.clone().requires_grad_()
+    result = as_users_get({name: weight}, {name: layer}, 8, 0)[name]
+    gram = result @ result.T if shape[0] < shape[1] else result.T @ result
+    torch.testing.assert_close(gram.detach(), torch.eye(12), atol=1e-4, rtol=0)
+    (grad,) = torch.autograd.grad(result.sum(), weight)
+    assert bool((grad[seen] != 0).all())
+    assert int((grad != 0).sum()) == grad[seen].numel()
