@@ -1,7 +1,7 @@
 """What a GHN is worth: small timm models fine-tuned with few labels from its weights, beside a floor and an oracle.
 
-    python benchmarks/bundled_ghn.py --data ../shared/data --out results/bundled                 # the whole table
-    python benchmarks/bundled_ghn.py --data ../shared/data --tasks held-out --inits ghn-orth --ghn run/ghn.safetensors
+    python benchmarks/bundled_ghn.py --data data --out results/bundled                 # the whole table
+    python benchmarks/bundled_ghn.py --data data --tasks held-out --inits ghn-orth --ghn run/ghn.safetensors
 
 Tasks: CIFAR-10 with 100 labels a class, Fashion-MNIST with as many, and 20 labels of each of the 50 classes of
 Tiny-ImageNet that the GHN never saw. Learning rates are chosen for each initialization on held-out training images of

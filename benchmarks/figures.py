@@ -1,13 +1,14 @@
 """Tables and figures of arXiv 2207.10049 from results on disk, or from timm models.
 
-    python benchmarks/figures.py tables --results results                    # tables 1 and 2 as Markdown
-    python benchmarks/figures.py curves --results results --out docs/curves  # figure 4: training and test curves
-    python benchmarks/figures.py steps --runs benchmarks/results/results-small.jsonl --out docs/steps
-    python benchmarks/figures.py correlations --models resnet50 convnext_base --out docs/correlations   # figure 2
-    python benchmarks/figures.py graphs --models resnet50 convnext_base --out docs/graphs               # figure 3
-    python benchmarks/figures.py embeddings --count 200 --data ../shared/data/tinyimagenet32 --out docs/embeddings
+    python benchmarks/figures.py tables --results results              # tables 1 and 2 as Markdown
+    python benchmarks/figures.py curves --results results              # figure 4: training and test curves
+    python benchmarks/figures.py steps --runs benchmarks/results/results-small.jsonl --bundled-steps 8531
+    python benchmarks/figures.py correlations                          # figure 2
+    python benchmarks/figures.py graphs                                # figure 3
+    python benchmarks/figures.py embeddings --count 200 --data data/tinyimagenet32                     # figure 5
 
-Each figure is written as PNG and SVG, with the numbers behind it as JSON beside them. Needs the extra `plot`.
+Each figure is a PNG; the numbers behind it are written as JSON, beside it or to `--numbers`. For the figures of the
+docs: `--out docs/NAME --numbers benchmarks/results/NAME`. Needs the extra `plot`.
 """
 
 from __future__ import annotations
@@ -63,25 +64,28 @@ def pyplot() -> Any:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise MissingDependencyError("figures need matplotlib: pip install 'timm-ghn[plot]'") from error
-    mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
-    mpl.rcParams["svg.hashsalt"] = "timm-ghn"
+    mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     return plt
 
 
-def write_figure(figure: Any, numbers: Any, out: Path) -> None:
-    """Write PNG, SVG and JSON."""
-    for suffix in (".png", ".svg"):
-        buffer = io.BytesIO()
-        metadata = {"Date": None} if suffix == ".svg" else None
-        figure.savefig(buffer, format=suffix[1:], dpi=160, bbox_inches="tight", metadata=metadata)
-        write_atomically(out.with_suffix(suffix), buffer.getvalue())
-    write_numbers(numbers, out)
+def write_figure(figure: Any, numbers: Any, args: argparse.Namespace) -> None:
+    """Write a PNG and its numbers, and say where."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight")
+    write(args.out.with_suffix(".png"), buffer.getvalue())
+    write_numbers(numbers, args)
     pyplot().close(figure)
 
 
-def write_numbers(numbers: Any, out: Path) -> None:
+def write_numbers(numbers: Any, args: argparse.Namespace) -> None:
     """Write what a figure shows as JSON."""
-    write_atomically(out.with_suffix(".json"), json.dumps(numbers, indent=1).encode())
+    write((args.numbers or args.out).with_suffix(".json"), json.dumps(numbers, indent=1).encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file, and say so."""
+    write_atomically(path, content)
+    print(f"{path}: {len(content):,} bytes")
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -286,7 +290,7 @@ def plot_gains(args: argparse.Namespace) -> None:
     data = gains(rows, args.bundled_steps)
     if not data:
         raise FineTuneError(f"{args.runs} has no runs on CIFAR-10 from GHNs of known numbers of steps")
-    write_figure(draw_gains(data), data, args.out)
+    write_figure(draw_gains(data), data, args)
 
 
 # --- figure 2: correlations -----------------------------------------------------------------------------------------
@@ -299,12 +303,14 @@ class LayerCorrelations:
     Attributes:
         number: Number of the layer, from 1.
         parameter: Name of its weight.
+        kind: "depthwise", "1 x 1" (fully-connected layers as well) or "spatial".
         std: Standard deviation of all entries of the matrix of correlations, sigma of Eq. 1.
         quantiles: 5, 25, 50, 75 and 95 % of the correlations of sampled pairs of different channels.
     """
 
     number: int
     parameter: str
+    kind: str
     std: float
     quantiles: tuple[float, ...]
 
@@ -318,10 +324,16 @@ def channel_correlations(model: nn.Module) -> list[LayerCorrelations]:
             continue
         values = sampled_correlations(matrix, _PAIRS, layer.number)
         quantiles = torch.quantile(values, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]))
-        found.append(
-            LayerCorrelations(layer.number, layer.parameter, correlation_std(matrix), tuple(quantiles.tolist()))
-        )
+        kind, std = kind_of(model.get_parameter(layer.parameter).shape), correlation_std(matrix)
+        found.append(LayerCorrelations(layer.number, layer.parameter, kind, std, tuple(quantiles.tolist())))
     return found
+
+
+def kind_of(shape: Sequence[int]) -> str:
+    """The kind of a layer by the shape (K, C / groups, ...) of its weight."""
+    if max(shape[2:], default=1) == 1:
+        return "1 x 1"
+    return "depthwise" if shape[1] == 1 else "spatial"
 
 
 def sampled_correlations(matrix: Tensor, count: int, seed: int) -> Tensor:
@@ -345,27 +357,33 @@ def sampled_correlations(matrix: Tensor, count: int, seed: int) -> Tensor:
 
 
 def draw_correlations(data: Mapping[str, Mapping[str, Sequence[LayerCorrelations]]]) -> Any:
-    """A row for each model, a column for each initialization, and the deviations in the last column."""
+    """A row for each kind of layer of a model, a column for each initialization, and the deviations at the end.
+
+    Kinds have rows of their own, because their correlations differ: those of a depthwise convolution, which has few
+    numbers a channel, spread ten times as far as those of a layer of 1 x 1.
+    """
     plt = pyplot()
+    rows = [(model, kind) for model, inits in data.items()
+            for kind in dict.fromkeys(layer.kind for layers in inits.values() for layer in layers)]  # fmt: skip
     columns = max(len(inits) for inits in data.values()) + 1
-    figure, axes = plt.subplots(
-        len(data), columns, figsize=(2.7 * columns + 0.6, 2.6 * len(data) + 0.5), squeeze=False, layout="constrained"
-    )
-    for row, (model, inits) in enumerate(data.items()):
-        for column, (init, layers) in enumerate(inits.items()):
-            axis = axes[row][column]
-            color = COLORS[column % len(COLORS)]
+    size = (2.5 * columns + 0.6, 2.0 * len(rows) + 0.5)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
+    for row, (model, kind) in zip(axes, rows, strict=True):
+        chosen = {init: [layer for layer in layers if layer.kind == kind] for init, layers in data[model].items()}
+        extent = 1.05 * max(abs(value) for layers in chosen.values() for layer in layers for value in layer.quantiles)
+        for column, (init, layers) in enumerate(chosen.items()):
+            axis, color = row[column], COLORS[column % len(COLORS)]
             numbers = [layer.number for layer in layers]
             low, lower, middle, upper, high = zip(*(layer.quantiles for layer in layers), strict=True)
             axis.fill_between(numbers, low, high, color=color, alpha=0.18, linewidth=0, label="5 to 95 %")
             axis.fill_between(numbers, lower, upper, color=color, alpha=0.4, linewidth=0, label="25 to 75 %")
             axis.plot(numbers, middle, color=color, linewidth=1, label="median")
-            axis.set_ylim(-1.05, 1.05)
-            axis.set_title(f"{model}\n{init}" if columns > 2 else model)
-            axes[row][-1].plot(numbers, [layer.std for layer in layers], color=color, label=init, linewidth=1.2)
-        axes[row][0].set_ylabel("correlation of two channels")
-        axes[row][-1].set_title(f"{model}\nstandard deviation")
-        axes[row][-1].set_ylim(bottom=0)
+            axis.set_ylim(-extent, extent)
+            axis.set_title(f"{init}\n{model}, {kind}", fontsize=8)
+            row[-1].plot(numbers, [layer.std for layer in layers], color=color, label=init, linewidth=1.2)
+        row[0].set_ylabel("correlation")
+        row[-1].set_title(f"standard deviation\n{model}, {kind}", fontsize=8)
+        row[-1].set_ylim(bottom=0)
     for axis in axes[-1]:
         axis.set_xlabel("layer")
     axes[0][0].legend(frameon=False, fontsize=7, loc="upper left")
@@ -456,7 +474,7 @@ def embeddings(args: argparse.Namespace) -> None:
         rows.append({"name": name, "family": None, "accuracy": None, "x": float(x), "y": float(y)})
     label = f"linear classifier (%), {args.shots} labels a class"
     numbers = {"ghn": ghn.info.name if ghn.info else None, "shares": shares.tolist(), "accuracy": label, "points": rows}
-    write_figure(draw_embeddings(rows, shares.tolist(), label), numbers, args.out)
+    write_figure(draw_embeddings(rows, shares.tolist(), label), numbers, args)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -468,7 +486,7 @@ def tables(args: argparse.Namespace) -> None:
     text = f"{table_1(found)}\n\n{table_2(found)}\n"
     print(text)
     if args.out is not None:
-        write_atomically(args.out.with_suffix(".md"), text.encode())
+        write(args.out.with_suffix(".md"), text.encode())
 
 
 def plot_curves(args: argparse.Namespace) -> None:
@@ -476,7 +494,9 @@ def plot_curves(args: argparse.Namespace) -> None:
     store = ResultStore(args.results)
     tested(store)
     data = curves([result for result in store.all() if result.config.split == "test" and not result.diverged])
-    write_figure(draw_curves(data), data, args.out)
+    if not data:
+        raise FineTuneError(f"all runs in {args.results} diverged: there is nothing to draw")
+    write_figure(draw_curves(data), data, args)
 
 
 def plot_correlations(args: argparse.Namespace) -> None:
@@ -492,7 +512,7 @@ def plot_correlations(args: argparse.Namespace) -> None:
                 model = timm.create_model(name, init=timm_ghn.Init(init, **settings))
             data[name][init] = channel_correlations(model)
     numbers = {m: {i: [vars(layer) for layer in layers] for i, layers in row.items()} for m, row in data.items()}
-    write_figure(draw_correlations(data), numbers, args.out)
+    write_figure(draw_correlations(data), numbers, args)
 
 
 def plot_graphs(args: argparse.Namespace) -> None:
@@ -501,10 +521,11 @@ def plot_graphs(args: argparse.Namespace) -> None:
     for name in args.models:
         with torch.device("meta"):
             graphs.append(to_graph(timm.create_model(name)))
-    for suffix in (".png", ".svg"):
-        drawing.save(graphs, args.out.with_suffix(suffix), titles=list(args.models))
+    path = args.out.with_suffix(".png")
+    drawing.save(graphs, path, titles=list(args.models))
+    print(f"{path}: {path.stat().st_size:,} bytes")
     counts = [{"model": n, "operators": dict(g.operators)} for n, g in zip(args.models, graphs, strict=True)]
-    write_numbers(counts, args.out)
+    write_numbers(counts, args)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -515,6 +536,7 @@ def make_parser() -> argparse.ArgumentParser:
     def add(name: str, handler: Callable[[argparse.Namespace], None], out: str | None) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=(handler.__doc__ or "").strip())
         command.add_argument("--out", type=Path, default=out and Path(out), help="file without suffix")
+        command.add_argument("--numbers", type=Path, help="file for the numbers, without suffix (default: as --out)")
         command.set_defaults(handler=handler)
         return command
 

@@ -1,9 +1,9 @@
 """Fine-tune timm models from several initializations, with the protocol of arXiv 2207.10049.
 
     python benchmarks/finetune.py --preset paper-resnet50 --data data --download        # Table 1, ResNet-50, on a GPU
-    python benchmarks/finetune.py --model resnet18 --inits rand ghn-orth --epochs 30 --data ../shared/data
+    python benchmarks/finetune.py --model resnet18 --inits rand ghn-orth --epochs 30 --data data
     python benchmarks/finetune.py --model resnet18 --dataset folder --data my_images --labels 0 --image-size 64
-    python benchmarks/finetune.py --model resnet18 --data ../shared/data --measure      # images/s alone
+    python benchmarks/finetune.py --model resnet18 --data data --measure      # images/s alone
 
 By default: CIFAR-10 with the first 100 images of each class, 32 x 32, random crops and flips, SGD with a cosine over
 300 epochs, 5 seeds, accuracy on the 10,000 test images after the last epoch. `--tune-lr` chooses the learning rate for

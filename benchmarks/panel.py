@@ -1,8 +1,8 @@
 """What a GHN is worth on networks that people use: small models of 40 of timm's modules, as timm builds them.
 
-    python benchmarks/panel.py --data ../shared/data --out results/panel                        # everything
-    python benchmarks/panel.py --data ../shared/data --out results/panel --inits ghn-orth --ghn run/ghn.safetensors
-    python benchmarks/panel.py --data ../shared/data --out results/panel --quick --ghn run/ghn.safetensors
+    python benchmarks/panel.py --data data --out results/panel                        # everything
+    python benchmarks/panel.py --data data --out results/panel --inits ghn-orth --ghn run/ghn.safetensors
+    python benchmarks/panel.py --data data --out results/panel --quick --ghn run/ghn.safetensors
     python benchmarks/panel.py --out results/panel --table --png docs/panel.png                 # print and draw alone
 
 Protocol: CIFAR-10 with the first 100 images of each class, 32 x 32, 12 epochs of AdamW in batches of 48. The first seed

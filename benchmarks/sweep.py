@@ -1,7 +1,7 @@
 """A sweep over hyperparameters, initializations, architectures and seeds, on Ray Tune.
 
     python benchmarks/sweep.py --models resnet18 --inits rand ghn-orth --lrs 0.003 0.01 0.03 --epochs 30 \\
-        --data ../shared/data --out results/sweep
+        --data data --out results/sweep
     python benchmarks/sweep.py ... --gpus-per-trial 0.25             # four trials share a GPU
     python benchmarks/sweep.py ... --address auto                    # on a running Ray cluster
     python benchmarks/sweep.py ... --early-stopping                  # ASHA: bad trials end after a few epochs

@@ -26,7 +26,7 @@ from zoo_survey import peers as zoo_peers
 from zoo_survey.examine import Settings
 from zoo_survey.pool import Limits
 from zoo_survey.records import Entry, Stage, collect
-from zoo_survey.results import Results, RunInfo, open_results, read_results, without_failures
+from zoo_survey.results import Results, ResultsError, RunInfo, open_results, read_results, without_failures
 from zoo_survey.survey import Plan, skipped, survey
 from zoo_survey.table import markdown
 
@@ -101,6 +101,8 @@ def write_table(args: argparse.Namespace, plan: Plan, results: Results) -> None:
     """Write the page from all results of the chosen models."""
     names = set(select_names(args.patterns))
     entries = [entry for entry in results.entries if entry.name in names]
+    if not entries:
+        raise ResultsError(f"{args.out} has no results of these models: {args.table} stays as it is")
     latest = {(entry.stage, entry.name): entry for entry in entries}
     peers = [entry for (stage, _), entry in latest.items() if stage in (Stage.PPUDA, Stage.GHN3)]
     page = markdown(collect(entries, skipped(entries, plan)), results.runs, peers)

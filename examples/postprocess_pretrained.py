@@ -1,15 +1,18 @@
 """Post-processing alone: orthogonalize the later layers of a torchvision model, pretrained or not.
 
-    python examples/postprocess_pretrained.py [--pretrained] [--model NAME] [--start-layer L]
+    python examples/postprocess_pretrained.py [--pretrained] [--model NAME] [--start-layer L] [--out FILE]
 
 No GHN is involved. The paper (arXiv 2207.10049, section 4) tried this on weights that were trained on ImageNet:
-`--pretrained` downloads such weights; without it, the model has torchvision's random ones.
+`--pretrained` downloads such weights; without it, the model has torchvision's random ones. `--out` writes the result as
+safetensors, for example for `benchmarks/finetune.py --init-file`.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import Tensor
 
 import timm_ghn
@@ -28,6 +31,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18", help="name of a torchvision model (default: resnet18)")
     parser.add_argument("--pretrained", action="store_true", help="begin with torchvision's ImageNet weights")
     parser.add_argument("--start-layer", type=int, default=15, metavar="L", help="first layer to change (default: 15)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the weights there, as safetensors")
     args = parser.parse_args()
     torch.manual_seed(0)
     model = torchvision.models.get_model(args.model, weights="DEFAULT" if args.pretrained else None)
@@ -39,6 +43,9 @@ def main() -> None:
     for name in changed:
         old, new = distance_from_orthogonal(before[name]), distance_from_orthogonal(model.get_parameter(name))
         print(f"{name}: max |Q^T Q - I| {old:.2g} before, {new:.1g} after")
+    if args.out is not None:
+        save_file(model.state_dict(), args.out, {"format": "pt"})
+        print(f"{args.out}: {args.out.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

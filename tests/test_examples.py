@@ -8,17 +8,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def run(*command: str, ghn: Path) -> str:
+def start(*command: str, ghn: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TIMM_GHN": str(ghn), "PYTHONPATH": str(EXAMPLES.parent)}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *command], cwd=EXAMPLES, env=environment, capture_output=True, text=True, timeout=300
     )
+
+
+def run(*command: str, ghn: Path) -> str:
+    done = start(*command, ghn=ghn)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -45,13 +51,14 @@ def test_unrecognized_operation(seeded_checkpoint: Path) -> None:
     assert "both spellings compute the same" in after
 
 
-def test_postprocess_pretrained(seeded_checkpoint: Path) -> None:
-    out = run("postprocess_pretrained.py", ghn=seeded_checkpoint)
+def test_postprocess_pretrained(seeded_checkpoint: Path, tmp_path: Path) -> None:
+    out = run("postprocess_pretrained.py", "--out", str(tmp_path / "a.safetensors"), ghn=seeded_checkpoint)
     assert "layer4.1.conv2.weight: max |Q^T Q - I|" in out
+    timm.create_model("resnet18").load_state_dict(load_file(tmp_path / "a.safetensors"))
 
 
 def test_draw_graphs(seeded_checkpoint: Path, tmp_path: Path) -> None:
-    out = run("draw_graphs.py", "test_resnet", "test_vit", "--out", str(tmp_path / "a.svg"), ghn=seeded_checkpoint)
+    out = run("draw_graphs.py", "--out", str(tmp_path / "a.svg"), "test_resnet", "test_vit", ghn=seeded_checkpoint)
     assert "test_vit: Graph of" in out
     assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
 
@@ -67,30 +74,25 @@ def write_images(folder: Path) -> None:
 
 def test_finetune_folder(seeded_checkpoint: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "images")
-    out = run("finetune_folder.py", str(tmp_path / "images"), "test_resnet", "2", ghn=seeded_checkpoint)
+    out = run(
+        "finetune_folder.py",
+        str(tmp_path / "images"),
+        *("--model", "test_resnet", "--epochs", "2"),
+        ghn=seeded_checkpoint,
+    )
     assert "epoch 2: loss" in out
     assert "24 training images" in out
+    for arguments, message in (((), "arguments are required: FOLDER"), ((str(tmp_path / "no"),), "there is no folder")):
+        failed = start("finetune_folder.py", *arguments, ghn=seeded_checkpoint)
+        assert failed.returncode != 0
+        assert message in failed.stderr
+        assert "Traceback" not in failed.stderr
 
 
 def test_timm_train(seeded_checkpoint: Path, tmp_path: Path) -> None:
     out = run("timm_train.py", "test_resnet", str(tmp_path), ghn=seeded_checkpoint)
     assert "plain timm loads the same weights: True" in out
     assert f"--initial-checkpoint {tmp_path}" in out
-
-
-def test_compare_inits(seeded_checkpoint: Path, tmp_path: Path) -> None:
-    write_images(tmp_path / "images")
-    arguments = ["--model", "test_resnet", "--inits", "rand", "lsuv", "--epochs", "2", "--seeds", "2"]
-    out = run(
-        "compare_inits.py",
-        str(tmp_path / "images"),
-        *arguments,
-        "--out",
-        str(tmp_path / "a.png"),
-        ghn=seeded_checkpoint,
-    )
-    assert "lsuv" in out
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_one_layer(seeded_checkpoint: Path) -> None:

@@ -69,7 +69,7 @@ def test_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "has no finished runs on test images: run benchmarks/finetune.py first" in capsys.readouterr().err
 
 
-def test_curves(store: ResultStore, tmp_path: Path) -> None:
+def test_curves(store: ResultStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert figures.main(["curves", "--results", str(store.folder), "--out", str(tmp_path / "c")]) == 0
     numbers = json.loads((tmp_path / "c.json").read_text())
     line = numbers["resnet18"]["rand"]
@@ -77,7 +77,8 @@ def test_curves(store: ResultStore, tmp_path: Path) -> None:
     assert line["test_epoch"] == [2, 4]
     assert line["accuracy"][-1] == pytest.approx(0.52)
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
-    assert "test accuracy (%)" in (tmp_path / "c.svg").read_text()
+    written = f"{tmp_path / 'c.png'}: {(tmp_path / 'c.png').stat().st_size:,} bytes"
+    assert written in capsys.readouterr().out
 
 
 @settings(max_examples=15, deadline=None)
@@ -104,6 +105,14 @@ def test_correlations_of_a_model() -> None:
         weight.copy_(weight[:1].expand_as(weight))
     by_name = {layer.parameter: layer for layer in figures.channel_correlations(model)}
     assert by_name["layer1.0.conv1.weight"].quantiles == pytest.approx((1,) * 5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [((8, 1, 7, 7), "depthwise"), ((8, 4), "1 x 1"), ((8, 4, 1, 1), "1 x 1"), ((8, 4, 3, 3), "spatial")],
+)
+def test_kinds_of_layers(shape: tuple[int, ...], kind: str) -> None:
+    assert figures.kind_of(shape) == kind
 
 
 def test_principal_components() -> None:
@@ -133,7 +142,7 @@ def test_embeddings(seeded_checkpoint: Path, tmp_path: Path) -> None:
     assert figures.main(["embeddings", *arguments]) == 0
     numbers = json.loads((tmp_path / "e.json").read_text())
     assert [row["name"] for row in numbers["points"]] == [None] * 4 + ["test_resnet"]
-    assert (tmp_path / "e.svg").exists()
+    assert (tmp_path / "e.png").exists()
 
 
 def test_gain_with_training_steps(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 from timm_ghn._version import __version__
-from timm_ghn.cli import cache, coverage, doctor, ghns, graph, init, push, run, train
+from timm_ghn.cli import cache, compare, coverage, doctor, ghns, graph, init, push, run, train
 from timm_ghn.cli.common import PROGRAM, exit_status, logging_to_stderr
 from timm_ghn.errors import CommandError
 
@@ -19,6 +19,7 @@ _COMMANDS = {
     "init": init,
     "graph": graph,
     "coverage": coverage,
+    "compare": compare,
     "ghns": ghns,
     "push": push,
     "cache": cache,

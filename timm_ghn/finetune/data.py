@@ -201,6 +201,32 @@ def load_benchmark(
     raise FineTuneError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
 
 
+def find_benchmark(text: str, *, size: int | None = None, download: bool = False, progress: bool = True) -> Benchmark:
+    """Load the data that a user names in one word.
+
+    Args:
+        text: A folder of classes; a data set's name, such as "cifar10" or "cifar10:FOLDER"; or the prefix of shards.
+        size: Side in pixels that images are kept at; None for 64 in a folder, and 32 otherwise.
+        download: Whether torchvision may download what is missing.
+        progress: Whether to show bars.
+
+    Raises:
+        FineTuneError: If there is nothing of that name, or as `load_benchmark`.
+    """
+    name, _, root = text.partition(":")
+    path = Path(text).expanduser()
+    if name in _TORCHVISION:
+        return load_benchmark(name, root or None, size=size or 32, download=download, progress=progress)
+    if path.is_dir():
+        return load_benchmark("folder", path, size=size or 64, progress=progress)
+    if _shard_files(path, "train"):
+        return load_benchmark("shards", path, size=size or 32, progress=progress)
+    raise FineTuneError(
+        f"there is no folder {text}, there are no shards {text}-train*.safetensors, and no data set is named so; known "
+        f"are {', '.join(_TORCHVISION)}"
+    )
+
+
 def _named(name: str, root: Path, size: int, download: bool, progress: bool) -> Benchmark:
     """torchvision's copy if it is there, else shards, else Debian's, else a download."""
     make, how = _TORCHVISION[name]
