@@ -347,7 +347,7 @@ def test_compiled_models_are_initialized_without_a_word(ghn: GHN, capfd: pytest.
         (lambda: timm_ghn.Init(noise=True), "noise=True: expected a number"),
         (
             lambda: timm_ghn.init_model(nn.Sequential(nn.Conv2d(3, 4, 3, dtype=torch.complex64)), "orth"),
-            r"0\.weight is complex",
+            r"0\.weight \(of type complex64\)",
         ),
     ],
 )

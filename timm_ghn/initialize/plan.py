@@ -20,6 +20,7 @@ from timm_ghn.initialize.report import ParameterReport, Report, Status
 from timm_ghn.orthogonalization import (
     PostProcess,
     WeightLayer,
+    kept_parameters,
     resolve_start_layer,
     selected_layers,
     single_threaded,
@@ -181,9 +182,11 @@ def make_plan(
     """
     parameters = dict(model.named_parameters())
     deferred = DeferredRandom(0) if deferred is None else deferred
-    free = frozenset(name for name, p in parameters.items() if p.requires_grad or init.frozen == "init")
-    layers = weight_layers(model)
-    _check_model(init, parameters, free, layers)
+    is_frozen = (name for name, p in parameters.items() if not p.requires_grad and init.frozen != "init")
+    kept = kept_parameters(model) | dict.fromkeys(is_frozen, FROZEN)
+    free = frozenset(parameters.keys() - kept.keys())
+    layers = weight_layers(model, input_size=input_size, example_input=example_input)
+    _check_model(init, parameters, kept)
     start_layer = _start_layer(init, layers)
     selected = () if start_layer is None else selected_layers(layers, start_layer)
     processed = {layer.parameter: layer for layer in selected if layer.parameter in free}
@@ -208,7 +211,7 @@ def make_plan(
     for name, parameter in parameters.items():
         if name not in chosen:
             layer = processed.get(name)
-            chosen[name] = Assignment(Source.TIMM, layer=layer, reason=reasons[name] if name in free else FROZEN)
+            chosen[name] = Assignment(Source.TIMM, layer=layer, reason=kept.get(name, reasons[name]))
             if layer is not None and not deferred.is_pending(parameter) and not bool(parameter.isfinite().all()):
                 raise InitError(f"{name} holds NaN or infinity, so nothing was changed; repair the weights first")
     origin = describe_origin(init, hypernetwork, layers, start_layer)
@@ -216,20 +219,20 @@ def make_plan(
     return Plan(init, origin, parameters, assignments, hypernetwork, graph, computation)
 
 
-def _check_model(
-    init: Init, parameters: Mapping[str, nn.Parameter], free: frozenset[str], layers: Sequence[WeightLayer]
-) -> None:
+def _check_model(init: Init, parameters: Mapping[str, nn.Parameter], kept: Mapping[str, str]) -> None:
     """Raises InitError for models that no method can initialize."""
     if init.spec.source is Source.TIMM:
         return
     on_meta = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
     if on_meta is not None:
         raise InitError(f"{on_meta} is on the meta device and has no memory; call model.to_empty(device=...) first")
-    if parameters and not free:
-        raise InitError("all parameters are frozen (requires_grad=False): Init(frozen='init') initializes them as well")
-    complex_name = next((name for name, p in parameters.items() if p.is_complex() and p.dim() > 1), None)
-    if not layers and complex_name is not None:
-        raise InitError(f"{complex_name} is complex, and methods but 'rand' initialize layers of real numbers alone")
+    if parameters and not parameters.keys() - kept.keys():
+        if set(kept.values()) == {FROZEN}:
+            raise InitError(
+                "all parameters are frozen (requires_grad=False): Init(frozen='init') initializes them as well"
+            )
+        reasons = ", ".join(f"{name} ({kept[name]})" for name in list(parameters)[:3])
+        raise InitError(f"methods but 'rand' keep all parameters of the model: {reasons}")
 
 
 def _start_layer(init: Init, layers: Sequence[WeightLayer]) -> int | None:

@@ -7,6 +7,7 @@ from timm_ghn.orthogonalization.layers import (
     WeightLayer,
     default_start_layer,
     is_pointwise,
+    kept_parameters,
     resolve_start_layer,
     weight_layers,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "correlation_std",
     "default_start_layer",
     "is_pointwise",
+    "kept_parameters",
     "layer_generator",
     "orthogonal_factor",
     "orthogonalize_",

@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from timm.layers.cond_conv2d import CondConv2d
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from timm_ghn.errors import InitError
+from timm_ghn.errors import CaptureError, InitError
+from timm_ghn.graph.origins import find_origins
 from timm_ghn.text import did_you_mean
+from timm_ghn.trace.capture import capture
+from timm_ghn.trace.inputs import timm_config
+from timm_ghn.trace.operations import Kind, kind_of, operands
+from timm_ghn.trace.records import Trace
+
+_logger = logging.getLogger(__name__)
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()))  # RMSNorm: torch 2.4
 _NOT_LAYERS = (*_TABLES, *_NORMS)
 """Modules whose `weight` is a lookup table or an elementwise scale, whatever its number of dimensions."""
 
+_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, CondConv2d)
+"""Modules whose `weight` is multiplied as a matrix or a kernel."""
+
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+_ELEMENTWISE = {
+    Kind.SUM, Kind.SCALED_SUM, Kind.OTHER_SUM, Kind.MULTIPLICATION, Kind.DIVISION, Kind.NORM, Kind.LOOKUP,
+}  # fmt: skip
+"""Operations whose parameters are scales, offsets or tables, not layers."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of weights that are predicted and post-processed."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +57,7 @@ class WeightLayer:
         kernel: Shape of one kernel, where each row of the weight is the flattened kernel of an expert (CondConv);
             empty where the weight is one kernel.
         side: Longest side of the kernel; 1 for a layer that looks at single positions.
+        kept: Why the layer is counted but never changed; empty for other layers.
     """
 
     number: int
@@ -41,26 +66,46 @@ class WeightLayer:
     is_classifier: bool = False
     kernel: tuple[int, ...] = ()
     side: int = 1
+    kept: str = ""
 
 
-def weight_layers(model: nn.Module) -> tuple[WeightLayer, ...]:
+def weight_layers(
+    model: nn.Module,
+    *,
+    input_size: Sequence[int] | None = None,
+    example_input: Any = None,
+    trace: Trace | None = None,
+) -> tuple[WeightLayer, ...]:
     """Lists the convolutional and fully-connected layers of a model, in the order of `model.modules()`.
 
-    A layer is a module with a floating `weight` parameter of two or more dimensions, other than lookup tables and
-    norms. The stacked (or separate) query, key and value matrices of `nn.MultiheadAttention` count as well. A module
-    or parameter that occurs several times counts once, and not at all if it is also a lookup table. The experts of a
-    `CondConv2d` are one layer of several kernels.
+    A layer is a module with a floating or complex `weight` parameter of two or more dimensions, other than lookup
+    tables and norms. The stacked (or separate) query, key and value matrices of `nn.MultiheadAttention` count as well.
+    A module or parameter that occurs several times counts once, and not at all if it is also a lookup table. The
+    experts of a `CondConv2d` are one layer of several kernels. A layer whose weight is computed from other parameters
+    (weight or spectral normalization, pruning) is listed by the largest of these, and kept.
+
+    Of modules that are neither linear layers nor convolutions of torch or timm, a forward pass decides: a weight that
+    is only multiplied or added elementwise, or looked up, is no layer. If the forward pass cannot be recorded, a weight
+    with at most one dimension larger than 1 is none.
 
     The classifier is what the `get_classifier()` of a timm model returns (an identity, one or several modules, all
     their layers), what its `pretrained_cfg` names besides if that has as many rows as there are classes, and any layers
     of the same shape right behind it, which are auxiliary heads. Of a model without that method it is the last layer,
     except of timm's feature extractors, which have none.
 
+    Args:
+        model: The model, on any device.
+        input_size: (channels, height, width) of one image, as of `capture`.
+        example_input: Instead of an image, as of `capture`.
+        trace: A recorded forward pass of the model, if there is one.
+
     Raises:
         InitError: A parameter of a lazy module has no shape yet.
     """
-    seen = {id(module.weight) for module in model.modules() if isinstance(module, _TABLES)}
+    kept = kept_parameters(model)
+    seen = {id(module._parameters.get("weight")) for module in model.modules() if isinstance(module, _TABLES)}
     found: list[tuple[str, str, nn.Parameter, tuple[int, ...]]] = []
+    unclear: set[str] = set()
     for module_name, module in model.named_modules():
         for attribute, weight in _weights(module, module_name):
             if id(weight) not in seen:
@@ -68,6 +113,11 @@ def weight_layers(model: nn.Module) -> tuple[WeightLayer, ...]:
                 parameter = f"{module_name}.{attribute}" if module_name else attribute
                 kernel = tuple(module.weight_shape) if isinstance(module, CondConv2d) else ()
                 found.append((parameter, module_name, weight, kernel))
+                if not isinstance(module, _LAYERS):
+                    unclear.add(parameter)
+    if unclear:
+        scales = _scales(model, unclear, input_size, example_input, trace)
+        found = [layer for layer in found if layer[0] not in scales]
     classifier = _classifier_weights(model)
     if classifier is None:
         classifier = {id(weight) for _, _, weight, _ in found[-1:]}
@@ -75,23 +125,65 @@ def weight_layers(model: nn.Module) -> tuple[WeightLayer, ...]:
         if id(before) in classifier and weight.shape == before.shape:
             classifier.add(id(weight))
     return tuple(
-        WeightLayer(number, parameter, module_name, id(weight) in classifier, kernel, _side(kernel or weight.shape))
+        WeightLayer(
+            number=number,
+            parameter=parameter,
+            module=module_name,
+            is_classifier=id(weight) in classifier,
+            kernel=kernel,
+            side=max((kernel or weight.shape)[2:], default=1),
+            kept=kept.get(parameter, ""),
+        )
         for number, (parameter, module_name, weight, kernel) in enumerate(found, start=1)
     )
 
 
-def _side(kernel: Sequence[int]) -> int:
-    return max(kernel[2:], default=1)
+def kept_parameters(model: nn.Module) -> dict[str, str]:
+    """Parameters that are neither predicted nor post-processed, and the reason, by name.
+
+    These are parameters that a module computes another tensor from before each forward pass, whose values and buffers
+    would no longer fit together, and parameters that are neither float16, bfloat16, float32 nor float64.
+    """
+    kept: dict[str, str] = {}
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype not in _DTYPES:
+                kept[prefix + name] = f"of type {str(parameter.dtype).removeprefix('torch.')}"
+        for attribute, computed_by in _computed_tensors(module):
+            reason = f"{attribute} is computed from it by {computed_by}"
+            kept.update((prefix + name, reason) for name in _sources(module, attribute))
+    return kept
+
+
+def _computed_tensors(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yields the tensors that a module computes from parameters before each forward pass, and what computes them."""
+    if nn.utils.parametrize.is_parametrized(module):
+        for attribute, steps in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            yield attribute, " and ".join(type(step).__name__.lstrip("_") for step in steps)
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, (WeightNorm, SpectralNorm)):
+            yield hook.name, type(hook).__name__
+        elif isinstance(hook, BasePruningMethod):
+            yield hook._tensor_name, "pruning"
+
+
+def _sources(module: nn.Module, attribute: str) -> dict[str, nn.Parameter]:
+    """The parameters that a tensor of a module is computed from, by name within the module."""
+    prefixes = (f"parametrizations.{attribute}.", f"{attribute}_")
+    return {name: parameter for name, parameter in module.named_parameters() if name.startswith(prefixes)}
 
 
 def _weights(module: nn.Module, module_name: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields the weights that a module itself holds, by the name of the attribute."""
+    """Yields the weights that a module itself holds, or the largest parameters that they are computed from, by name."""
     if isinstance(module, _NOT_LAYERS):
         return
-    names = _ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",)
-    for name in names:
-        weight = getattr(module, name, None)
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+    computed = dict(_computed_tensors(module))
+    for name in _ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",):
+        weight = module._parameters.get(name)
+        if name in computed:
+            name, weight = max(_sources(module, name).items(), key=lambda item: item[1].numel(), default=(name, None))
+        if weight is None or not (weight.is_floating_point() or weight.is_complex()):
             continue
         if isinstance(weight, nn.UninitializedParameter):
             raise InitError(f"{module_name}.{name} has no shape yet: run one forward pass of the model first")
@@ -99,28 +191,59 @@ def _weights(module: nn.Module, module_name: str) -> Iterator[tuple[str, nn.Para
             yield name, weight
 
 
+def _scales(
+    model: nn.Module, names: Collection[str], input_size: Sequence[int] | None, example_input: Any, trace: Trace | None
+) -> set[str]:
+    """Those of the named parameters that are no layers, because they only meet activations elementwise."""
+    if trace is None:
+        try:
+            trace = capture(model, input_size=input_size, example_input=example_input)
+        except CaptureError as error:
+            _logger.debug("shapes decide which of %s are layers: %s", ", ".join(names), error)
+            parameters = dict(model.named_parameters())
+            return {name for name in names if sum(size > 1 for size in parameters[name].shape) < 2}
+    origins = find_origins(trace)
+    uses: dict[str, set[Kind]] = {name: set() for name in names}
+    for operation in trace.operations:
+        values = operands(operation)
+        if any(origins.is_data(value) for value in values):
+            for index in itertools.chain.from_iterable(origins.of(value).values for value in values):
+                for name in set(names).intersection(trace.parameters[index]):
+                    uses[name].add(kind_of(operation))
+    return {name for name, kinds in uses.items() if kinds and kinds <= _ELEMENTWISE}
+
+
 def _classifier_weights(model: nn.Module) -> set[int] | None:
     """Returns the identities of all parameters of the classifier, or None if the model does not name one."""
     get_classifier = getattr(model, "get_classifier", None)
-    if not callable(get_classifier):
-        return set() if hasattr(model, "feature_info") else None
-    classifier = get_classifier()
-    modules = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
-    found = {id(weight) for module in modules if isinstance(module, nn.Module) for weight in module.parameters()}
-    return found | {id(weight) for weight in _named_heads(model)}
-
-
-def _named_heads(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yields the weights of the modules that timm's description of a model calls classifiers, auxiliary ones too."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    for name in (names,) if isinstance(names, str) else names:
+    if callable(get_classifier):
         try:
-            module = model.get_submodule(name)
-        except AttributeError:  # a model without this head
-            continue
-        for weight in module.parameters():
-            if weight.dim() > 1 and weight.shape[0] == getattr(model, "num_classes", None):
-                yield weight
+            named = {id(weight) for weight in _named_heads(model)}
+            return named | {id(weight) for weight in _parameters_of(model, get_classifier())}
+        except TypeError:  # of a method that takes arguments
+            return None
+    return set() if hasattr(model, "feature_info") else None
+
+
+def _parameters_of(model: nn.Module, item: Any) -> Iterator[Tensor]:
+    """Yields the parameters of a module or its name, of a tensor, or of several of them."""
+    if isinstance(item, str):
+        item = dict(model.named_modules()).get(item)
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, nn.Module):
+        yield from item.parameters()
+    elif isinstance(item, (Mapping, list, tuple, set)):
+        for entry in item.values() if isinstance(item, Mapping) else item:
+            yield from _parameters_of(model, entry)
+
+
+def _named_heads(model: nn.Module) -> Iterator[Tensor]:
+    """Yields the weights of the modules that timm's description of a model calls classifiers, auxiliary ones too."""
+    names = timm_config(model).get("classifier") or ()
+    for weight in _parameters_of(model, names):
+        if weight.dim() > 1 and weight.shape[0] == getattr(model, "num_classes", None):
+            yield weight
 
 
 def default_start_layer(num_layers: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from timm_ghn.orthogonalization.layers import WeightLayer, resolve_start_layer, 
 from timm_ghn.orthogonalization.noise import add_noise_
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor_, wide_dtype
 from timm_ghn.settings import Correlation, check_choice, check_noise, check_seed
+
+_logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 """Called after each layer with the number of finished layers, their total, and the name of the parameter."""
@@ -165,8 +169,8 @@ def postprocess_many(
 
 
 def selected_layers(layers: Sequence[WeightLayer], start: int) -> tuple[WeightLayer, ...]:
-    """Returns the layers that are post-processed: from number `start` on, without the classifier."""
-    return tuple(layer for layer in layers if layer.number >= start and not layer.is_classifier)
+    """Returns the layers that are post-processed: from number `start` on, without the classifier and what is kept."""
+    return tuple(layer for layer in layers if layer.number >= start and not layer.is_classifier and not layer.kept)
 
 
 @torch.no_grad()
@@ -179,37 +183,51 @@ def orthogonalize_(
     orthogonal: bool = True,
     correlation: Correlation = "paper",
     progress: Progress | None = None,
+    input_size: Sequence[int] | None = None,
+    example_input: Any = None,
 ) -> tuple[str, ...]:
-    """Post-processes the weights of any model in place, from layer `L` on and without the classifier.
+    """Adds a little noise to the weights of a model and orthogonalizes them, from layer `L` on, in place.
 
         model = timm.create_model("resnet50", pretrained=True)
-        timm_ghn.orthogonalize_(model, start_layer="layer3.3.conv3")
+        timm_ghn.orthogonalize_(model, start_layer="layer3.3.conv3")  # noise=0 for none
 
-    Everything is checked before anything is changed. Dtype, device and `requires_grad` of the parameters stay as they
-    are, and neither the global random state nor the number of threads changes.
+    The classifier stays as it is, as do weights that are computed from other parameters (weight normalization,
+    pruning) and those of other types than float16, bfloat16, float32 and float64; a warning names them. Everything is
+    checked before anything is changed. Dtype, device and `requires_grad` of the parameters stay as they are, and
+    neither the global random state nor the number of threads changes.
 
     Args:
-        model: The model; parameters of any floating dtype on any device but "meta".
+        model: The model, on any device but "meta".
         start_layer: `L`, see `resolve_start_layer`; None for `default_start_layer`.
-        noise: `beta` of Eq. 1.
+        noise: `beta` of Eq. 1; 0 for no noise.
         seed: Seed of the noise.
         orthogonal: Whether Eq. 2 is applied.
         correlation: What Eq. 1 correlates, "paper" or "ppuda".
         progress: Called after each layer.
+        input_size: (channels, height, width) of one image. It is only needed for a model with weights in modules that
+            neither torch nor timm knows: a forward pass tells whether these are layers.
+        example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors.
 
     Returns:
         The names of the changed parameters, in order.
 
     Raises:
-        InitError: A setting is invalid, the model has no layers, or a weight is on the meta device or not finite.
+        InitError: A setting is invalid, the model has no layers or none that can be changed, or a weight is on the meta
+            device or not finite.
     """
     settings = PostProcess(noise=noise, orthogonal=orthogonal, seed=seed, correlation=correlation)
-    layers = weight_layers(model)
-    selected = selected_layers(layers, resolve_start_layer(layers, start_layer))
+    layers = weight_layers(model, input_size=input_size, example_input=example_input)
+    start = resolve_start_layer(layers, start_layer)
+    selected = selected_layers(layers, start)
+    kept = [f"{layer.parameter} ({layer.kept})" for layer in layers if layer.number >= start and layer.kept]
+    if kept and not selected:
+        raise InitError(f"nothing can be orthogonalized: {', '.join(kept)}")
     weights = [model.get_parameter(layer.parameter) for layer in selected]
     for layer, weight in zip(selected, weights, strict=True):
         _check_weight(weight, layer)
         _check_finite(weight, layer)
+    if kept:
+        _logger.warning("kept as they are: %s", ", ".join(kept))
     results = postprocess_many(zip(selected, weights, strict=True), settings, in_place=True)
     for done, (layer, _) in enumerate(results, start=1):
         if progress is not None:
@@ -227,7 +245,7 @@ def _check_weight(weight: Tensor, layer: WeightLayer) -> None:
     if weight.is_meta:
         raise InitError(
             f"{layer.parameter} is on the meta device and has no values: create the model outside of "
-            'torch.device("meta"), or give it storage by model.to_empty(device="cpu") and load weights first'
+            'torch.device("meta"), or load weights first, by model.load_state_dict(..., assign=True)'
         )
 
 

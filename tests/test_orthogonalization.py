@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import timm
@@ -16,8 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_data import samples, starting_model, starting_weight
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
+import timm_ghn
 from timm_ghn.errors import InitError
+from timm_ghn.initialize.report import Status
 from timm_ghn.orthogonalization import (
     PostProcess,
     WeightLayer,
@@ -34,6 +38,7 @@ from timm_ghn.orthogonalization import (
 )
 from timm_ghn.orthogonalization import noise as noise_module
 from timm_ghn.orthogonalization import orthogonal as orthogonal_module
+from timm_ghn.trace.capture import capture
 
 LAYER = WeightLayer(3, "stem.weight", "stem")
 
@@ -621,6 +626,162 @@ def test_layers_of_an_odd_model() -> None:
     ]
 
 
+class ChannelNorm(nn.Module):
+    """Normalizes over channels, and multiplies with a weight of any shape."""
+
+    def __init__(self, shape: tuple[int, ...], groups: int = 1) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.view(x.shape[0], self.groups, -1, *x.shape[2:])
+        y = (y - y.mean(2, keepdim=True)) / (y.var(2, keepdim=True) + 1e-5).sqrt()
+        weight, bias = (p.view(-1, 1, 1) if self.groups > 1 else p for p in (self.weight, self.bias))
+        return y.view(x.shape) * weight + bias
+
+
+class Filter(nn.Module):
+    """A convolution that torch does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight / weight.std(), padding=1)
+
+
+class Scale(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full(shape, 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul(self.weight)
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.embedding(x.argmax(1).clamp(0, 4), self.weight).permute(0, 3, 1, 2)
+
+
+def test_the_operation_decides_what_is_a_layer() -> None:
+    others = (
+        ChannelNorm((1, 8, 1, 1)),
+        ChannelNorm((8, 1, 1)),
+        ChannelNorm((2, 4), groups=2),
+        Scale(8, 16, 16),
+        Table(),
+    )
+    body = [module for other in others for module in (nn.Conv2d(8, 8, 3, padding=1), other)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Filter(), *body, nn.Flatten(), nn.Linear(2048, 5))
+    names = ["0.weight", "1.weight", "2.weight", "4.weight", "6.weight", "8.weight", "10.weight", "13.weight"]
+    layers = weight_layers(model, input_size=(3, 16, 16))
+    assert [layer.parameter for layer in layers] == names
+    assert [layer.parameter for layer in layers if layer.is_classifier] == ["13.weight"]
+    assert weight_layers(model, trace=capture(model, input_size=(3, 16, 16))) == layers
+    before = snapshot(model)
+    assert orthogonalize_(model, start_layer=1, input_size=(3, 16, 16)) == tuple(names[:-1])
+    report = timm_ghn.init_model(model, "ghn-orth", ghn="bundled", start_layer=1, input_size=(3, 16, 16))
+    status = {row.name: row.status for row in report.parameters}
+    orthogonal = {name for name, found in status.items() if found is Status.PREDICTED_ORTHOGONALIZED}
+    assert orthogonal == set(names[:-1])
+    kept = {name for name, found in status.items() if found is Status.KEPT}
+    assert all(torch.equal(model.get_parameter(name), before[name]) for name in kept)
+
+
+def test_shapes_decide_where_no_forward_pass_can_be_recorded() -> None:
+    class Reader(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.sum().item()
+
+    model = nn.Sequential(Reader(), nn.Conv2d(3, 8, 1), ChannelNorm((1, 8, 1, 1)), Filter(), nn.Linear(8, 5))
+    assert [layer.parameter for layer in weight_layers(model)] == ["1.weight", "3.weight", "4.weight"]
+
+
+def weight_norm_of_before(layer: nn.Linear) -> nn.Module:
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(layer)
+
+
+PARAMETRIZED: dict[str, tuple[Callable[[nn.Linear], nn.Module], str, str]] = {
+    "weight_norm": (parametrizations.weight_norm, "parametrizations.weight.original1", "WeightNorm"),
+    "spectral_norm": (parametrizations.spectral_norm, "parametrizations.weight.original", "SpectralNorm"),
+    "orthogonal": (parametrizations.orthogonal, "parametrizations.weight.original", "Orthogonal"),
+    "old weight_norm": (weight_norm_of_before, "weight_v", "WeightNorm"),
+    "old spectral_norm": (nn.utils.spectral_norm, "weight_orig", "SpectralNorm"),
+    "pruning": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "weight_orig", "pruning"),
+}
+
+
+@pytest.mark.parametrize("method", ["ghn-orth", "orth"])
+@pytest.mark.parametrize("name", PARAMETRIZED)
+def test_layers_with_a_computed_weight_are_counted_and_kept(name: str, method: str) -> None:
+    change, parameter, reason = PARAMETRIZED[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Flatten(2), change(nn.Linear(64, 20)), nn.Linear(20, 6), nn.Linear(6, 5)
+    )
+    model.eval()
+    layers = weight_layers(model)
+    assert [layer.parameter for layer in layers] == ["0.weight", f"2.{parameter}", "3.weight", "4.weight"]
+    assert [layer.is_classifier for layer in layers] == [False, False, False, True]
+    images, before = torch.randn(2, 8, 64), snapshot(model)
+    expected = model[2](images)
+    weights = {key for key in before if key.startswith("2.") and key != "2.bias"}
+    report = timm_ghn.init_model(model, method, ghn="bundled", start_layer=1, input_size=(3, 8, 8))
+    with torch.no_grad():
+        model[2].bias.copy_(before["2.bias"])  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(model[2](images), expected)
+    assert all(torch.equal(model.state_dict()[key], before[key]) for key in weights)
+    row = next(row for row in report.parameters if row.name == f"2.{parameter}")
+    assert (row.status, row.reason) == (Status.KEPT, f"weight is computed from it by {reason}")
+    assert orthogonalize_(model, start_layer=1) == ("0.weight", "3.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_other_types_are_kept(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 5))
+    model[1].weight = nn.Parameter(model[1].weight.detach().to(dtype))  # type: ignore[union-attr]
+    kind = str(dtype).removeprefix("torch.")
+    before = model[1].weight.detach().clone()  # type: ignore[operator, union-attr]
+    assert [layer.kept for layer in weight_layers(model)] == ["", f"of type {kind}", ""]
+    assert orthogonalize_(model, start_layer=1) == ("0.weight",)
+    assert f"1.weight (of type {kind})" in caplog.text
+    report = timm_ghn.init_model(model, "orth", start_layer=1)
+    assert report.parameters[2].reason == f"of type {kind}"
+    assert torch.equal(model[1].weight.detach().view(torch.uint8), before.view(torch.uint8))  # type: ignore[operator, union-attr]
+    with pytest.raises(InitError, match=rf"nothing can be orthogonalized: 0\.weight \(of type {kind}\)"):
+        orthogonalize_(nn.Sequential(model[1], model[2]))
+
+
+@pytest.mark.parametrize("form", [str, dict, tuple, nn.Parameter, "argument", None])
+def test_get_classifier_of_every_form(form: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.last = nn.Linear(4, 3), nn.Linear(4, 8)
+
+        def get_classifier(self) -> Any:
+            forms = {str: "head", dict: {"a": self.head}, tuple: (self.head,), nn.Parameter: self.head.weight}
+            return forms.get(form)
+
+    class WithArgument(Model):
+        def get_classifier(self, which: str) -> nn.Module:  # type: ignore[override]
+            return self.head
+
+    model = WithArgument() if form == "argument" else Model()
+    expected = {None: [], "argument": ["last.weight"]}.get(form, ["head.weight"])
+    assert [layer.parameter for layer in weight_layers(model) if layer.is_classifier] == expected
+
+
 def test_lazy_and_layerless_models() -> None:
     with pytest.raises(InitError, match="one forward pass"):
         weight_layers(nn.Sequential(nn.LazyLinear(3)))
@@ -796,7 +957,7 @@ def test_nothing_changes_when_something_is_wrong() -> None:
 def test_meta_models_are_refused() -> None:
     with torch.device("meta"):
         model = torchvision.models.resnet18()
-    with pytest.raises(InitError, match=r"meta device.*to_empty"):
+    with pytest.raises(InitError, match=r"meta device.*outside of"):
         orthogonalize_(model)
 
 
