@@ -42,8 +42,8 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 @pytest.fixture
 def computations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counted: list[int] = []
-    compute = initialize._compute
-    monkeypatch.setattr(initialize, "_compute", lambda *args: (counted.append(1), compute(*args))[1])
+    fill = initialize.fill_generated
+    monkeypatch.setattr(initialize, "fill_generated", lambda *args, **kw: (counted.append(1), fill(*args, **kw))[1])
     return counted
 
 

@@ -14,7 +14,7 @@ import torch
 
 import timm_ghn
 from timm_ghn.cli import ghns, main
-from timm_ghn.initialize import stream
+from timm_ghn.initialize import to_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -288,10 +288,17 @@ def test_damaged_ghn(tmp_path: Path, capsys: pytest.CaptureFixture[str], seeded_
     assert not (tmp_path / "new").exists()
 
 
+def test_tags_of_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "test_resnet.lsuv", "--out", str(tmp_path / "new")]) == 0
+    assert "computed" in capsys.readouterr().out
+    model = timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
+    assert timm_ghn.provenance(model)["method"] == "lsuv"  # type: ignore[index]
+
+
 def test_destination_is_checked_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "builder_of", lambda *_: pytest.fail("built before the folder was checked"))
+    monkeypatch.setattr(to_folder, "Request", lambda *_: pytest.fail("built before the folder was checked"))
     (tmp_path / "file").write_text("")
     assert "not a folder" in error_of(capsys, "init", "test_resnet", "--out", str(tmp_path / "file"))
 

@@ -319,15 +319,27 @@ def test_a_side_is_a_square() -> None:
         unchanged_after(model, InitError, "input_size=", ghn="bundled", input_size=size)
 
 
-def test_the_cache_is_used_only_if_asked_for(seeded_checkpoint: Path) -> None:
-    model, path = timm.create_model("test_resnet"), str(seeded_checkpoint)
-    for init in (timm_ghn.Init("ghn", ghn=path), timm_ghn.Init("ghn", ghn=path, cache=False)):
-        assert not [timm_ghn.init_model(model, init).from_cache for _ in range(2)][1]
-    init = timm_ghn.Init("ghn", ghn=path, cache=True)
-    assert [timm_ghn.init_model(model, init).from_cache for _ in range(2)] == [False, True]
+@pytest.mark.parametrize(
+    ("method", "settings", "cached"),
+    [
+        ("ghn", {}, False),
+        ("ghn", {"cache": True}, True),
+        (timm_ghn.Init("ghn"), {}, True),
+        (timm_ghn.Init("ghn"), {"cache": False}, False),
+        ({"method": "ghn", "cache": False}, {}, False),
+        ({"method": "ghn"}, {}, True),
+    ],
+)
+def test_when_the_cache_is_used(seeded_checkpoint: Path, method: Any, settings: dict[str, Any], cached: bool) -> None:
+    model = timm.create_model("test_resnet")
+    reports = [timm_ghn.init_model(model, method, ghn=str(seeded_checkpoint), **settings) for _ in range(2)]
+    assert [report.from_cache for report in reports] == [False, cached]
 
 
 def test_compiled_models_are_initialized_without_a_word(ghn: GHN, capfd: pytest.CaptureFixture[str]) -> None:
+    model = timm.create_model("test_resnet")
+    model.layer1 = torch.compile(model.layer1)
+    timm_ghn.init_model(model, ghn=ghn)
     model = timm.create_model("test_resnet")
     report = timm_ghn.init_model(torch.compile(model), ghn=ghn)
     assert [row.name for row in report.parameters] == [name for name, _ in model.named_parameters()]
@@ -341,7 +353,7 @@ def test_compiled_models_are_initialized_without_a_word(ghn: GHN, capfd: pytest.
         (lambda: timm_ghn.init_model("resnet18"), "takes a model.*timm.create_model\\('resnet18', init="),  # type: ignore[arg-type]
         (lambda: timm_ghn.Init(method=3), "method=3: expected the name"),  # type: ignore[arg-type]
         (lambda: timm_ghn.Init(ghn=3), "ghn=3: expected the name or path"),  # type: ignore[arg-type]
-        (lambda: timm_ghn.Init(cache="x"), "cache='x': expected True, False or None"),  # type: ignore[arg-type]
+        (lambda: timm_ghn.Init(cache="x"), "cache='x': expected True or False"),  # type: ignore[arg-type]
         (lambda: timm_ghn.Init(seed=2**70), "seed=1180591620717411303424: expected an integer from"),
         (lambda: timm_ghn.Init(frozen="x"), "frozen='x': expected 'keep' or 'init'"),  # type: ignore[arg-type]
         (lambda: timm_ghn.Init(noise=True), "noise=True: expected a number"),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from timm_ghn.initialize.model import init_model
     from timm_ghn.initialize.provenance import provenance
     from timm_ghn.initialize.report import Report
-    from timm_ghn.initialize.stream import init_to_folder
+    from timm_ghn.initialize.to_folder import init_to_folder
     from timm_ghn.orthogonalization import orthogonalize_
 
 __all__ = [
@@ -53,7 +53,7 @@ _LAZY = {
     "Graph": "timm_ghn.graph",
     "Report": "timm_ghn.initialize.report",
     "init_model": "timm_ghn.initialize.model",
-    "init_to_folder": "timm_ghn.initialize.stream",
+    "init_to_folder": "timm_ghn.initialize.to_folder",
     "list_ghns": "timm_ghn.ghn",
     "load_ghn": "timm_ghn.ghn",
     "orthogonalize_": "timm_ghn.orthogonalization",

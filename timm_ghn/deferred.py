@@ -28,12 +28,11 @@ _VIEWS = {
 
 
 class _Fill(NamedTuple):
-    """An in-place call that was put off; `state` is that of the generator when it was called, where that is kept."""
+    """An in-place call that was put off."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    state: Tensor | None = None
 
 
 class DeferredRandom(PrivateRandom):
@@ -84,7 +83,7 @@ class DeferredRandom(PrivateRandom):
         draws = PrivateRandom(derived_seed(self._seed, label))
         with torch.no_grad():
             for fill in fills:
-                draws.call(fill.function, fill.args, fill.kwargs)
+                draws.call(*fill)
 
     def _defer(self, tensor: Tensor, fill: _Fill, *, overwrites: bool) -> Tensor:
         fills = self._pending.setdefault(storage_id(tensor), [])
@@ -103,39 +102,6 @@ class DeferredRandom(PrivateRandom):
             self._count += 1
             with torch._C.DisableTorchFunction():
                 self.replay(tensor, f"read during construction, {self._count}")
-
-
-class ReplayedRandom(DeferredRandom):
-    """Draws all random numbers in timm's order, forgets them, and draws the same ones again in `replay`.
-
-    The values are those of a model that is built without this mode after `torch.manual_seed(seed)`.
-
-    Args:
-        seed: Seed of all random numbers.
-        forget: Gives back the memory of a tensor whose values are not needed for now, or does nothing.
-    """
-
-    def __init__(self, seed: int, forget: Callable[[Tensor], object]) -> None:
-        super().__init__(seed)
-        self._forget = forget
-
-    def replay(self, tensor: Tensor, label: str) -> None:
-        """Carry out what was put off for a tensor; the label does not matter."""
-        draws = PrivateRandom(self._seed)
-        with torch.no_grad():
-            for fill in self._pending.pop(storage_id(tensor), ()):
-                if fill.state is not None:
-                    draws.generator(tensor.device).set_state(fill.state)
-                draws.call(fill.function, fill.args, fill.kwargs)
-
-    def _defer(self, tensor: Tensor, fill: _Fill, *, overwrites: bool) -> Tensor:
-        if overwrites:
-            fill = fill._replace(state=self.generator(tensor.device).get_state())
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                self.call(fill.function, fill.args, fill.kwargs)
-            if _is_whole(tensor):
-                self._forget(tensor)
-        return super()._defer(tensor, fill, overwrites=overwrites)
 
 
 def storage_id(tensor: Tensor) -> int:

@@ -120,7 +120,7 @@ def dispatch(args: tuple[Any, ...], kwargs: dict[str, Any], init: str | Mapping[
         return original(*args, **kwargs)
     from timm_ghn.initialize.create import create
 
-    return create(request)
+    return create(request)[0]
 
 
 def _hooked(*args: Any, init: Any = None, **kwargs: Any) -> Any:

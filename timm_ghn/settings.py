@@ -124,8 +124,7 @@ class Init:
         rescale: Whether the scale of predictions is kept sane: "auto" or "off" (see `timm_ghn.scale.rule`).
         frozen: What happens to parameters with `requires_grad=False`: "keep" leaves them as they are, which the report
             tells, "init" treats them as all others.
-        cache: Whether results are looked up in the cache and kept there. None: `timm.create_model` does,
-            `timm_ghn.init_model` does not.
+        cache: Whether results are looked up in the cache and kept there.
 
     Raises:
         InitError: If the method is unknown or a setting is out of range.
@@ -140,7 +139,7 @@ class Init:
     reading: Literal["default", "ppuda"] = "default"
     rescale: Rescale = "auto"
     frozen: Literal["keep", "init"] = "keep"
-    cache: bool | None = None
+    cache: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", find_method(self.method).name)
@@ -157,8 +156,8 @@ class Init:
         check_choice("reading", self.reading, Literal["default", "ppuda"])
         check_choice("rescale", self.rescale, Rescale)
         check_choice("frozen", self.frozen, Literal["keep", "init"])
-        if not (self.cache is None or isinstance(self.cache, bool)):
-            raise InitError(f"cache={self.cache!r}: expected True, False or None")
+        if not isinstance(self.cache, bool):
+            raise InitError(f"cache={self.cache!r}: expected True or False")
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | Init, **changes: Any) -> Init:

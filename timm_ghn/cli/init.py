@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from timm_ghn.cli.common import add_init_settings, add_model_kwargs, check_name, explained, method_tag
 from timm_ghn.errors import CommandError
 from timm_ghn.settings import METHODS, Init
-
-if TYPE_CHECKING:
-    from timm_ghn.initialize.report import Report
 
 HELP = "create a model with predicted weights and write it for plain timm"
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -41,29 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Create the model and write it."""
+    import torch
+
+    from timm_ghn.initialize.to_folder import init_to_folder
+
     given = {"ghn": args.ghn, "noise": args.noise, "start_layer": args.start_layer}
     settings = {key: value for key, value in given.items() if value is not None}
     method = args.method or method_tag(args.name) or Init.method
     init = Init(method, seed=args.seed, **settings)
-    report = _init_to_folder(args, init)
+    types = {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
+    kwargs = {**_model_kwargs(args), **types, "overwrite": args.force, "max_shard_size": args.max_shard_size}
+    check_name(args.name)
+    with explained(args.name):
+        report = init_to_folder(args.name, args.out, init, **kwargs)
     print(report.table(parameters=args.parameters))
     print(f"\nWritten to {args.out}. {_how_to_load(args.out)}")
     return 0
-
-
-def _init_to_folder(args: argparse.Namespace, init: Init) -> Report:
-    """Create the model in its folder; see `timm_ghn.initialize.stream`."""
-    import torch
-
-    from timm_ghn.initialize.stream import init_to_folder
-
-    kwargs = _model_kwargs(args)
-    types = {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
-    check_name(args.name)
-    with explained(args.name):
-        return init_to_folder(
-            args.name, args.out, init, overwrite=args.force, max_shard_size=args.max_shard_size, **types, **kwargs
-        )
 
 
 def _how_to_load(directory: Path) -> str:

@@ -16,6 +16,7 @@ from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.stem import adjust_stem
 from timm_ghn.ghn import content_hash, default_ghn, load_ghn
 from timm_ghn.initialize.model import init_model
+from timm_ghn.orthogonalization import weight_layers
 from timm_ghn.seeding import derived_seed, seeded
 from timm_ghn.settings import METHODS, Init, Source
 from timm_ghn.storage.paths import file_sha256
@@ -122,21 +123,12 @@ def _load_file(model: nn.Module, path: str) -> None:
         state: Mapping[str, Tensor] = load_state_dict(path, use_ema=False, weights_only=True)
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise FineTuneError(f"--init-file {path} cannot be read: {error}") from error
-    head = _classifier_names(model)
+    head = tuple(f"{layer.module}." for layer in weight_layers(model) if layer.is_classifier)
     own = model.state_dict()
     for name, value in own.items():
         found = state.get(name)
         if found is not None and found.shape == value.shape:
             value.copy_(found)
-        elif name not in head:
+        elif not name.startswith(head):
             shape = "is missing" if found is None else f"is {tuple(found.shape)}, not {tuple(value.shape)}"
             raise FineTuneError(f"--init-file {path} does not fit the model: {name} {shape}")
-
-
-def _classifier_names(model: nn.Module) -> set[str]:
-    get_classifier = getattr(model, "get_classifier", None)
-    head = get_classifier() if callable(get_classifier) else None
-    parts = head if isinstance(head, (tuple, list)) else (head,)
-    modules = [part for part in parts if isinstance(part, nn.Module)]
-    inside = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
-    return {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in inside}

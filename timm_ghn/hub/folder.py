@@ -14,7 +14,7 @@ from timm_ghn.drawing import save as save_picture
 from timm_ghn.graph import to_graph
 from timm_ghn.hub.card import model_card
 from timm_ghn.hub.manifest import FILE, WEIGHTS, FileRecord, Manifest, versions
-from timm_ghn.initialize.stream import init_to_folder
+from timm_ghn.initialize.to_folder import init_to_folder
 from timm_ghn.request import Request
 from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.storage.paths import file_sha256

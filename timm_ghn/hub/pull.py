@@ -252,7 +252,7 @@ def organization_repository(architecture: str, init: Init) -> HubSource | None:
         DownloadError: If it cannot be the name of one.
     """
     organization, sign, revision = os.environ.get(ORGANIZATION_VARIABLE, "").strip().partition("@")
-    if not organization or init.cache is False or init.spec.source is Source.TIMM:
+    if not organization or not init.cache or init.spec.source is Source.TIMM:
         return None
     return HubSource.parse(f"{organization}/{architecture}.{init.method.replace('-', '_')}{sign}{revision}")
 

@@ -23,8 +23,11 @@ from timm_ghn.settings import Source
 _logger = logging.getLogger(__name__)
 
 
-def create(request: Request) -> nn.Module:
-    """Build a model with the weights that are asked for; `report_of` tells what it got.
+def create(request: Request) -> tuple[nn.Module, Report]:
+    """Build a model with the weights that are asked for.
+
+    Returns:
+        The model, and what its parameters got.
 
     Raises:
         TimmGhnError: If that is not possible.
@@ -38,7 +41,7 @@ def create(request: Request) -> nn.Module:
     else:
         model, report = _initialized(request)
     _logger.info("%s", report)
-    return model
+    return model, report
 
 
 def _random(request: Request) -> tuple[nn.Module, Report]:

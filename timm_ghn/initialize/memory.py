@@ -47,21 +47,11 @@ class LazyMemory(TorchFunctionMode):
                 return self._make(like)
         return func(*args, **kwargs)
 
-    def forget(self, tensor: Tensor) -> bool:
-        """Give back the pages of a tensor, which reads as zeros from then on, but may be written again.
-
-        Returns:
-            Whether the tensor has pages of its own. If not, it stays as it is.
-        """
-        pages = self._maps.get(tensor.untyped_storage().data_ptr())
-        if pages is None:
-            return False
-        pages.madvise(mmap.MADV_DONTNEED if sys.platform == "linux" else mmap.MADV_FREE)
-        return True
-
     def release(self, tensor: Tensor) -> None:
-        """Give back the memory of a tensor that is never used again."""
-        if self.forget(tensor):
+        """Give back the memory of a tensor that is never used again; one of this mode reads as zeros from then on."""
+        pages = self._maps.get(tensor.untyped_storage().data_ptr())
+        if pages is not None:
+            pages.madvise(mmap.MADV_DONTNEED if sys.platform == "linux" else mmap.MADV_FREE)
             return
         try:
             tensor.untyped_storage().resize_(0)

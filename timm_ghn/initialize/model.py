@@ -42,8 +42,9 @@ def init_model(
 ) -> Report:
     """Initialize a model that is in memory, in place.
 
-    Everything is checked before a weight is written: after an error the model is as it was. The cache is used only if
-    the settings say `cache=True`.
+    Everything is checked before a weight is written: after an error the model is as it was. The cache is used as `Init`
+    says, where settings are given by one (by default it is), and with the name of a method only if `cache=True` is
+    given.
 
     Args:
         model: Any module, from timm or not. Parameters that are not predicted keep their values, and so do frozen ones
@@ -68,10 +69,10 @@ def init_model(
     if not isinstance(model, nn.Module):
         hint = f": timm.create_model({model!r}, init='ghn-orth') builds one" if isinstance(model, str) else ""
         raise InitError(f"init_model takes a model, and got {type(model).__name__} {model!r:.80}{hint}")
-    init = Init.of(method, **settings)
+    init = Init.of(method, **{**({"cache": False} if isinstance(method, str) else {}), **settings})
     model = getattr(model, "_orig_mod", model)  # of torch.compile: recording it would compile it again
     size = _as_size(model, input_size)
-    return initialize_(model, replace(init, cache=init.cache or False), input_size=size, example_input=example_input)
+    return initialize_(model, init, input_size=size, example_input=example_input)
 
 
 def initialize_(
@@ -96,7 +97,7 @@ def initialize_(
     deferred = DeferredRandom(init.seed or 0) if deferred is None else deferred
     hypernetwork = find_hypernetwork(init)
     cacheable = init.spec.source in (Source.GHN, Source.GAUSSIAN)
-    cache = None if init.cache is False or not cacheable else WeightCache.default()
+    cache = WeightCache.default() if init.cache and cacheable else None
     key = cache_key(_recipe_inputs(recipe, init, hypernetwork, model)) if cache and recipe is not None else None
     report = _restore(cache, key, parameters, deferred) if cache and key else None
     plan = None

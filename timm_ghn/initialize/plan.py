@@ -29,7 +29,6 @@ from timm_ghn.orthogonalization import (
 from timm_ghn.scale.rule import Structure, gaining_norms
 from timm_ghn.scale.structure import find_structure
 from timm_ghn.settings import Init, Source
-from timm_ghn.trace.records import Trace
 
 FROZEN = "frozen: requires_grad is False"
 
@@ -185,22 +184,27 @@ def make_plan(
     is_frozen = (name for name, p in parameters.items() if not p.requires_grad and init.frozen != "init")
     kept = kept_parameters(model) | dict.fromkeys(is_frozen, FROZEN)
     free = frozenset(parameters.keys() - kept.keys())
-    layers = weight_layers(model, input_size=input_size, example_input=example_input)
     _check_model(init, parameters, kept)
+    inputs: dict[str, Any] = {"input_size": input_size, "example_input": example_input}
+    trace = None if hypernetwork is None else capture(model, **inputs)
+    layers = weight_layers(model, **inputs, trace=trace)
     start_layer = _start_layer(init, layers)
     selected = () if start_layer is None else selected_layers(layers, start_layer)
     processed = {layer.parameter: layer for layer in selected if layer.parameter in free}
-    reasons = dict.fromkeys(parameters, f"not changed by {init.method}")
+    reasons: dict[str, str] = {}
     chosen: dict[str, Assignment] = {}
     graph, computation = None, None
-    if hypernetwork is not None:
-        trace = capture(model, input_size=input_size, example_input=example_input)
-        graph, structure = _read(trace, init, hypernetwork.model, parameters, free, deferred)
-        targets, unpredicted = _choose_targets(graph, hypernetwork.model, free)
-        reasons |= unpredicted
-        if init.spec.orthogonal and structure is not None:
-            orthogonal = (layer for layer in layers if structure.needs_orthogonal(layer.parameter))
-            processed |= {x.parameter: x for x in orthogonal if x.parameter in free and not x.is_classifier}
+    if hypernetwork is not None and trace is not None:
+        analyses = Analyses(trace)
+        graph = condense(trace, reading=Reading(init.reading), analyses=analyses)
+        targets, reasons = _choose_targets(graph, hypernetwork.model, free)
+        structure = None
+        if init.rescale == "auto":
+            others = {name: parameter for name, parameter in parameters.items() if name not in targets}
+            structure = find_structure(trace, partial(_start, others, deferred), analyses=analyses)
+            if init.spec.orthogonal:
+                orthogonal = (layer for layer in layers if structure.needs_orthogonal(layer.parameter))
+                processed |= {x.parameter: x for x in orthogonal if x.parameter in free and not x.is_classifier}
         chosen = _predictions(targets, graph, structure, hypernetwork.model, processed)
     elif init.spec.source is Source.BASELINE:
         task = Task(model, init.method, init.seed or 0, free, input_size, example_input)
@@ -211,7 +215,8 @@ def make_plan(
     for name, parameter in parameters.items():
         if name not in chosen:
             layer = processed.get(name)
-            chosen[name] = Assignment(Source.TIMM, layer=layer, reason=kept.get(name, reasons[name]))
+            reason = kept.get(name) or reasons.get(name, "" if layer else f"not changed by {init.method}")
+            chosen[name] = Assignment(Source.TIMM, layer=layer, reason=reason)
             if layer is not None and not deferred.is_pending(parameter) and not bool(parameter.isfinite().all()):
                 raise InitError(f"{name} holds NaN or infinity, so nothing was changed; repair the weights first")
     origin = describe_origin(init, hypernetwork, layers, start_layer)
@@ -238,24 +243,6 @@ def _check_model(init: Init, parameters: Mapping[str, nn.Parameter], kept: Mappi
 def _start_layer(init: Init, layers: Sequence[WeightLayer]) -> int | None:
     """L; None for methods that do not orthogonalize."""
     return resolve_start_layer(layers, init.start_layer, init.spec.start_layer) if init.spec.orthogonal else None
-
-
-def _read(
-    trace: Trace,
-    init: Init,
-    ghn: GHN,
-    parameters: Mapping[str, nn.Parameter],
-    free: frozenset[str],
-    deferred: DeferredRandom,
-) -> tuple[Graph, Structure | None]:
-    """The graph that the GHN reads, and what the scale rule reads; None if the scale is left alone."""
-    analyses = Analyses(trace)
-    graph = condense(trace, reading=Reading(init.reading), analyses=analyses)
-    if init.rescale == "off":
-        return graph, None
-    targets, _ = _choose_targets(graph, ghn, free)
-    kept = {name: parameter for name, parameter in parameters.items() if name not in targets}
-    return graph, find_structure(trace, partial(_start, kept, deferred), analyses=analyses)
 
 
 def _predictions(

@@ -45,6 +45,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from timm_ghn.ghn import Prediction
+from timm_ghn.ghn.decoder import kernel_scale
 from timm_ghn.ghn.layout import repeats
 from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.nodes import Layout, Op, Role, Target
@@ -104,11 +105,9 @@ def nominal_scale(prediction: Prediction) -> float:
     """The root mean square that a decoder aims at (arXiv 2110.13100, section 4.2): 1 but for kernels."""
     if prediction.target.role not in (Role.WEIGHT, Role.CLASS_WEIGHT):
         return 1.0
-    kernel = prediction.kernel
-    without_relu = len(kernel) == 4 and (kernel[1] == 1 or kernel[2] < kernel[3])
-    nominal = math.sqrt((1.0 if without_relu else 2.0) / math.prod(kernel[1:]))
+    nominal = kernel_scale(prediction.kernel, is_table=False)
     if prediction.target.layout is Layout.DEPTH:
-        nominal /= repeats(kernel, prediction.target.shape, Layout.DEPTH)
+        nominal /= repeats(prediction.kernel, prediction.target.shape, Layout.DEPTH)
     return nominal
 
 

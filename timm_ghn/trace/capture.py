@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,8 +55,15 @@ def capture(
 
 def _record(model: nn.Module, tensors: Sequence[Tensor], call: Call) -> Trace:
     recorder = Recorder(model, tensors)
-    trace = recorder.run(model, *call)
-    return trace if recorder.is_complete else Recorder(model, tensors, sees_kernels=True).run(model, *call)
+    with _uncompiled():
+        trace = recorder.run(model, *call)
+        return trace if recorder.is_complete else Recorder(model, tensors, sees_kernels=True).run(model, *call)
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Lets parts of a model that torch.compile wraps run as they are: they would be compiled for the recorder."""
+    is_used = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # torch 2.6
+    return torch.compiler.set_stance("force_eager") if is_used else nullcontext()
 
 
 def _explain(model: nn.Module, tensors: Sequence[Tensor], call: Call, failure: Exception | None) -> str:

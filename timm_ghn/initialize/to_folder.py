@@ -14,19 +14,20 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_ghn.deferred import DeferredRandom, ReplayedRandom, storage_id
+from timm_ghn.deferred import DeferredRandom, storage_id
 from timm_ghn.errors import InitError
 from timm_ghn.initialize.create import create
 from timm_ghn.initialize.fill import fill_generated, fill_others
 from timm_ghn.initialize.memory import LazyMemory
 from timm_ghn.initialize.plan import find_hypernetwork, make_plan, postprocess_settings
-from timm_ghn.initialize.provenance import model_name, record_, report_of
+from timm_ghn.initialize.provenance import model_name, record_
 from timm_ghn.initialize.report import Report
 from timm_ghn.request import Request
 from timm_ghn.settings import Init, Source
@@ -51,7 +52,7 @@ def init_to_folder(
         timm_ghn.init_to_folder("vit_7b_patch16_dinov3", "weights", dtype=torch.bfloat16)
 
     The values are those of `timm.create_model(model_name, init=init, **kwargs)`, bit for bit. Neither the cache nor
-    any device but the CPU is used. The baselines ("lsuv", ...) look at the model as a whole, and need memory for it.
+    any device but the CPU is used. "rand" and the baselines ("lsuv", ...) need memory for the whole model.
 
     Args:
         model_name: Name of a timm model; a tag may name the method.
@@ -77,49 +78,37 @@ def init_to_folder(
     request = Request.parse(model_name, init, **kwargs)
     if request is None or request.source is not None:
         raise InitError(f"init={init!r}: expected a method or settings, to compute weights that are written to files")
-    settings = replace(request.init, seed=request.init.seed or 0)
-    request = replace(request, init=settings)
-    if settings.spec.source is Source.BASELINE:  # it looks at the model as a whole
-        with torch.device("cpu"):
-            model = create(request)
-        save(model, directory, overwrite=overwrite, max_shard_size=max_shard_size, model_args=_shaping(request, model))
-        report = report_of(model)
-    else:
-        report = _streamed(request, directory, overwrite, max_shard_size)
-    if report is None:
-        raise InitError(f"{model_name} has no report")
+    request = replace(request, init=replace(request.init, seed=request.init.seed or 0, cache=False))
+    write = partial(_streamed if request.init.spec.source in (Source.GHN, Source.GAUSSIAN) else _saved, request)
+    report = write(directory, overwrite=overwrite, max_shard_size=max_shard_size)
     report = replace(report, seconds=time.perf_counter() - start)
     _logger.info("%s", report)
     return report
 
 
-def _streamed(
-    request: Request, directory: str | os.PathLike[str], overwrite: bool, max_shard_size: int | str
-) -> Report:
+def _saved(request: Request, directory: str | os.PathLike[str], **options: Any) -> Report:
+    """Write a model that is in memory: a baseline looks at it as a whole, timm draws its numbers in timm's order."""
+    with torch.device("cpu"):
+        model, report = create(request)
+    save(model, directory, model_args=_shaping(request, model), **options)
+    return report
+
+
+def _streamed(request: Request, directory: str | os.PathLike[str], **options: Any) -> Report:
     """Write a model tensor after tensor."""
-    settings, memory = request.init, LazyMemory()
-    seed = settings.seed or 0
-    is_random = settings.spec.source is Source.TIMM
-    deferred = ReplayedRandom(seed, memory.forget) if is_random else DeferredRandom(seed)
+    init, memory = request.init, LazyMemory()
+    deferred = DeferredRandom(init.seed or 0)
     with torch.device("cpu"), deferred, memory:
         model = request.build()
-    hypernetwork = find_hypernetwork(settings)
-    plan = make_plan(model, settings, hypernetwork, input_size=request.input_size(model), deferred=deferred)
+    plan = make_plan(model, init, find_hypernetwork(init), input_size=request.input_size(model), deferred=deferred)
     report = plan.report(model_name(model))
     record_(model, report)
     specs = specs_of(model.state_dict())
-    folder = model_folder(
-        model,
-        specs,
-        directory,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        model_args=_shaping(request, model),
-    )
+    folder = model_folder(model, specs, directory, model_args=_shaping(request, model), **options)
     with folder as files, closing(_Writer(model, files, memory)) as writer:
         queued = torch.get_num_threads()
         scaled = fill_generated(plan, deferred, writer.finished, queued=queued)
-        fill_others(model, report, postprocess_settings(settings), deferred, writer.finished, queued=queued)
+        fill_others(model, report, postprocess_settings(init), deferred, writer.finished, queued=queued)
         writer.write_buffers()
     return report.with_factors(scaled)
 
