@@ -14,7 +14,7 @@ Starts: `rand`, `orth` and `ghn-orth` as of `init=`, and the two halves of `ghn-
 more dimensions, with timm's biases and norms) and `vectors` (its biases and norms, with the tensors of `orth`).
 
 A finished run is a line of `OUT/runs.jsonl`. What is there is not computed again, whichever GHN is asked for: runs are
-told apart by the hash of the GHN's weights, or by `--label`, which is also the way to try a change of the code.
+told apart by the hash of the GHN's weights and the version of the rules (`timm_ghn.numerics`), or by `--label`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import torch
 from tqdm import tqdm
 from zoo_survey.names import module_of
 
+from timm_ghn import numerics
 from timm_ghn.cli.common import exit_status
 from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune import Execution, FineTuneConfig, load_benchmark, spread
@@ -200,6 +201,8 @@ def make_runs(trials: Sequence[Trial], args: argparse.Namespace, results: Result
         return
     context = get_context("spawn")
     path: Path = args.out / "runs.jsonl"
+    if path.exists() and not path.read_bytes().endswith(b"\n"):  # a line that was cut off
+        path.write_bytes(path.read_bytes() + b"\n")
     with (
         ProcessPoolExecutor(args.processes, context, load_images, (args.data,)) as pool,
         tqdm(total=len(todo), unit="run", smoothing=0, disable=None) as bar,
@@ -355,7 +358,7 @@ def run(args: argparse.Namespace) -> None:
     unknown = [model for model in args.models if not timm.is_model(model)]
     if unknown:
         raise FineTuneError(f"timm has no model {', '.join(unknown)}")
-    label = args.label or content_hash(load_ghn(args.ghn))[:8]
+    label = args.label or f"{content_hash(load_ghn(args.ghn))[:8]}, rules {numerics.VERSION}"
     if not args.table:
         args.out.mkdir(parents=True, exist_ok=True)
     results = read(args.out / "runs.jsonl")
@@ -376,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of CIFAR-10 or of its JPEG shards")
     parser.add_argument("--out", type=Path, default=Path("results/panel"), help="folder of results")
     parser.add_argument("--ghn", default="bundled", help="file or name of the GHN")
-    parser.add_argument("--label", help="what runs from this GHN are kept under (default: the hash of its weights)")
+    parser.add_argument("--label", help="what runs from this GHN are kept under (default: see above)")
     parser.add_argument(
         "--models", nargs="+", metavar="MODEL", default=list(PANEL), help="others are taken as they are"
     )

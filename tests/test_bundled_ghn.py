@@ -122,6 +122,14 @@ def test_settings_that_cannot_be_read(init: str, message: str, capsys: pytest.Ca
     assert message in capsys.readouterr().err
 
 
+def test_a_table_without_runs_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "runs.jsonl"
+    kept.write_text("a line")
+    assert bundled_ghn.main(["--out", str(tmp_path), "--table", "--jsonl", str(kept)]) == 2
+    assert "has no finished lines of 20 epochs" in capsys.readouterr().err
+    assert kept.read_text() == "a line"
+
+
 def test_missing_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bundled_ghn.main(["--data", str(tmp_path), "--out", str(tmp_path), "--inits", "rand"]) == 2
     assert "--download gets it" in capsys.readouterr().err

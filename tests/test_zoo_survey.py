@@ -347,6 +347,15 @@ def test_a_killed_benchmark_goes_on(tmp_path: Path) -> None:
     assert "| resnet | 1 | 1 |" in page
 
 
+def test_a_page_is_not_overwritten_with_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, table = tmp_path / "out.jsonl", tmp_path / "table.md"
+    out.touch()
+    table.write_text("a page")
+    assert zoo_coverage.main(["--out", str(out), "--table", str(table), "--table-only"]) == 2
+    assert "has no results of these models" in capsys.readouterr().err
+    assert table.read_text() == "a page"
+
+
 def test_a_peer_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if importlib.util.find_spec("ghn3") is not None:
         pytest.skip("ghn3 is installed")

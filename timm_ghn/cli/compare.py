@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"compare-{args.model.replace('/', '-')}")
     store = ResultStore(out)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    execution = Execution(device, evaluate_every=max(1, configs[0].epochs // 20))
+    execution = Execution(device, evaluate_every=math.ceil(configs[0].epochs / 10))
     steps = configs[0].epochs * -(-len(data.train) // configs[0].batch_size)
     length = f"{steps} steps a run, in {configs[0].epochs} epoch{'s' * (configs[0].epochs > 1)}"
     sizes = f"{len(data.train)} images of {data.num_classes} classes to train on, {len(data.test)} to measure on"
