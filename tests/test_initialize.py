@@ -245,8 +245,11 @@ def test_damaged_checkpoints_change_nothing(seeded_checkpoint: Path, tmp_path: P
 def test_models_without_memory_or_layers_are_refused(ghn: GHN) -> None:
     with torch.device("meta"):
         model = timm.create_model("test_resnet")
-    with pytest.raises(InitError, match="to_empty"):
+    with pytest.raises(InitError, match=r"conv1\.0\.weight is on the meta device.*outside of torch\.device"):
         timm_ghn.init_model(model, ghn=ghn)
+    for buffers_only in (model, nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False, device="meta"))):
+        with pytest.raises(InitError, match="is on the meta device"):
+            timm_ghn.init_model(buffers_only, "orth")
     with pytest.raises((GraphError, InitError), match="no "):
         timm_ghn.init_model(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), ghn=ghn)
 

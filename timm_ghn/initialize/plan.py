@@ -184,7 +184,7 @@ def make_plan(
     is_frozen = (name for name, p in parameters.items() if not p.requires_grad and init.frozen != "init")
     kept = kept_parameters(model) | dict.fromkeys(is_frozen, FROZEN)
     free = frozenset(parameters.keys() - kept.keys())
-    _check_model(init, parameters, kept)
+    _check_model(init, parameters, dict(model.named_buffers()), kept)
     inputs: dict[str, Any] = {"input_size": input_size, "example_input": example_input}
     trace = None if hypernetwork is None else capture(model, **inputs)
     layers = weight_layers(model, **inputs, trace=trace)
@@ -224,13 +224,19 @@ def make_plan(
     return Plan(init, origin, parameters, assignments, hypernetwork, graph, computation)
 
 
-def _check_model(init: Init, parameters: Mapping[str, nn.Parameter], kept: Mapping[str, str]) -> None:
+def _check_model(
+    init: Init, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], kept: Mapping[str, str]
+) -> None:
     """Raises InitError for models that no method can initialize."""
     if init.spec.source is Source.TIMM:
         return
-    on_meta = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
+    on_meta = next((name for name, tensor in {**parameters, **buffers}.items() if tensor.is_meta), None)
     if on_meta is not None:
-        raise InitError(f"{on_meta} is on the meta device and has no memory; call model.to_empty(device=...) first")
+        raise InitError(
+            f"{on_meta} is on the meta device, where parameters and buffers that are kept have no values. Build the "
+            "model outside of torch.device('meta'): timm.create_model(..., init='ghn-orth') draws no random numbers in "
+            "vain either. Memory from model.to_empty() alone holds no values"
+        )
     if parameters and not parameters.keys() - kept.keys():
         if set(kept.values()) == {FROZEN}:
             raise InitError(

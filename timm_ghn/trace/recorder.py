@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from timm_ghn.errors import CaptureError
+from timm_ghn.seeding import PrivateRandom
 from timm_ghn.trace.memo import PLAIN, Results, call_key
 from timm_ghn.trace.records import Operation, Trace, Value
 
@@ -38,8 +39,6 @@ _SILENT = {
     "size", "shape", "dim", "ndim", "device", "dtype", "numel", "stride", "is_contiguous", "requires_grad", "len",
     "set", "storage_offset", "untyped_storage",
 }  # fmt: skip
-
-_DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "uniform", "random"}
 
 _KERNEL_MODULES = ("torch._meta_registrations", "torch._refs", "torch._decomp", "torch._prims")
 
@@ -106,7 +105,7 @@ class Recorder(TorchFunctionMode):
         self._kept: list[Any] = []  # so that no id is used twice
         self._wholes: dict[int, Tensor] = {}  # what a view was taken from, by id of the view
         self._results = Results()
-        self._generator = torch.Generator()
+        self._random = PrivateRandom(seed=0)
         self._count = 0
         self._inputs: frozenset[int] = frozenset()
         self._parameters: dict[int, tuple[str, ...]] = {}
@@ -158,7 +157,7 @@ class Recorder(TorchFunctionMode):
             key = None if self._sees_kernels else call_key(name, func, args, kwargs)
             result = self._results.find(key, func, args, kwargs)
         if is_called := result is None:
-            result = self._call(name, func, args, kwargs)
+            result = self._call(func, args, kwargs)
         with torch._C.DisableTorchFunction():
             if is_called:
                 self._results.keep(key, result, (*args, *kwargs.values()))
@@ -178,15 +177,13 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             return self.__torch_function__(func, types, args, kwargs)
 
-    def _call(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function; one that refuses tensors with values beside those without gets none with values."""
         if _SEEN_DEVICE in args or _SEEN_DEVICE in kwargs.values():
             args, kwargs = tree_map_only(torch.device, _real_device, (args, kwargs))
-        if name in _DRAWS and "generator" not in kwargs and _is_on_cpu(args, kwargs):
-            kwargs = {**kwargs, "generator": self._generator}
         self._is_calling = True
         try:
-            return function(*args, **kwargs)
+            return self._random.call(function, args, kwargs)
         except RuntimeError:
             if all(tensor.is_meta for tensor in tensors_in([*args, *kwargs.values()])):
                 raise
@@ -315,11 +312,6 @@ def _as_called(name: str, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
 
 def _real_device(device: torch.device) -> torch.device:
     return torch.device("meta") if device == _SEEN_DEVICE else device
-
-
-def _is_on_cpu(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    device = kwargs.get("device") or (args[0].device if args and isinstance(args[0], Tensor) else "meta")
-    return torch.device(device).type == "cpu"
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:
