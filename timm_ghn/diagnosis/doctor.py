@@ -21,7 +21,7 @@ from timm_ghn._version import __version__
 from timm_ghn.errors import CheckpointError, TimmGhnError
 
 if TYPE_CHECKING:
-    from timm_ghn.ghn.registry import NamedGHN
+    from timm_ghn.ghn.catalogue import NamedGHN
 
 HUB_SECONDS = 3.0
 """How long the Hub may take to answer, and its name to be found."""
@@ -132,11 +132,11 @@ def _hook() -> Iterator[Finding]:
 
 
 def _ghns() -> Iterator[Finding]:
-    from timm_ghn.ghn.registry import NAMED_GHNS
+    from timm_ghn.ghn.catalogue import NAMED_GHNS
 
     for entry in NAMED_GHNS.values():
         if not entry.on_disk:
-            is_bundled = entry.path_in_repository is None
+            is_bundled = entry.file is None
             yield Finding("GHNs", entry.name, "not on disk", is_problem=is_bundled)
             continue
         try:
@@ -159,8 +159,12 @@ def _verify_ghn(entry: NamedGHN) -> str:
     from timm_ghn.ghn.registry import git_blob_sha1
 
     if entry.path.is_file():
-        info = read(entry.path).info
+        info = read(entry.path, shared=True).info
         return f"sound, sha256 {info.hash[:12] if info else '?'}, {entry.path}"
+    if not entry.manual_path.is_file():
+        return f"downloaded, not yet converted, {entry.hub_path}"
+    if entry.git_blob_sha1 is None:
+        return f"put there by hand, not yet converted, {entry.manual_path}"
     if git_blob_sha1(entry.manual_path.read_bytes()) != entry.git_blob_sha1:
         raise CheckpointError(f"{entry.manual_path} is not the published file")
     return f"the published file, put there by hand, {entry.manual_path}"

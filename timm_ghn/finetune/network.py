@@ -85,7 +85,7 @@ def weights_digest(config: FineTuneConfig) -> str:
             raise FineTuneError(f"--init-file {config.init_file} cannot be read: {error.strerror}") from error
     if config.init == PRETRAINED or METHODS[config.init].source is not Source.GHN:
         return ""
-    return content_hash(load_ghn(config.ghn) if config.ghn is not None else default_ghn())
+    return content_hash(load_ghn(config.ghn, shared=True) if config.ghn is not None else default_ghn(shared=True))
 
 
 def check_init(config: FineTuneConfig) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from timm_ghn.ghn.catalogue import NamedGHN
 from timm_ghn.ghn.config import GHNConfig, GHNInfo
-from timm_ghn.ghn.registry import GHNRow, NamedGHN, default_ghn, list_ghns, load_ghn
+from timm_ghn.ghn.registry import default_ghn, list_ghns, load_ghn
 
 if TYPE_CHECKING:
     from timm_ghn.ghn.checkpoint import (
         content_hash,
         from_module,
         read,
-        read_ppuda,
-        read_safetensors,
         write_safetensors,
     )
     from timm_ghn.ghn.model import GHN, Prediction
@@ -23,7 +22,6 @@ __all__ = [
     "GHN",
     "GHNConfig",
     "GHNInfo",
-    "GHNRow",
     "NamedGHN",
     "Prediction",
     "content_hash",
@@ -32,8 +30,6 @@ __all__ = [
     "list_ghns",
     "load_ghn",
     "read",
-    "read_ppuda",
-    "read_safetensors",
     "write_safetensors",
 ]
 

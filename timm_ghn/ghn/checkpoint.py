@@ -1,17 +1,16 @@
-"""Reading and writing GHNs: ppuda's `.pt` files, safetensors, and live ppuda modules.
+"""Reading and writing GHNs: safetensors, the pickled files of ppuda and ghn3, and live ppuda modules.
 
 Whatever the file, the configuration and the shape of every tensor are checked before a GHN is built, and nothing in a
-file is executed: pickles are read with `weights_only=True`.
+file is executed (see `timm_ghn.ghn.pickles`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import math
 import os
 import stat
-import zipfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from timm_ghn.errors import CheckpointError, TensorFileError
 from timm_ghn.ghn import pickles
-from timm_ghn.ghn.config import MAX_PARAMETERS, GHNConfig, GHNInfo
+from timm_ghn.ghn.config import GHNConfig, GHNInfo
 from timm_ghn.ghn.model import GHN
+from timm_ghn.ghn.pickles import ADVICE
 from timm_ghn.storage.atomic import save_atomically
 from timm_ghn.storage.reader import TensorReader
 from timm_ghn.storage.writer import write_file
@@ -34,109 +34,129 @@ CONFIG_KEY = "timm_ghn"
 HASH_KEY = "ghn_hash"
 """Metadata key whose value is the `content_hash` that the file had when it was written."""
 
-_MAX_FILE_BYTES = 8 * MAX_PARAMETERS  # weights, and as much again for an optimizer's state beside them
-_ADVICE = "get the file again, or name another GHN"
-_LEGACY_PICKLES = 5
-"""Number of pickles in a file of torch before 1.6: magic number, protocol, system, content, keys of the storages."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_IN_FIRST_LAYER = ("centrality_embed_in.", "centrality_embed_out.", "input_dist_embed.")
+"""Tensors that the released files of GHN-3 hold outside of its first layer."""
 
 
-def read(path: str | os.PathLike[str]) -> GHN:
-    """Read a GHN from a file of either format; the content decides which, not the extension.
-
-    Args:
-        path: A ppuda checkpoint or a safetensors file.
-
-    Returns:
-        The GHN, float32 on the CPU and in eval mode, with `info` set.
-
-    Raises:
-        CheckpointError: If the file cannot be read, is damaged, or is not a GHN.
-    """
-    _check_file_size(path)
-    start = _first_bytes(path, 9)
-    if start[:2] == b"PK" or start[:1] == b"\x80":  # a zip archive, or a bare pickle as torch wrote before 1.6
-        return read_ppuda(path)
-    if start[8:9] == b"{":
-        return read_safetensors(path)
-    raise CheckpointError(f"{path} is not a GHN checkpoint: it is neither a torch nor a safetensors file")
-
-
-def read_ppuda(path: str | os.PathLike[str]) -> GHN:
-    """Read a checkpoint that ppuda saved with `torch.save`.
+def read(path: str | os.PathLike[str], *, shared: bool = False) -> GHN:
+    """Read a GHN from a file; the content decides which format the file has, not the extension.
 
     Args:
-        path: The `.pt` file.
+        path: A safetensors file, or a file that `torch.save` or `joblib.dump` wrote.
+        shared: Whether a safetensors file's GHN may be one that this process keeps and hands out again. It must then
+            not be changed. A file that has not changed is read and verified once per process.
 
     Returns:
-        The GHN, float32 on the CPU and in eval mode. `info.metadata` has the training epoch.
+        The GHN, float32 on the CPU and in eval mode. `info.metadata` has what the file says beside the configuration.
 
     Raises:
         CheckpointError: If the file cannot be read, is damaged, holds code, or is not a GHN.
     """
-    _check_file_size(path)
+    path = Path(path)
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+            raise CheckpointError(f"{path} cannot be read: it is not a file")
         with open(path, "rb") as file:
-            return parse_ppuda(file, str(path))
+            start = file.read(9)
+            # A safetensors file begins with the length of its header in 8 bytes, which may look like another format.
+            if start[4:9] != b"\0\0\0\0{" and pickles.is_known(start):
+                return parse(file, str(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if start[8:9] != b"{":
+        raise CheckpointError(f"{path} is not a GHN checkpoint: it is neither a safetensors nor a pickled file")
+    ghn = _read_safetensors(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+    return ghn if shared else _copy(ghn)
 
 
-def parse_ppuda(file: BinaryIO | bytes, name: str) -> GHN:
-    """Read a ppuda checkpoint from an open file or from memory; `name` is what errors call it.
+def parse(file: BinaryIO, name: str) -> GHN:
+    """Read a GHN from an open pickled file; `name` is what errors call it.
+
+    The file holds the state dict of a GHN, alone or in a table beside its configuration, as ppuda and ghn3 write it. A
+    missing configuration is inferred from the shapes of the tensors.
 
     Raises:
-        CheckpointError: As `read_ppuda`.
+        CheckpointError: As `read`.
     """
-    stream = io.BytesIO(file) if isinstance(file, bytes) else file
-    _check_pickles(stream, name)
-    try:
-        data = torch.load(stream, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files make torch and pickle raise almost anything
-        raise CheckpointError(f"{name} is truncated or damaged; {_ADVICE}") from error
-    if not isinstance(data, dict) or "state_dict" not in data or "config" not in data:
-        raise CheckpointError(f"{name} is not a GHN checkpoint: it has no 'state_dict' and 'config'; {_ADVICE}")
+    data = pickles.load(file, name)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{name} is not a GHN checkpoint: it holds no table of tensors; {ADVICE}")
+    tensors = _check_tensors(data.get("state_dict", data), name)
+    tensors = {f"gnn.0.{key}" if key.startswith(_IN_FIRST_LAYER) else key: value for key, value in tensors.items()}
+    config = _config(data["config"], tensors, name) if "config" in data else _infer_config(tensors, name)
+    for key in ("decoder.conv.0.weight", "decoder.conv.2.weight", "decoder.class_layer_predictor.1.weight"):
+        if config.decoder == "conv" and key in tensors and tensors[key].ndim == 2:  # ghn3's linear layers
+            tensors[key] = tensors[key][:, :, None, None]
     epoch = data.get("epoch")
     metadata = {"epoch": str(epoch)} if isinstance(epoch, int) and 0 <= epoch < 2**63 else {}
-    return _build(_config(data["config"], name), data["state_dict"], name, metadata)
+    return _build(config, tensors, name, metadata)
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> GHN:
-    """Read a GHN from a file that `write_safetensors` wrote.
+def _config(data: Any, tensors: Mapping[str, Tensor], name: str) -> GHNConfig:
+    """The configuration in a file; ghn3 adds sizes of the Graphormer, and says which encoder it is by a switch."""
+    try:
+        if isinstance(data, Mapping) and ("is_ghn2" in data or _has_graphormer(tensors)):
+            data = {key: value for key, value in data.items() if key != "is_ghn2"}
+            if _has_graphormer(tensors):
+                data |= {"hypernet": "graphormer", "cut": "centre"}
+            else:
+                data = {key: value for key, value in data.items() if key not in ("layers", "heads")}
+        return GHNConfig.from_dict(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
 
-    Args:
-        path: The `.safetensors` file.
 
-    Returns:
-        The GHN, float32 on the CPU and in eval mode. `info.metadata` has the file's metadata. A file that has not
-        changed is read and verified once per process; every call returns a GHN of its own.
+def _has_graphormer(tensors: Mapping[str, Tensor]) -> bool:
+    return "gnn.0.attn.to_qkv.weight" in tensors
 
-    Raises:
-        CheckpointError: If the file cannot be read, is damaged, or is not a GHN.
-    """
-    _check_file_size(path)
-    status = Path(path).stat()
-    return _copy(_read_once(str(path), status.st_ino, status.st_size, status.st_mtime_ns))
+
+def _infer_config(tensors: Mapping[str, Tensor], name: str) -> GHNConfig:
+    """The configuration that the shapes of the tensors tell, as ghn3 infers it; `weight_norm` is taken to be on."""
+    shapes = {key: (*tensor.shape, 0, 0)[:2] for key, tensor in tensors.items()}
+    try:
+        hid = shapes["embed.weight"][1]
+        side = math.isqrt(shapes["decoder.fc.0.weight"][0] // max(1, 4 * hid))
+        channels = math.isqrt(shapes["decoder.conv.2.weight"][0])
+        config = {
+            "max_shape": (channels, channels, side, side),
+            "num_classes": shapes["decoder.class_layer_predictor.1.weight"][0],
+            "hypernet": "gatedgnn" if "gnn.gru.weight_ih" in shapes else "mlp",
+            "weight_norm": True,
+            "ve": "gnn.mlp_ve.fc.0.weight" in shapes,
+            "layernorm": "ln.weight" in shapes,
+            "hid": hid,
+        }
+        if _has_graphormer(tensors):
+            heads = shapes["gnn.0.attn.proj_e.2.weight"][0]
+            layers = sum(key.startswith("gnn.") and key.endswith(".ln1.weight") for key in shapes)
+            config |= {"ve": True, "layers": layers, "heads": heads}
+    except KeyError as error:
+        raise CheckpointError(
+            f"{name} is not a GHN checkpoint: it has no 'config', and no tensor {error} to infer it from; {ADVICE}"
+        ) from error
+    return _config(config, tensors, name)
 
 
 @lru_cache(maxsize=2)
-def _read_once(path: str, *_: int) -> GHN:
-    """The GHN in a file of that inode, size and time. It is never handed out, so that nobody can change it."""
+def _read_safetensors(path: str, *_: int) -> GHN:
+    """The GHN in a safetensors file of that inode, size and time."""
     try:
         with TensorReader(path) as file:
             metadata = dict(file.metadata)
-            config = _config(_json(metadata.pop(CONFIG_KEY, None), str(path)), str(path))
-            _check_shapes({key: spec.shape for key, spec in file.specs.items()}, config, str(path))
+            config = _config(_json(metadata.pop(CONFIG_KEY, None), path), {}, path)
+            _check_shapes({key: spec.shape for key, spec in file.specs.items()}, config, path)
             tensors = {key: file.read(key) for key in file.specs}
     except TensorFileError as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}); {_ADVICE}") from error
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); {ADVICE}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     expected = metadata.pop(HASH_KEY, None)
-    ghn = _build(config, tensors, str(path), metadata)
+    ghn = _build(config, _check_tensors(tensors, path), path, metadata)
     if expected is not None and ghn.info is not None and ghn.info.hash != expected:
         raise CheckpointError(
-            f"{path} is damaged: its content does not have the hash that it was written with; {_ADVICE}"
+            f"{path} is damaged: its content does not have the hash that it was written with; {ADVICE}"
         )
     return ghn
 
@@ -174,8 +194,9 @@ def from_module(module: nn.Module, name: str = "live module") -> GHN:
     """
     inner = getattr(module, "module", None)
     module = inner if isinstance(inner, nn.Module) and not hasattr(module, "gnn") else module
+    tensors = {key: tensor.clone() for key, tensor in module.state_dict().items()}
     if isinstance(module, GHN):
-        return _build(module.config, module.state_dict(), name, {})
+        return _build(module.config, tensors, name, {})
     try:
         config = {
             "max_shape": tuple(int(size) for size in module.max_shape),  # type: ignore[union-attr]
@@ -189,7 +210,7 @@ def from_module(module: nn.Module, name: str = "live module") -> GHN:
         }
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{type(module).__name__} is not a ppuda GHN: {error}") from error
-    return _build(GHNConfig.from_dict(config), module.state_dict(), name, {})
+    return _build(GHNConfig.from_dict(config), tensors, name, {})
 
 
 def content_hash(ghn: GHN) -> str:
@@ -202,22 +223,28 @@ def content_hash(ghn: GHN) -> str:
     return digest.hexdigest()
 
 
-def _build(config: GHNConfig, tensors: Any, name: str, metadata: Mapping[str, str]) -> GHN:
-    """A GHN with copies of the tensors, which are checked first."""
+def _check_tensors(tensors: Any, name: str) -> dict[str, Tensor]:
+    """The tensors of a state dict, if they are some and all of their values are finite numbers."""
     is_table = isinstance(tensors, Mapping) and all(isinstance(key, str) for key in tensors)
     if not is_table or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise CheckpointError(f"{name} is not a GHN checkpoint: its 'state_dict' is not a table of tensors")
-    _check_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, name)
+        raise CheckpointError(f"{name} is not a GHN checkpoint: its state dict is not a table of tensors; {ADVICE}")
     for key, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_meta:
             raise CheckpointError(f"{name}: tensor {key} is not a plain tensor with values")
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(f"{name}: tensor {key} is {tensor.dtype}, not a floating-point type")
+    return dict(tensors)
+
+
+def _build(config: GHNConfig, tensors: Mapping[str, Tensor], name: str, metadata: Mapping[str, str]) -> GHN:
+    """A GHN that owns the tensors, which are checked first; they are copied where their type or layout is another."""
+    _check_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, name)
+    for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name}: tensor {key} has NaN or infinite values; {_ADVICE}")
+            raise CheckpointError(f"{name}: tensor {key} has NaN or infinite values; {ADVICE}")
     ghn = _empty(config)
-    copies = {key: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for key, tensor in tensors.items()}
-    ghn.load_state_dict(copies, assign=True)
+    owned = {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
+    ghn.load_state_dict(owned, assign=True)
     ghn.info = GHNInfo(name, content_hash(ghn), dict(metadata))
     return ghn.eval()
 
@@ -262,91 +289,16 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: GHNConfig, name
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(
-            f"{name}: the tensors are not those of a GHN of its config: {', '.join(wrong[:3])}{more}; {_ADVICE}"
+            f"{name}: the tensors are not those of a GHN of its config: {', '.join(wrong[:3])}{more}; {ADVICE}"
         )
-
-
-def _config(data: Any, name: str) -> GHNConfig:
-    try:
-        return GHNConfig.from_dict(data)
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}") from error
 
 
 def _json(text: str | None, name: str) -> Any:
     if text is None:
         raise CheckpointError(
-            f"{name} is a safetensors file without a GHN: its metadata have no {CONFIG_KEY!r}; {_ADVICE}"
+            f"{name} is a safetensors file without a GHN: its metadata have no {CONFIG_KEY!r}; {ADVICE}"
         )
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name}: the metadata {CONFIG_KEY!r} are not JSON; {_ADVICE}") from error
-
-
-def _check_pickles(stream: BinaryIO, name: str) -> None:
-    """Refuse a checkpoint that holds code, unpacks to more than it holds, or lies about its tensors.
-
-    Raises:
-        CheckpointError: Likewise, or if it is damaged.
-    """
-    size = stream.seek(0, io.SEEK_END)
-    stream.seek(0)
-    is_zip = stream.read(2) == b"PK"
-    stream.seek(0)
-    try:
-        if is_zip:
-            with zipfile.ZipFile(stream) as archive:
-                _check_archive(archive, size, name)
-        else:
-            for _ in range(_LEGACY_PICKLES):
-                pickles.check(stream, lambda _, count: count <= size)
-    except CheckpointError:
-        raise
-    except pickles.UnsafePickleError as error:
-        reason = f"it holds pickled code or objects, which are never run ({error}); save only tensors and plain values"
-        raise CheckpointError(f"{name} was refused: {reason}") from error
-    except Exception as error:  # zipfile and pickletools raise many kinds on damaged files
-        raise CheckpointError(f"{name} is truncated or damaged; {_ADVICE}") from error
-    stream.seek(0)
-
-
-def _check_archive(archive: zipfile.ZipFile, size: int, name: str) -> None:
-    """Check the records of an archive; torch itself never compresses, and finds names whatever their case is."""
-    records = archive.infolist()
-    unpacked = sum(record.file_size for record in records)
-    if unpacked > size or any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise CheckpointError(
-            f"{name} was refused: it would unpack to {unpacked:,} bytes; torch does not compress GHNs"
-        )
-    sizes = {record.filename.lower(): record.file_size for record in records}
-    if len(sizes) != len(records):
-        raise CheckpointError(f"{name} was refused: two of its records have the same name")
-    for record in records:
-        if record.filename.lower().endswith(".pkl"):
-            folder = record.filename.lower().rpartition("/")[0]
-
-            def is_possible(key: str, count: int, folder: str = folder) -> bool:
-                return count <= sizes[f"{folder}/data/{key}".lower()]
-
-            pickles.check(io.BytesIO(archive.read(record)), is_possible)
-
-
-def _check_file_size(path: str | os.PathLike[str]) -> None:
-    try:
-        status = Path(path).stat()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    size = status.st_size
-    if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
-        raise CheckpointError(f"{path} cannot be read: it is not a file")
-    if size > _MAX_FILE_BYTES:
-        raise CheckpointError(f"{path} was refused: {size:,} bytes are more than any GHN has")
-
-
-def _first_bytes(path: str | os.PathLike[str], count: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(count)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{name}: the metadata {CONFIG_KEY!r} are not JSON; {ADVICE}") from error

@@ -118,14 +118,15 @@ class _Attention(nn.Module):
 
     def read_pairs(self, features: int) -> None:
         """Add what turns the distances between two nodes into a bias for each head (first layer only)."""
-        self.edge_embed = nn.ModuleDict({"embed": nn.Embedding(NUM_PAIR_CODES, features)})
+        table = nn.Embedding(NUM_PAIR_CODES, features)
+        self.edge_embed = nn.ModuleDict({"embed": table})
         self.proj_e = nn.Sequential(nn.Linear(2 * features, features), nn.ReLU(), nn.Linear(features, self.heads))
         # Sines and cosines, as for positions in a text (arXiv 1706.03762, section 3.5).
         angle = torch.arange(NUM_PAIR_CODES)[:, None] * torch.exp(
             torch.arange(0, features, 2) * (-math.log(10_000.0) / features)
         )
         with torch.no_grad():
-            self.edge_embed["embed"].weight.copy_(torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1))
+            table.weight.copy_(torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1))
 
     def bias_table(self, max_distance: int) -> Tensor:
         """Bias (H, 2 * max_distance + 1) of an attention head for each signed distance, in ascending order.

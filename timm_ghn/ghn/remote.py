@@ -32,7 +32,7 @@ def pull_ghn(source: str, *, download: bool = True) -> GHN:
             f"{source} has no {HUB_FILE}. Pickled checkpoints (.pt) are not read from the Hub: "
             "download the file yourself, and load it by its path"
         )
-    ghn = checkpoint.read_safetensors(fetch(snapshot, HUB_FILE, limit=MAX_GHN_BYTES))
+    ghn = checkpoint.read(fetch(snapshot, HUB_FILE, limit=MAX_GHN_BYTES))
     if ghn.info is not None:
         ghn.info = replace(ghn.info, name=source)
     return ghn

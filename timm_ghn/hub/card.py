@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from timm_ghn.ghn import GHN
-from timm_ghn.ghn.registry import NAMED_GHNS
+from timm_ghn.ghn.catalogue import NAMED_GHNS
 from timm_ghn.hub.client import PREFIX
 from timm_ghn.hub.manifest import Manifest
 from timm_ghn.initialize.report import Status

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from timm_ghn.errors import PushError
 from timm_ghn.ghn import checkpoint
+from timm_ghn.ghn.catalogue import BUNDLED, GHN3, NamedGHN
 from timm_ghn.ghn.config import HUB_FILE
 from timm_ghn.ghn.model import GHN
-from timm_ghn.ghn.registry import BUNDLED, NAMED_GHNS, load_ghn
+from timm_ghn.ghn.registry import find_named, load_ghn
 from timm_ghn.hub.card import ghn_card
 from timm_ghn.hub.client import HubSource, Snapshot, bounded_silence
 from timm_ghn.hub.folder import CARD
@@ -20,8 +21,6 @@ from timm_ghn.hub.push import Outcome, Pushed, PushOptions, find_repository, upl
 from timm_ghn.storage.atomic import write_atomically
 
 CONFIG_FILE = "config.json"
-_PUBLISHED_LICENSE = "mit"
-"""Of ppuda (github.com/facebookresearch/ppuda), whose checkpoints are converted."""
 
 
 def push_ghn(
@@ -50,13 +49,13 @@ def push_ghn(
     options = options or PushOptions()
     ghn = load_ghn(source)
     name = ghn.info.name if ghn.info else "in memory"
-    entry = NAMED_GHNS.get(source) if isinstance(source, str) else None
-    license = license or (None if entry is None else "apache-2.0" if entry.name == BUNDLED else _PUBLISHED_LICENSE)
+    entry = find_named(source) if isinstance(source, str) else None
+    license = license or (entry.license if entry is not None else None)
     if license is None:
         raise PushError(f"{name}: say which licence it has, for example license='apache-2.0' (--license)")
     if entry is not None:
         description = description or f"{entry.description}; trained on {entry.trained_on}."
-        notes = notes or _known_notes(entry.name)
+        notes = notes or _known_notes(entry)
     destination = replace(HubSource.parse(repository), revision=options.revision)
     with bounded_silence():
         remote = find_repository(destination, options, mark=HUB_FILE)
@@ -78,12 +77,14 @@ def _planned(name: str, repository: str, ghn: GHN, remote: Snapshot | None) -> P
     return Pushed(name, repository, Outcome.PLANNED, f"{size / 1e6:,.1f} MB, {known}")
 
 
-def _known_notes(name: str) -> str:
+def _known_notes(entry: NamedGHN) -> str:
     """What this package itself tells of a GHN."""
-    if name != BUNDLED:
-        return (
-            "Converted from the checkpoint of the authors' repository, "
-            "[facebookresearch/ppuda](https://github.com/facebookresearch/ppuda); the weights are theirs, unchanged."
+    if entry.name != BUNDLED:
+        home = (
+            "repository, [facebookresearch/ppuda](https://github.com/facebookresearch/ppuda)"
+            if entry.repository is None
+            else f"Hub repository, [{GHN3}](https://huggingface.co/{GHN3})"
         )
+        return f"Converted from the checkpoint of the authors' {home}; the weights are theirs, unchanged."
     card = importlib.resources.files("timm_ghn.ghn") / "bundled" / "card.md"
     return card.read_text(encoding="utf-8").partition("\n")[2].strip()

@@ -138,7 +138,7 @@ def find_hypernetwork(init: Init) -> Hypernetwork | None:
     if init.spec.source is not Source.GHN:
         return None
     with single_threaded():
-        ghn = load_ghn(init.ghn) if init.ghn is not None else default_ghn()
+        ghn = load_ghn(init.ghn, shared=True) if init.ghn is not None else default_ghn(shared=True)
         if isinstance(init.ghn, GHN) or ghn.info is None:  # its weights may have changed since it was loaded
             return Hypernetwork(ghn, ghn.info.name if ghn.info else "in memory", content_hash(ghn))
     return Hypernetwork(ghn, ghn.info.name, ghn.info.hash)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_ghn.errors import CheckpointError, TrainingError
-from timm_ghn.ghn.checkpoint import read_safetensors, write_safetensors
+from timm_ghn.ghn.checkpoint import read, write_safetensors
 from timm_ghn.ghn.model import GHN
 from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.optimizer import make_optimizer
@@ -35,7 +35,7 @@ def export_run(folder: Path, path: Path) -> GHN:
         latest = Checkpoint.read(folder)
         if latest is None:
             raise TrainingError("there is no checkpoint")
-        ghn = read_safetensors(folder / latest.exported)
+        ghn = read(folder / latest.exported)
     except (OSError, CheckpointError, TrainingError) as error:
         raise TrainingError(f"{folder} holds no training run that can be exported: {error}") from error
     state = torch.load(folder / latest.optimizer, map_location="cpu", weights_only=True)
