@@ -99,12 +99,13 @@ class Request:
 
     def input_size(self, model: nn.Module) -> tuple[int, int, int] | None:
         """(channels, height, width) where the caller chose the image size; None leaves it to the model."""
+        from timm_ghn.trace.inputs import timm_config
+
         size = self.arguments.get("img_size")
         if size is None:
             return None
         height, width = (size, size) if isinstance(size, int) else size
-        channels = self.arguments.get("in_chans")
-        return channels or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3,))[0], height, width
+        return self.arguments.get("in_chans") or timm_config(model).get("input_size", (3,))[0], height, width
 
     def plain_arguments(self) -> dict[str, Any]:
         """What the model is built from, JSON-compatible, without type and device.

@@ -17,16 +17,12 @@ FILLS = {
     "bernoulli_", "exponential_", "cauchy_", "log_normal_", "geometric_", "random_",
 }  # fmt: skip
 """Calls that fill a tensor with random numbers, by the name of the function."""
-_DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial"}
-_LIKE = {"rand_like": "uniform_", "randn_like": "normal_", "randint_like": "random_"}
-"""Draws that take no generator in every version of torch, and the fill that gives the same numbers."""
-_GLOBAL = {
-    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout",
-    "rrelu", "rrelu_", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d",
+_RANDOM = FILLS | {
+    "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial", "rand_like",
+    "randn_like", "randint_like", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+    "feature_alpha_dropout", "rrelu", "rrelu_", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d",
 }  # fmt: skip
-"""Calls that draw from torch's global generator, whatever their arguments."""
-
-_RANDOM = frozenset({*FILLS, *_DRAWS, *_LIKE, *_GLOBAL})
+"""All calls that draw random numbers."""
 
 _lock = threading.RLock()
 """Held while the state of torch's global generator is another one than its users expect."""
@@ -98,17 +94,11 @@ class PrivateRandom(TorchFunctionMode):
         if device.type == "meta":
             return function(*args, **kwargs)
         generator = self.generator(device)
-        if name in _LIKE and isinstance(subject, Tensor):
-            with torch.no_grad():
-                empty = torch.empty_like(subject, **kwargs)
-                return getattr(empty, _LIKE[name])(*args[1:], generator=generator)
-        if name not in _GLOBAL:
-            try:
-                return function(*args, **kwargs, generator=generator)
-            except TypeError:  # functions of older versions of torch take no generator
-                pass
-        with _as_global(generator):
-            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs, generator=generator)
+        except TypeError:  # some take no generator, others not in older versions of torch
+            with _as_global(generator):
+                return function(*args, **kwargs)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator for draws on a device."""

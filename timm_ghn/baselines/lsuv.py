@@ -26,7 +26,7 @@ from timm_ghn.baselines.task import Computation, Task, names_of
 from timm_ghn.errors import InitError
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor_
 from timm_ghn.seeding import derived_seed
-from timm_ghn.trace.inputs import input_sizes
+from timm_ghn.trace.inputs import input_sizes, timm_config
 
 _BATCH = 32
 """Inputs of standard normal noise where no batch is given."""
@@ -129,7 +129,7 @@ def _inputs(task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return (), dict(example)
         return (example if isinstance(example, tuple) else (example,)), {}
     size = task.input_size
-    if size is None and getattr(task.model, "pretrained_cfg", None):
+    if size is None and timm_config(task.model):
         size = input_sizes(task.model)[0]
     if size is None:
         raise InitError("lsuv measures on a batch of inputs: give example_input=images, or input_size=(3, 224, 224)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from contextlib import nullcontext
 
 import torch
@@ -13,8 +12,6 @@ from torch import nn
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.initialize.model import initialize_
-from timm_ghn.initialize.plan import make_plan
-from timm_ghn.initialize.provenance import model_name, record_
 from timm_ghn.initialize.report import Report
 from timm_ghn.request import Request
 from timm_ghn.seeding import PrivateRandom
@@ -37,25 +34,18 @@ def create(request: Request) -> tuple[nn.Module, Report]:
 
         model, report = create_from_hub(request)
     elif request.init.spec.source is Source.TIMM:
-        model, report = _random(request)
+        seed = request.init.seed
+        with nullcontext() if seed is None else PrivateRandom(seed):  # torch's global generator unless there is a seed
+            model = request.build()
+        report = initialize_(model, request.init)
     else:
         model, report = _initialized(request)
     _logger.info("%s", report)
     return model, report
 
 
-def _random(request: Request) -> tuple[nn.Module, Report]:
-    """timm's own initialization, from its global generator unless a seed was given."""
-    start = time.perf_counter()
-    seed = request.init.seed
-    with nullcontext() if seed is None else PrivateRandom(seed):
-        model = request.build()
-    report = make_plan(model, request.init, None).report(model_name(model), time.perf_counter() - start)
-    record_(model, report)
-    return model, report
-
-
 def _initialized(request: Request) -> tuple[nn.Module, Report]:
+    """Build a model whose random numbers are put off, and give it weights of an organization or computed ones."""
     init = request.init
     if torch.device(request.arguments.get("device") or torch.get_default_device()).type == "meta":
         raise InitError(
@@ -65,12 +55,12 @@ def _initialized(request: Request) -> tuple[nn.Module, Report]:
     deferred = DeferredRandom(init.seed or 0)
     with deferred:
         model = request.build()
+    recipe = request.recipe()
     report = None
-    if os.environ.get("TIMM_GHN_HUB_ORG") and request.recipe() is not None:
+    if os.environ.get("TIMM_GHN_HUB_ORG") and recipe is not None:
         from timm_ghn.hub.pull import from_organization
 
         report = from_organization(request, model, deferred)
     if report is None:
-        size, recipe = request.input_size(model), request.recipe()
-        report = initialize_(model, init, input_size=size, deferred=deferred, recipe=recipe)
+        report = initialize_(model, init, input_size=request.input_size(model), deferred=deferred, recipe=recipe)
     return model, report

@@ -167,7 +167,7 @@ def _compute(
 
     with closing(bar):
         scaled = fill_generated(plan, deferred, finished, check_first=check_first)
-    return plan.report(model).with_factors(scaled)
+    return plan.report(model, scaled)
 
 
 def _restore(

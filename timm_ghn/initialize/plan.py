@@ -111,13 +111,18 @@ class Plan:
         """Parameters whose values depend on the plan alone, not on what they were before."""
         return tuple(n for n, assigned in self.assignments.items() if assigned.source in (Source.GHN, Source.GAUSSIAN))
 
-    def report(self, model: str, seconds: float = 0.0) -> Report:
-        """The report of the plan, before anything was predicted."""
-        rows = (
-            ParameterReport(name, tuple(self.parameters[name].shape), assigned.status, assigned.reason)
-            for name, assigned in self.assignments.items()
-        )
-        return Report(model, self.origin, tuple(rows), seconds=seconds)
+    def report(self, model: str, scaled: Mapping[str, tuple[float, str]] | None = None) -> Report:
+        """The report of a plan that was carried out.
+
+        Args:
+            model: Name of the model.
+            scaled: What predictions were multiplied with and why, by the name of the parameter.
+        """
+        rows = []
+        for name, assigned in self.assignments.items():
+            factor, reason = (scaled or {}).get(name, (1.0, assigned.reason))
+            rows.append(ParameterReport(name, tuple(self.parameters[name].shape), assigned.status, reason, factor))
+        return Report(model, self.origin, tuple(rows))
 
 
 def postprocess_settings(init: Init) -> PostProcess:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -89,14 +89,6 @@ class Report:
         drawn = Status.ORTHOGONALIZED if self.provenance["ghn_hash"] is None else None
         statuses = (Status.PREDICTED, Status.PREDICTED_ORTHOGONALIZED, drawn)
         return frozenset(row.name for row in self.parameters if row.status in statuses)
-
-    def with_factors(self, scaled: Mapping[str, tuple[float, str]]) -> Report:
-        """The report with what some predictions were multiplied with, and why, by the name of the parameter."""
-        rows = (
-            replace(row, factor=scaled[row.name][0], reason=scaled[row.name][1]) if row.name in scaled else row
-            for row in self.parameters
-        )
-        return replace(self, parameters=tuple(rows))
 
     def share(self, *statuses: Status) -> float:
         """Share of all elements whose parameters got one of these."""

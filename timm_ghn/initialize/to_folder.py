@@ -110,7 +110,7 @@ def _streamed(request: Request, directory: str | os.PathLike[str], **options: An
         scaled = fill_generated(plan, deferred, writer.finished, queued=queued)
         fill_others(model, report, postprocess_settings(init), deferred, writer.finished, queued=queued)
         writer.write_buffers()
-    return report.with_factors(scaled)
+    return plan.report(report.model, scaled)
 
 
 def _shaping(request: Request, model: nn.Module) -> dict[str, Any] | None:
