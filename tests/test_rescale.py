@@ -30,7 +30,6 @@ from timm_ghn.scale.rule import (
     NORM_BAND,
     SMALLEST_NORM,
     Structure,
-    bounded,
     bounding_factor,
     gaining_norms,
     nominal_scale,
@@ -51,6 +50,11 @@ def prediction(gain: float, role: Role = Role.WEIGHT, kernel: tuple[int, ...] = 
     block = torch.randn(kernel, generator=torch.Generator().manual_seed(0))
     made = Prediction(Target("w", kernel, role), block, kernel)
     return replace(made, block=block * (gain * nominal_scale(made) / block.square().mean().sqrt()))
+
+
+def bounded(made: Prediction, *, gains: bool = False) -> Prediction:
+    factor = bounding_factor(made, gains)
+    return made if factor == 1 else replace(made, block=made.block * factor)
 
 
 @given(st.floats(-30, 30), st.sampled_from([Role.WEIGHT, Role.CLASS_WEIGHT, Role.NORM_WEIGHT, Role.BIAS, Role.POS_ENC]))

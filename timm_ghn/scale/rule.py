@@ -1,46 +1,32 @@
-"""The scale of predicted parameters: a rule of five parts that reads operators, graph structure and shapes, no names.
+"""The scale of predicted parameters: what a prediction is multiplied with. docs/scale.md explains each part.
 
-**Part 1, single tensors.** GHNs aim at a nominal scale: kernels at `sqrt(2 / fan-in)` (`sqrt(1 / fan-in)` for
-depthwise and wide ones), norm weights, biases and tables of positions at about 1 or less. A tensor whose root mean
-square lies within a band around it is left as it is; one outside is brought back to the nominal scale. Weights of norm
-layers may be small, as those that end residual branches are in trained networks. A GHN that was trained well stays
-within the bands, so that nothing is changed. But a layer norm that does not end a branch multiplies all that follows it
-up to the next norm, where orthogonalized weights have a scale of their own: its weights may be too small for that, and
-those below 1 are brought to 1.
+A GHN gives similar layers similar weights, and a kernel with more channels than a block repeats it, r times along the
+input channels. So terms of a sum are in phase: n of them add up to n times one of them, where random weights give
+sqrt(n) times. Where no norm layer follows, predictions are divided by what makes up for that.
 
-Parts 2 and 3 are about sums. A GHN gives similar layers similar weights, and a kernel with more channels than a block
-repeats it. So terms that would be independent with random weights have the same direction: n of them add up to n times
-one of them, not to sqrt(n) times. Where a norm layer follows, that does not matter.
+============  ===================================================  ===================================================
+part          where                                                what is done
+============  ===================================================  ===================================================
+tensors       a tensor far from the scale that a decoder aims at   brought to that scale
+gains         a layer norm that does not end a branch              weights below 1 are brought to 1
+branches      the last layer of a residual branch, in a stream of  bias / (n g), kernel / (n g sqrt(r)), if n g > 1
+              n sums, times a learned scale that starts at g
+chains        more than 8 layers without a norm layer              kernels / sqrt(r), bias of the n-th layer / n
+products      layers behind a product of two activations           kernels / sqrt(r); one layer of a matrix product
+                                                                   over n terms / n
+batch norms   the last batch norm of branches, in streams that     weight and bias / n
+              overflow in evaluation before any training
+============  ===================================================  ===================================================
 
-**Part 2, residual branches.** A stream `x = x + f(x)` passes through n such sums without a layer in between, and f
-ends in a layer whose output no norm layer sees, multiplied with a learned scale that starts at g (1 without one; scales
-whose elements differ count as 0). If n g > 1, the predicted bias of that layer is divided by n g, and the weight by
-n g sqrt(r), where r is how often the block repeats along the input channels.
-
-**Part 3, chains.** On paths of more than 8 layers without a norm layer (residual sums do not end them), kernels are
-divided by sqrt(r), and biases of layers from the ninth on by the number of layers up to there. A kernel that is
-standardized when it is used has no scale to correct; where there is such a path through one, a method that
-orthogonalizes does so with all standardized kernels of the network, before L as well.
-
-**Part 4, products of activations.** What adds up in phase is squared where two activations are multiplied, or one with
-itself. So where the product of two, none of which is a softmax or bounded, reaches a residual sum unnormalized, kernels
-of all layers behind it up to the last norm layer are divided by sqrt(r). Where it is a matrix product, a sum over n
-such products, the layer that ends one of the factors is divided by n as well, or by its root if it ends both.
-
-**Part 5, batch norms before any training.** In evaluation an untrained batch norm does nothing, and a deep network
-overflows. So where branches raise a stream to more than its square (ReLU attention: a product of three), or a stream
-reaches beyond 96 layers without another kind of norm layer, the weight and bias of the last batch norm of each of its
-branches are divided by its n; so are those of the streams that lead to it.
-
-Weights that are orthogonalized are left as they are: a Q is a Q. All of it depends on graph, prediction, and the value
-of constant scales alone: neither on what else the model held before, nor on data, nor on the device.
+Kernels that are orthogonalized are left as they are. The factors depend on graph, prediction, and the starting values
+of learned scales. They do not depend on data, on the device, or on what else the model held before.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -74,19 +60,13 @@ def gaining_norms(graph: Graph) -> frozenset[str]:
     return frozenset(target.name for node in nodes for target in node.targets if target.role is Role.NORM_WEIGHT)
 
 
-def bounded(prediction: Prediction, gains: bool = False) -> Prediction:
-    """Part 1 of the rule: the prediction itself, or one of nominal scale if its scale is out of the band.
+def bounding_factor(prediction: Prediction, gains: bool = False) -> float:
+    """What a prediction is multiplied with so that its scale is sane; 1 for most.
 
     Args:
         prediction: Any prediction.
         gains: Whether it is one of `gaining_norms`.
     """
-    factor = bounding_factor(prediction, gains)
-    return prediction if factor == 1 else replace(prediction, block=prediction.block * factor)
-
-
-def bounding_factor(prediction: Prediction, gains: bool = False) -> float:
-    """What a prediction is multiplied with so that its scale is sane; 1 for most. Arguments as of `bounded`."""
     rms = float(torch.linalg.vector_norm(prediction.block, dtype=torch.float64)) / math.sqrt(prediction.block.numel())
     nominal = nominal_scale(prediction)
     if rms == 0 or not math.isfinite(rms):
@@ -119,15 +99,13 @@ class Structure:
     """What the rule reads from a forward pass, by name of parameter.
 
     Attributes:
-        branches: Parameters of layers that end a residual branch without a norm: the number of sums that their stream
-            passes, times what the branch is multiplied with. The same for the last batch norm of each branch of a
-            stream that overflows while batch norms do nothing, or leads to one that does.
-        products: Parameters of layers behind a product of activations: the number of products that are added up for
-            the layer that ends a factor, its root if it ends both; 1 for other layers and products.
-        chains: Parameters of layers: the number of layers on the longest path to them, themselves included, without a
-            norm layer.
-        chained: Parameters of layers on paths of more than `MAX_CHAIN` layers without a norm layer.
-        standardized: Parameters of which standardized copies are used.
+        branches: n g for the parameters of the layer, or overflowing batch norm, that ends a residual branch: the
+            number of sums of the stream times what learned scales multiply the branch with.
+        products: For parameters of layers behind a product of activations: the number of products that are added up,
+            for the layer that ends a factor of a matrix product; its root, for one that ends both; else 1.
+        chains: For parameters of layers: the length of the longest chain that ends in the layer.
+        chained: Parameters of layers in chains of more than `MAX_CHAIN` layers.
+        standardized: Parameters that are standardized when they are used.
     """
 
     branches: Mapping[str, float]
@@ -164,9 +142,3 @@ class Structure:
 def _in_channels(target: Target) -> int:
     """Channels that an output of a predicted kernel sums over."""
     return target.shape[0 if target.layout is Layout.TRANSPOSED else 1]
-
-
-def describe_factor(factors: Mapping[str, float], name: str) -> str:
-    """How a prediction was scaled, for the report; empty if it was not."""
-    factor = factors.get(name, 1.0)
-    return "" if factor == 1 else f"divided by {1 / factor:.3g}: what adds up in phase without a norm layer"
