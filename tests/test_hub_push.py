@@ -62,9 +62,8 @@ def test_what_a_repository_holds(hub: Hub, client: Client) -> None:
         WEIGHTS: {"size": len(files[WEIGHTS].data), "sha256": hashlib.sha256(files[WEIGHTS].data).hexdigest()}
     }
     tensors = load(files[WEIGHTS].data)
-    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
-        name: shape for name, (_, shape) in manifest["tensors"].items()
-    }
+    rows = {row["name"]: row["shape"] for row in manifest["report"]["parameters"]}
+    assert rows.items() <= {name: list(tensor.shape) for name, tensor in tensors.items()}.items()
     assert files["graph.png"].data.startswith(b"\x89PNG")
     assert not hub.repositories[NAME].private
 
@@ -80,7 +79,7 @@ def test_the_card_says_what_was_computed(hub: Hub, client: Client, ghn: dict[str
     facts = client.run(
         "result = timm_ghn.init_model(timm.create_model('test_resnet')).predicted_share", environment=ghn
     )
-    hash_ = json.loads(files["timm_ghn.json"].data)["provenance"]["ghn_hash"]
+    hash_ = json.loads(files["timm_ghn.json"].data)["report"]["provenance"]["ghn_hash"]
     for row in (
         "| L | 9 of 16 layers |",
         "| beta | 0.001 |",
@@ -186,6 +185,20 @@ def test_nothing_is_sent_twice(hub: Hub, client: Client) -> None:
         "result = timm_ghn.push('test_resnet', 'lab/test_resnet.orth', init='orth', license='mit').detail"
     ).result)  # fmt: skip
     assert hub.sent_bytes() == sent
+
+
+def test_weights_of_other_rules_are_replaced(hub: Hub, client: Client) -> None:
+    """After a change of what is computed, the weights of before are neither taken nor left."""
+    client.run(
+        f"from timm_ghn import numerics\nnumerics.VERSION += 1\ntry:\n    {PUSH}\nfinally:\n    numerics.VERSION -= 1"
+    )
+    done = client.run(
+        "model = timm.create_model('test_resnet', init='orth')\nresult = timm_ghn.report_of(model).source",
+        {"TIMM_GHN_HUB_ORG": "lab"},
+    )
+    assert done.result is None
+    assert client.run(f"result = {PUSH}.outcome.value").result == "pushed"
+    assert client.run(f"result = {PUSH}.outcome.value").result == "skipped"
 
 
 def test_an_interrupted_push_goes_on(hub: Hub, client: Client) -> None:

@@ -12,17 +12,11 @@ from huggingface_hub import ModelCardData
 from timm_ghn.ghn import GHN
 from timm_ghn.ghn.catalogue import NAMED_GHNS
 from timm_ghn.hub.client import PREFIX
-from timm_ghn.hub.manifest import Manifest
-from timm_ghn.initialize.report import Status
+from timm_ghn.hub.manifest import Manifest, settings_of
 from timm_ghn.settings import METHODS, Init
 from timm_ghn.text import markdown_table
 
 PAPER = "https://arxiv.org/abs/2207.10049"
-_TITLES = {
-    "ghn-orth": "GHN-orth: predicted by a graph hypernetwork, noise and orthogonalization from layer L on",
-    "ghn": "predicted by a graph hypernetwork, without post-processing",
-    "orth": "orthogonal factors of Gaussian matrices from layer L on",
-}
 _FLAGS = {"method", "ghn", "noise", "start_layer", "seed", "cache"}
 """Settings that `timm-ghn init` has."""
 _GHN_ORTH = """@article{knyazev2022pretraining,
@@ -61,7 +55,7 @@ def model_card(manifest: Manifest, repository: str, picture: str | None) -> str:
         _summary(manifest),
         _usage(manifest, repository),
         "\n".join(markdown_table(("", ""), _facts(manifest))),
-        "## What the parameters got\n\n" + _parameters(manifest),
+        "## What the parameters got\n\n" + "\n".join(markdown_table(*manifest.report.summary())),
         *([f"## The graph that was read\n\n![Graph of {manifest.architecture}]({picture})"] if picture else []),
         _reproduction(manifest),
         f"## Licence and citation\n\n{manifest.license}. If you use these weights, cite:\n\n{_CITATIONS}",
@@ -73,7 +67,8 @@ def _summary(manifest: Manifest) -> str:
     return (
         f"A starting point for training or fine-tuning `{manifest.architecture}` of "
         f"[timm](https://github.com/huggingface/pytorch-image-models), **not trained**: "
-        f"{_TITLES[manifest.method]} ([Knyazev 2022]({PAPER})). Its predictions mean nothing before training."
+        f"{METHODS[manifest.method].description} ([Knyazev 2022]({PAPER})). "
+        "Its predictions mean nothing before training."
     )
 
 
@@ -99,46 +94,27 @@ def _usage(manifest: Manifest, repository: str) -> str:
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     found = manifest.provenance
-    rows = [("method", f"`{manifest.method}`, {METHODS[manifest.method].description}"), ("paper", PAPER)]
+    rows = [
+        ("method", f"`{manifest.method}`, {METHODS[manifest.method].description}"),
+        ("paper", PAPER),
+    ]
     if found["ghn"] is not None:
         rows += [("GHN", f"`{found['ghn']}`"), ("hash of the GHN", f"`{found['ghn_hash']}`")]
     if found["start_layer"] is not None:
         rows += [("L", f"{found['start_layer']} of {found['num_layers']} layers"), ("beta", f"{found['noise']:g}")]
     rows.append(("seed", str(found["seed"])))
-    defaults = {entry.name: entry.default for entry in fields(Init)}
-    further = {key: value for key, value in settings_of(found).items() if key not in _FLAGS}
-    rows += [(key, f"`{value}`") for key, value in further.items() if value != defaults[key]]
+    rows += [(key, f"`{value}`") for key, value in _unusual(manifest).items()]
     if manifest.arguments:
         rows.append(
             ("arguments of the model", ", ".join(f"`{key}={value!r}`" for key, value in manifest.arguments.items()))
         )
     rows += [
-        ("parameters", f"{_total(manifest):,}"),
-        ("predicted by the GHN", f"{_share(manifest, Status.PREDICTED, Status.PREDICTED_ORTHOGONALIZED):.2%} of them"),
+        ("parameters", f"{manifest.report.num_parameters:,}"),
+        ("predicted by the GHN", f"{manifest.report.predicted_share:.2%} of them"),
         ("versions", ", ".join(f"{name} {value}" for name, value in manifest.versions.items() if value)),
         *((f"SHA-256 of `{name}`", f"`{record.sha256}`") for name, record in sorted(manifest.files.items())),
     ]
     return rows
-
-
-def _total(manifest: Manifest) -> int:
-    return sum(row.numel for row in manifest.parameters)
-
-
-def _share(manifest: Manifest, *statuses: Status) -> float:
-    return sum(row.numel for row in manifest.parameters if row.status in statuses) / max(_total(manifest), 1)
-
-
-def _parameters(manifest: Manifest) -> str:
-    groups: dict[tuple[str, str], list[int]] = {}
-    for row in manifest.parameters:
-        groups.setdefault((row.status.value, row.reason), []).append(row.numel)
-    total = max(_total(manifest), 1)
-    rows = [
-        (status, str(len(sizes)), f"{sum(sizes):,}", f"{sum(sizes) / total:.2%}", reason)
-        for (status, reason), sizes in groups.items()
-    ]
-    return "\n".join(markdown_table(("what", "tensors", "parameters", "share", "why"), rows))
 
 
 def _reproduction(manifest: Manifest) -> str:
@@ -161,42 +137,41 @@ def _reproduction(manifest: Manifest) -> str:
 def reproduction_command(manifest: Manifest) -> str:
     """The command that makes the files of weights, into a folder named like the model."""
     found = manifest.provenance
-    defaults = {entry.name: entry.default for entry in fields(Init)}
-    further = {key: value for key, value in settings_of(found).items() if key not in _FLAGS}
-    if any(value != defaults[key] for key, value in further.items()):
+    if _unusual(manifest):
         return _python_command(manifest)
-    words = ["timm-ghn", "init", manifest.architecture, "--out", manifest.architecture, "--method", manifest.method]
+    words = [
+        "timm-ghn",
+        "init",
+        manifest.architecture,
+        "--out",
+        manifest.architecture,
+        "--method",
+        manifest.method,
+    ]
     if found["ghn"] is not None:
         words += ["--ghn", str(found["ghn"])]
     if METHODS[manifest.method].orthogonal:
         words += ["--noise", repr(found["noise"]), "--start-layer", str(found["start_layer"])]
     words += ["--seed", str(found["seed"])]
-    dtype = weights_dtype(manifest)
-    words += [] if dtype == "float32" else ["--dtype", dtype]
+    words += [] if manifest.dtype == "float32" else ["--dtype", manifest.dtype]
     words += [] if len(manifest.files) == 1 else ["--max-shard-size", manifest.max_shard_size]
     if manifest.arguments:
         words += ["--model-kwargs", *(f"{key}={value!r}" for key, value in manifest.arguments.items())]
     return shlex.join(words)
 
 
-def weights_dtype(manifest: Manifest) -> str:
-    """Type of the model's parameters."""
-    return next(
-        (manifest.tensors[row.name][0] for row in manifest.parameters if row.name in manifest.tensors), "float32"
-    )
-
-
-def settings_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an initialization, as arguments of `Init`."""
-    return {entry.name: provenance[entry.name] for entry in fields(Init) if entry.name in provenance}
+def _unusual(manifest: Manifest) -> dict[str, Any]:
+    """Settings that are not the default, and that `timm-ghn init` does not have."""
+    defaults = {entry.name: entry.default for entry in fields(Init)}
+    given = settings_of(manifest.provenance)
+    return {key: value for key, value in given.items() if key not in _FLAGS and value != defaults[key]}
 
 
 def _python_command(manifest: Manifest) -> str:
     """For settings that the command line does not have."""
-    dtype = weights_dtype(manifest)
     arguments = [repr(manifest.architecture)] * 2 + [f"init={settings_of(manifest.provenance)!r}"]
     arguments += [] if len(manifest.files) == 1 else [f"max_shard_size={manifest.max_shard_size!r}"]
-    arguments += [] if dtype == "float32" else [f"dtype=torch.{dtype}"]
+    arguments += [] if manifest.dtype == "float32" else [f"dtype=torch.{manifest.dtype}"]
     arguments += [f"{key}={value!r}" for key, value in manifest.arguments.items()]
     code = f"import torch, timm_ghn; timm_ghn.init_to_folder({', '.join(arguments)})"
     return shlex.join(["python", "-c", code])

@@ -2,13 +2,12 @@
 
 Endpoint, token, cache, offline mode and timeouts are therefore those of huggingface_hub (`HF_ENDPOINT`, `HF_TOKEN`,
 `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_HUB_ETAG_TIMEOUT`, `HF_HUB_DOWNLOAD_TIMEOUT`). What this module adds: sizes are
-checked before and while something is downloaded, hashes before it is used, and failures are told in a line.
+checked before something is downloaded, hashes before it is used, and failures are told in a line.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -41,7 +40,6 @@ API_TIMEOUTS = 6
 """Longest silence of the Hub while something is pushed, where huggingface_hub itself would wait for ever; in units of
 `HF_HUB_DOWNLOAD_TIMEOUT`, which is 10 seconds: a commit takes the Hub longer than the start of a download."""
 
-_HAS_TQDM_CLASS = "tqdm_class" in inspect.signature(huggingface_hub.hf_hub_download).parameters
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[\w.][\w./-]*")
@@ -101,11 +99,6 @@ class RemoteFile:
     size: int
     sha256: str | None
     git_oid: str | None
-
-    @property
-    def etags(self) -> set[str]:
-        """What the server may call the content."""
-        return {found for found in (self.sha256 or self.git_oid,) if found}
 
     def matches(self, path: Path) -> bool:
         """Whether a local file has this content."""
@@ -213,11 +206,11 @@ def fetch(snapshot: Snapshot, name: str, *, limit: int) -> Path:
         if remote is None:
             raise EntryNotFoundError(f"there is no file {name}")
         _check_size(remote.size, limit)
-        path = _cached(snapshot, name) or _download(snapshot, name, remote)
+        path = _cached(snapshot, name) or _download(snapshot, name)
         if remote.matches(path):
             return path
         _remove(path)
-        path = _download(snapshot, name, remote)
+        path = _download(snapshot, name)
         if remote.matches(path):
             return path
         _remove(path)
@@ -231,36 +224,18 @@ def _cached(snapshot: Snapshot, name: str) -> Path | None:
     return Path(found) if isinstance(found, str) and snapshot.commit in Path(found).parts else None
 
 
-def _download(snapshot: Snapshot, name: str, remote: RemoteFile) -> Path:
-    """Have huggingface_hub download a file, no more of it than there should be.
+def _download(snapshot: Snapshot, name: str) -> Path:
+    """Have huggingface_hub download a file.
 
     It is asked for by the name of its branch or tag, so that huggingface_hub finds it by that when it is offline.
     """
-    repository, revision = snapshot.source.repository, snapshot.source.revision
-    url = huggingface_hub.hf_hub_url(repository, name, revision=revision)
-    answered = huggingface_hub.get_hf_file_metadata(url, token=snapshot.token)
-    if answered.etag not in remote.etags:  # huggingface_hub names a file of its cache by this
-        raise DownloadError(f"the server offers another content: {str(answered.etag)[:80]!r}")
-    bar: dict[str, Any] = {"tqdm_class": _bar_up_to(remote.size)} if _HAS_TQDM_CLASS else {}
-    path = Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, token=snapshot.token, **bar))
+    source = snapshot.source
+    path = Path(
+        huggingface_hub.hf_hub_download(source.repository, name, revision=source.revision, token=snapshot.token)
+    )
     if snapshot.commit not in path.parts:
         raise DownloadError("the repository was changed in the meantime; try again")
     return path
-
-
-def _bar_up_to(limit: int) -> type[Any]:
-    """A progress bar that stops a download which is larger than announced."""
-
-    class Bar(huggingface_hub.utils.tqdm):  # type: ignore[misc, name-defined, unused-ignore]
-        received = 0
-
-        def update(self, n: float | None = 1) -> bool | None:
-            self.received += int(n or 0)
-            if self.received > limit:
-                raise DownloadError(f"the server sends more than the {limit:,} bytes that it announced")
-            return super().update(n)  # type: ignore[no-any-return, unused-ignore]
-
-    return Bar
 
 
 def _check_size(size: int, limit: int) -> None:

@@ -7,17 +7,17 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from timm_ghn.drawing import save as save_picture
 from timm_ghn.graph import to_graph
 from timm_ghn.hub.card import model_card
-from timm_ghn.hub.manifest import FILE, WEIGHTS, FileRecord, Manifest, versions
+from timm_ghn.hub.manifest import FILE, WEIGHTS, FileRecord, Manifest, dtype_of, versions
 from timm_ghn.initialize.to_folder import init_to_folder
 from timm_ghn.request import Request
 from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.storage.paths import file_sha256
+from timm_ghn.storage.reader import TensorReader
 
 _logger = logging.getLogger(__name__)
 
@@ -45,14 +45,12 @@ def make_folder(
     )
     skeleton = request.skeleton()
     manifest = Manifest(
-        architecture=report.model,
+        report=report,
         arguments=request.plain_arguments(),
+        dtype=dtype_of(skeleton),
         num_classes=int(getattr(skeleton, "num_classes", 0)),
         license=license,
         max_shard_size=str(max_shard_size),
-        provenance=report.provenance,
-        parameters=report.parameters,
-        tensors=tensor_table(skeleton),
         versions=versions(),
         files={
             path.name: FileRecord(path.stat().st_size, file_sha256(path))
@@ -66,23 +64,15 @@ def make_folder(
     return manifest
 
 
-def tensor_table(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of every tensor of the state dict."""
-    return {
-        name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        for name, tensor in model.state_dict().items()
-    }
-
-
 def first_difference(model: nn.Module, folder: Path) -> str | None:
     """Name of a tensor of a model that is not, bit for bit, the one in the files of weights; None if all are."""
     state = model.state_dict()
     for path in sorted(folder.iterdir()):
         if not WEIGHTS.fullmatch(path.name):
             continue
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                ours, written = state.pop(name, None), file.get_tensor(name)
+        with TensorReader(path) as file:
+            for name in file.specs:
+                ours, written = state.pop(name, None), file.read(name)
                 if ours is None or ours.dtype != written.dtype or not torch.equal(ours.cpu(), written):
                     return str(name)
     return next(iter(state), None)

@@ -1,35 +1,35 @@
 """`timm_ghn.json`: what a repository of initialized weights says of itself, so that it can be checked before use.
 
-It is plain data. Everything in it is checked when it is read, and none of it chooses what is built or run: a model is
-built by the name that the user gives, and takes tensors of the names, shapes and hashes that stand here.
+The file is plain data. Nothing in it chooses what is built or run: a model is built by the name that the user gives,
+and takes tensors whose names and shapes are its own, from files that have the hashes that stand here.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from timm_ghn._version import __version__
 from timm_ghn.errors import CheckpointError
-from timm_ghn.initialize.report import ParameterReport, Status
-from timm_ghn.settings import METHODS
+from timm_ghn.initialize.report import Report
+from timm_ghn.request import Request
+from timm_ghn.settings import Init
+from timm_ghn.storage.header import TensorSpec
 
 FILE = "timm_ghn.json"
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 16 * 2**20
-"""The largest model of timm takes 1 MB."""
-MAX_WEIGHTS_BYTES = 2**40
+"""The largest model of timm takes 2 MB."""
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """Names that files of weights may have; nothing else is downloaded."""
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_TEXT = 500
 
@@ -52,33 +52,39 @@ class Manifest:
     """What a repository of initialized weights says of itself.
 
     Attributes:
-        architecture: timm's name of the model.
+        report: What every parameter got, and what determines that; without the time that it took.
         arguments: Arguments of `timm.create_model`, JSON-compatible.
+        dtype: Type of the parameters, such as "float32".
         num_classes: Number of classes.
         license: SPDX name of the licence.
         max_shard_size: Size above which weights were split.
-        provenance: What determines the weights (`timm_ghn.provenance`).
-        parameters: What every parameter got.
-        tensors: Type of every tensor of the state dict, by name, and its shape.
         versions: Versions and processor that the weights were computed with.
         files: Files of weights by name.
     """
 
-    architecture: str
+    report: Report
     arguments: Mapping[str, Any]
+    dtype: str
     num_classes: int
     license: str
     max_shard_size: str
-    provenance: Mapping[str, Any]
-    parameters: tuple[ParameterReport, ...]
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     versions: Mapping[str, str]
     files: Mapping[str, FileRecord]
+
+    @property
+    def architecture(self) -> str:
+        """timm's name of the model."""
+        return self.report.model
 
     @property
     def method(self) -> str:
         """Name of the method."""
         return str(self.provenance["method"])
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What determines the weights."""
+        return self.report.provenance
 
     @property
     def num_bytes(self) -> int:
@@ -87,28 +93,11 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of the file, the same for the same content."""
-        head = {
-            "format": FORMAT,
-            "architecture": self.architecture,
-            "arguments": dict(self.arguments),
-            "num_classes": self.num_classes,
-            "license": self.license,
-            "max_shard_size": self.max_shard_size,
-            "provenance": dict(self.provenance),
-            "versions": dict(self.versions),
-            "files": {name: asdict(record) for name, record in sorted(self.files.items())},
-        }
-        # A line for each tensor: readable, and a quarter of the size.
-        tensors = [
-            f"  {json.dumps(name)}: {json.dumps([dtype, shape])}" for name, (dtype, shape) in self.tensors.items()
-        ]
-        rows = [
-            f"  {json.dumps([row.name, row.shape, row.status.value, row.reason, row.factor])}"
-            for row in self.parameters
-        ]
-        lines = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
-        listed, told = ",\n".join(tensors), ",\n".join(rows)
-        return f'{lines},\n "tensors": {{\n{listed}\n }},\n "parameters": [\n{told}\n ]\n}}\n'
+        report = replace(self.report, from_cache=False, seconds=0.0, source=None).to_dict()
+        files = {name: asdict(record) for name, record in sorted(self.files.items())}
+        rest = {entry.name: getattr(self, entry.name) for entry in fields(self)[1:-1]}
+        data = {"format": FORMAT, **rest, "files": files, "report": report}
+        return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, name: str) -> Manifest:
@@ -123,26 +112,52 @@ class Manifest:
         """
         try:
             data = json.loads(text, parse_constant=_no_constant)
-            if not isinstance(data, dict) or data.get("format") != FORMAT:
-                found = data.get("format") if isinstance(data, dict) else None
+            found = data.pop("format", None)
+            if found != FORMAT:
                 raise ValueError(
                     f"it is of format {str(found)[:20]!r}, not {FORMAT}; another version of timm-ghn made it"
                 )
-            return cls(
-                architecture=_text(data, "architecture"),
-                arguments=_table(data, "arguments"),
-                num_classes=_count(data["num_classes"], 10**7),
-                license=_text(data, "license"),
-                max_shard_size=_text(data, "max_shard_size"),
-                provenance=_provenance(_table(data, "provenance")),
-                parameters=tuple(_row(row) for row in data["parameters"]),
-                tensors={_name(key): _tensor(value) for key, value in _table(data, "tensors").items()},
-                versions={key: _text(_table(data, "versions"), key) for key in _table(data, "versions")},
-                files={_file_name(key): _file(value) for key, value in _table(data, "files").items()},
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            _check_texts(data)
+            report = _report(data.pop("report"))
+            files = {_file_name(key): _file(value) for key, value in data.pop("files").items()}
+            manifest = cls(report=report, files=files, **data)
+            for table in (manifest.arguments, manifest.versions):
+                if not isinstance(table, dict):
+                    raise ValueError("arguments or versions are not a table")
+            for value, kind in ((manifest.num_classes, int), (manifest.license, str), (manifest.max_shard_size, str)):
+                if type(value) is not kind:
+                    raise ValueError(f"{str(value)[:40]!r} is of the wrong kind")
+            TensorSpec(manifest.dtype, ())
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"{name} is not a description of initialized weights: {reason[:200]}") from error
+        return manifest
+
+    def difference(self, request: Request, origin: Mapping[str, Any], dtype: str) -> str:
+        """What is different about these weights from those that are asked for; empty if they are the same.
+
+        Args:
+            request: What is asked for.
+            origin: Provenance that the initialization would have (`timm_ghn.initialize.plan.expected_origin`).
+            dtype: Type of the parameters, such as "float32".
+        """
+        name, arguments = request.name.partition(".")[0], request.plain_arguments()
+        here = {"model": name, "dtype": dtype, "arguments": arguments, **origin}
+        there = {"model": self.architecture, "dtype": self.dtype, "arguments": dict(self.arguments), **self.provenance}
+        for key in sorted({*here, *there} - {"ghn"}):  # a name of a GHN, whose hash stands beside it
+            if here.get(key) != there.get(key):
+                return f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        return ""
+
+
+def settings_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an initialization, as arguments of `Init`."""
+    return {entry.name: provenance[entry.name] for entry in fields(Init) if entry.name in provenance}
+
+
+def dtype_of(model: nn.Module) -> str:
+    """Type of a model's parameters."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def versions() -> dict[str, str]:
@@ -161,76 +176,36 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
-def _table(data: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = data[key]
-    if not isinstance(value, dict):
-        raise ValueError(f"{key} is not a table")
-    return value
+def _check_texts(value: Any) -> None:
+    """Raises ValueError for texts that are longer than a line or not printable, which logs and tables would show."""
+    if isinstance(value, str) and (len(value) > _MAX_TEXT or not value.isprintable()):
+        raise ValueError("a text is not one of a line")
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    for item in value if isinstance(value, list) else ():
+        _check_texts(item)
 
 
-def _text(data: Mapping[str, Any], key: str) -> str:
-    value = data[key]
-    if not isinstance(value, str) or len(value) > _MAX_TEXT or not value.isprintable():
-        raise ValueError(f"{key} is not a text of a line")
-    return value
-
-
-def _name(value: Any) -> str:
-    return _text({"a name": value}, "a name")
-
-
-def _count(value: Any, maximum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= maximum:
-        raise ValueError(f"{str(value)[:40]!r} is not a number from 0 to {maximum:,}")
-    return value
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > 8:
-        raise ValueError("a shape is not a short list")
-    shape = tuple(_count(size, 2**40) for size in value)
-    _count(math.prod(shape), 2**40)
-    return shape
-
-
-def _row(value: Any) -> ParameterReport:
-    name, shape, status, reason, *factor = value  # weights of earlier versions have no factor
-    return ParameterReport(_name(name), _shape(shape), Status(status), _name(reason), *map(float, factor[:1]))
-
-
-def _tensor(value: Any) -> tuple[str, tuple[int, ...]]:
-    dtype, shape = value
-    return _name(dtype), _shape(shape)
-
-
-def _file_name(value: Any) -> str:
-    if not isinstance(value, str) or not WEIGHTS.fullmatch(value):
-        raise ValueError(f"{str(value)[:60]!r} is not a name of a file of weights")
-    return value
-
-
-def _file(value: Any) -> FileRecord:
-    if not isinstance(value, dict) or set(value) != {"size", "sha256"}:
-        raise ValueError("a file is described by its size and its sha256")
-    if not isinstance(value["sha256"], str) or not _SHA256.fullmatch(value["sha256"]):
-        raise ValueError("a sha256 is not one")
-    return FileRecord(_count(value["size"], MAX_WEIGHTS_BYTES), value["sha256"])
-
-
-def _provenance(data: dict[str, Any]) -> dict[str, Any]:
-    """Plain values only, and the ones that every reader needs."""
-    for key, value in data.items():
-        if isinstance(value, str):
-            _text(data, key)
-        elif value is not None and not isinstance(value, (bool, int, float)):
-            raise ValueError(f"provenance: {_name(key)} is not a plain value")
-    if data["method"] not in METHODS:
-        raise ValueError(f"provenance: {data['method']!r} is no method")
-    for key in ("num_layers", "seed", *(["start_layer"] if data["start_layer"] is not None else [])):
-        _count(abs(data[key]) if key == "seed" else data[key], 2**63)
-    if not isinstance(data["noise"], (int, float)) or not isinstance(data["version"], str):
-        raise ValueError("provenance: noise or version is malformed")
-    for key in ("ghn", "ghn_hash"):
-        if data[key] is not None and not isinstance(data[key], str):
+def _report(data: Any) -> Report:
+    report = Report.from_dict(data)
+    origin = report.provenance
+    Init.of(settings_of(origin))  # every setting has a value that it may have
+    for key, kinds in (("start_layer", (int, type(None))), ("ghn", (str, type(None))), ("ghn_hash", (str, type(None)))):
+        if not isinstance(origin[key], kinds):
             raise ValueError(f"provenance: {key} is malformed")
-    return data
+    if any(type(size) is not int or not 0 <= size < 2**63 for row in report.parameters for size in row.shape):
+        raise ValueError("a shape is impossible")
+    return replace(report, from_cache=False, seconds=0.0, source=None)
+
+
+def _file_name(value: str) -> str:
+    if not WEIGHTS.fullmatch(value):
+        raise ValueError(f"{value[:60]!r} is not a name of a file of weights")
+    return value
+
+
+def _file(value: Mapping[str, Any]) -> FileRecord:
+    record = FileRecord(**value)
+    if type(record.size) is not int or not 0 <= record.size < 2**63 or not _SHA256.fullmatch(record.sha256):
+        raise ValueError("a file is described by its size and its sha256")
+    return record

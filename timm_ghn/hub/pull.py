@@ -6,19 +6,16 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from timm_ghn.deferred import DeferredRandom
-from timm_ghn.errors import CheckpointError, DownloadError, HubUnreachableError, InitError
+from timm_ghn.errors import CheckpointError, DownloadError, HubUnreachableError, InitError, TensorFileError
 from timm_ghn.hub.client import (
     PREFIX,
     HubSource,
@@ -27,14 +24,16 @@ from timm_ghn.hub.client import (
     look_up,
     look_up_or_cached,
 )
-from timm_ghn.hub.manifest import FILE, MAX_BYTES, Manifest
-from timm_ghn.hub.match import Asked
+from timm_ghn.hub.manifest import FILE, MAX_BYTES, Manifest, dtype_of
+from timm_ghn.initialize.plan import expected_origin
 from timm_ghn.initialize.provenance import record_
 from timm_ghn.initialize.report import ParameterReport, Report, Status
 from timm_ghn.orthogonalization import weight_layers
 from timm_ghn.request import Request
 from timm_ghn.settings import Init, Source
+from timm_ghn.storage.header import TensorSpec, specs_of
 from timm_ghn.storage.paths import file_sha256, is_offline
+from timm_ghn.storage.reader import TensorReader
 
 _logger = logging.getLogger(__name__)
 
@@ -52,56 +51,55 @@ class Pulled:
         source: Where they come from, with the commit.
         manifest: What they are.
         paths: Files of weights.
+        specs: Type and shape of every tensor by name, from the headers of the files.
     """
 
     source: str
     manifest: Manifest
     paths: tuple[Path, ...]
+    specs: Mapping[str, TensorSpec]
 
-    def check(self) -> None:
-        """Compare names, shapes, types and values with the description.
+    @classmethod
+    def of(cls, source: str, manifest: Manifest, paths: tuple[Path, ...]) -> Pulled:
+        """Read all tensors once, before a model gets any of them.
 
         Raises:
-            CheckpointError: If something is missing, too much, of another shape or type, or not a number.
+            CheckpointError: If a file is damaged, a parameter of the report is missing or of another shape, or a value
+                is not a number.
         """
-        found: set[str] = set()
-        for path in self.paths:
-            with self._opened(path) as file:
-                for name in file.keys():  # noqa: SIM118
-                    self._check(name, file.get_tensor(name))
-                    found.add(name)
-        missing = self.manifest.tensors.keys() - found
-        if missing:
-            raise CheckpointError(f"{self.source}: {min(missing)} is missing in the files of weights")
+        specs = {}
+        for name, tensor in _tensors(source, paths):
+            specs[name] = TensorSpec.of(tensor)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"{source}: {name} has values that are not finite")
+        for row in manifest.report.parameters:
+            found = specs[row.name].shape if row.name in specs else "missing"
+            if found != row.shape:
+                raise CheckpointError(
+                    f"{source}: {row.name} is {found} in the files of weights, and {row.shape} in their description"
+                )
+        return cls(source, manifest, paths, specs)
 
     def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write weights that were checked into existing tensors of their shapes.
+        """Write the weights into existing tensors of their shapes.
 
         Raises:
             CheckpointError: If a file cannot be read any more.
         """
-        for path in self.paths:
-            with self._opened(path) as file:
-                for name in set(file.keys()) & tensors.keys():
-                    tensors[name].copy_(file.get_tensor(name))
+        for name, tensor in _tensors(self.source, self.paths):
+            if name in tensors:
+                tensors[name].copy_(tensor)
 
-    @contextmanager
-    def _opened(self, path: Path) -> Iterator[Any]:
+
+def _tensors(source: str, paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of some files, one after the other. Raises CheckpointError if a file cannot be read."""
+    for path in paths:
         try:
-            with safe_open(path, framework="pt") as file:
-                yield file
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.source}: {path.name} cannot be read: {error}") from error
-
-    def _check(self, name: str, tensor: Tensor) -> None:
-        expected = self.manifest.tensors.get(name)
-        if expected is None:
-            raise CheckpointError(f"{self.source}: {name[:100]} is not in the description of the weights")
-        found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        if found != expected:
-            raise CheckpointError(f"{self.source}: {name} is {found}, and {expected} in the description")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{self.source}: {name} has values that are not finite")
+            with TensorReader(path) as file:
+                for name in file.specs:
+                    yield name, file.read(name)
+        except (TensorFileError, OSError) as error:
+            raise CheckpointError(f"{source}: {path.name} cannot be read: {error}") from error
 
 
 # --- init="hf-hub:..." ----------------------------------------------------------------------------------------------
@@ -169,9 +167,7 @@ def pull(snapshot: Snapshot, manifest: Manifest) -> Pulled:
         if path.stat().st_size != record.size or (found or file_sha256(path)) != record.sha256:
             raise CheckpointError(f"{name} of {snapshot} does not have the size and hash that {FILE} gives")
         paths.append(path)
-    pulled = Pulled(str(snapshot), manifest, tuple(paths))
-    pulled.check()
-    return pulled
+    return Pulled.of(str(snapshot), manifest, tuple(paths))
 
 
 def _check_fit(model: nn.Module, pulled: Pulled) -> frozenset[str]:
@@ -180,20 +176,17 @@ def _check_fit(model: nn.Module, pulled: Pulled) -> frozenset[str]:
     Raises:
         InitError: If any other tensor is different.
     """
-    state = model.state_dict()
-    offered = pulled.manifest.tensors
+    here = specs_of(model.state_dict())
+    there = pulled.specs
     resized = getattr(model, "num_classes", None) != pulled.manifest.num_classes
-    classifiers = tuple(f"{layer.module}." for layer in weight_layers(model) if layer.is_classifier and resized)
-    head = (
-        frozenset(name for name in {*state, *offered} if name.startswith(classifiers)) if classifiers else frozenset()
-    )
-    for name in sorted({*state, *offered} - head):
-        here = tuple(state[name].shape) if name in state else None
-        there = offered[name][1] if name in offered else None
-        if here != there:
+    prefixes = tuple(f"{layer.module}." for layer in weight_layers(model) if layer.is_classifier and resized)
+    head = frozenset(name for name in {*here, *there} if name.startswith(prefixes))
+    for name in sorted({*here, *there} - head):
+        ours, theirs = (specs[name].shape if name in specs else "missing" for specs in (here, there))
+        if ours != theirs:
             raise InitError(
-                f"{pulled.source} does not fit the model: {name} is {there or 'missing'} there and {here or 'missing'} "
-                f"here. timm adapts weights to other inputs: timm.create_model('{pulled.source}', pretrained=True, ...)"
+                f"{pulled.source} does not fit the model: {name} is {theirs} there and {ours} here. "
+                f"timm adapts weights to other inputs: timm.create_model('{pulled.source}', pretrained=True, ...)"
             )
     return head
 
@@ -212,10 +205,9 @@ def fill(model: nn.Module, pulled: Pulled, deferred: DeferredRandom, *, skip: fr
 def _report(pulled: Pulled, seconds: float, kept: frozenset[str] = frozenset()) -> Report:
     rows = tuple(
         ParameterReport(row.name, row.shape, Status.KEPT, "classifier of another size") if row.name in kept else row
-        for row in pulled.manifest.parameters
+        for row in pulled.manifest.report.parameters
     )
-    manifest = pulled.manifest
-    return Report(manifest.architecture, dict(manifest.provenance), rows, seconds=seconds, source=pulled.source)
+    return replace(pulled.manifest.report, parameters=rows, seconds=seconds, source=pulled.source)
 
 
 # --- an organization that is looked into first ----------------------------------------------------------------------
@@ -278,19 +270,21 @@ def from_organization(request: Request, model: nn.Module, deferred: DeferredRand
     try:
         snapshot = _look_up_patiently(source)
         manifest = read_manifest(snapshot)
-        asked = Asked.of(model, request.name, request.init, request.plain_arguments())
-        difference = asked.difference(manifest)
+        origin = expected_origin(model, request.init)
+        difference = manifest.difference(request, origin, dtype_of(model))
         if difference:
             _logger.warning(
                 "The weights of %s are not those that are asked for, and are computed: %s", snapshot, difference
             )
             return None
         pulled = pull(snapshot, manifest)
+        if pulled.specs != specs_of(model.state_dict()):
+            raise CheckpointError(f"{snapshot} has tensors of other names, types or shapes than the model")
     except (DownloadError, CheckpointError) as error:
         _tell(source, error)
         return None
     fill(model, pulled, deferred)
-    report = replace(_report(pulled, time.perf_counter() - start), provenance=dict(asked.provenance))
+    report = replace(_report(pulled, time.perf_counter() - start), provenance=origin)
     record_(model, report)
     return report
 

@@ -17,11 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_ghn.errors import CheckpointError, DownloadError, InitError, PushError
-from timm_ghn.hub import match
-from timm_ghn.hub.card import settings_of
 from timm_ghn.hub.client import HubSource, Snapshot, api, bounded_silence, fetch, hub_errors, look_up
 from timm_ghn.hub.folder import CARD, PICTURES, first_difference, make_folder
-from timm_ghn.hub.manifest import FILE, MAX_BYTES, WEIGHTS, Manifest, versions
+from timm_ghn.hub.manifest import FILE, MAX_BYTES, WEIGHTS, Manifest, dtype_of, settings_of, versions
+from timm_ghn.initialize.plan import expected_origin
 from timm_ghn.initialize.provenance import provenance
 from timm_ghn.request import Request
 from timm_ghn.settings import Init, Source
@@ -286,18 +285,11 @@ def _unchanged(request: Request, remote: Snapshot | None, options: PushOptions) 
         (remote.files[name].sha256, remote.files[name].size) == (record.sha256, record.size)
         for name, record in manifest.files.items()
     )
-    if (
-        not complete
-        or (manifest.license, manifest.max_shard_size)
-        != (
-            options.license,
-            str(options.max_shard_size),
-        )
-        or dict(manifest.versions) != versions()
-    ):
+    found = manifest.license, manifest.max_shard_size, dict(manifest.versions)
+    if not complete or found != (options.license, str(options.max_shard_size), versions()):
         return ""
-    expected = match.Asked.of(request.skeleton(), request.name, request.init, request.plain_arguments())
-    difference = expected.difference(manifest)
+    skeleton = request.skeleton()
+    difference = manifest.difference(request, expected_origin(skeleton, request.init), dtype_of(skeleton))
     if difference:
         _logger.info("%s: %s", remote, difference)
         return ""

@@ -154,18 +154,19 @@ class Report:
         Args:
             parameters: Whether to list every parameter.
         """
-        return "\n".join([str(self), "", *(self._parameter_lines() if parameters else self._summary_lines())])
+        return "\n".join([str(self), "", *(self._parameter_lines() if parameters else table(*self.summary()))])
 
-    def _summary_lines(self) -> list[str]:
+    def summary(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+        """Header and rows of a table with a line for each status and reason."""
         groups: dict[tuple[str, str], list[ParameterReport]] = defaultdict(list)
         for row in self.parameters:
             groups[row.status.value, row.reason].append(row)
-        rows = []
+        rows: list[tuple[object, ...]] = []
         for (status, reason), group in groups.items():
             count = sum(row.numel for row in group)
             share = f"{count / max(self.num_parameters, 1):.2%}"
             rows.append((status, len(group), f"{count:,}", share, _factors(group), reason))
-        return table(("what", "tensors", "parameters", "share", "times", "why"), rows)
+        return ("what", "tensors", "parameters", "share", "times", "why"), rows
 
     def _parameter_lines(self) -> list[str]:
         rows = [
