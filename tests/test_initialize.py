@@ -353,7 +353,11 @@ def test_compiled_models_are_initialized_without_a_word(ghn: GHN, capfd: pytest.
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: timm_ghn.init_model("resnet18"), "takes a model.*timm.create_model\\('resnet18', init="),  # type: ignore[arg-type]
+        (
+            lambda: timm_ghn.init_model("resnet18"),
+            "expected a model.*str 'resnet18'; timm.create_model\\('resnet18'\\) builds",
+        ),  # type: ignore[arg-type]
+        (lambda: timm_ghn.to_graph("resnet18"), "expected a model"),  # type: ignore[arg-type]
         (lambda: timm_ghn.Init(method=3), "method=3: expected the name"),  # type: ignore[arg-type]
         (lambda: timm_ghn.Init(ghn=3), "ghn=3: expected the name or path"),  # type: ignore[arg-type]
         (lambda: timm_ghn.Init(cache="x"), "cache='x': expected True or False"),  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from timm_ghn.baselines.task import Computation, Task, names_of
 from timm_ghn.errors import InitError
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor_
 from timm_ghn.seeding import derived_seed
-from timm_ghn.trace.inputs import input_sizes, timm_config
+from timm_ghn.trace.inputs import checked_size, input_sizes, timm_config
 
 _BATCH = 32
 """Inputs of standard normal noise where no batch is given."""
@@ -128,7 +128,7 @@ def _inputs(task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if isinstance(example, Mapping):
             return (), dict(example)
         return (example if isinstance(example, tuple) else (example,)), {}
-    size = task.input_size
+    size = None if task.input_size is None else checked_size(task.model, task.input_size)
     if size is None and timm_config(task.model):
         size = input_sizes(task.model)[0]
     if size is None:

@@ -28,7 +28,7 @@ class Task:
     method: str
     seed: int
     free: frozenset[str]
-    input_size: Sequence[int] | None = None
+    input_size: int | Sequence[int] | None = None
     example_input: Any = None
 
     def computation(

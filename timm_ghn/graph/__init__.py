@@ -19,7 +19,7 @@ __all__ = ["Graph", "Layout", "Node", "Op", "Reading", "Role", "Target", "Trace"
 def to_graph(
     model: nn.Module,
     *,
-    input_size: Sequence[int] | None = None,
+    input_size: int | Sequence[int] | None = None,
     example_input: Any = None,
     reading: Reading | str = Reading.DEFAULT,
     max_distance: int = MAX_DISTANCE,
@@ -28,8 +28,8 @@ def to_graph(
 
     Args:
         model: Any module.
-        input_size: (channels, height, width) of one image. Default: what a timm model says of itself, else
-            3 x 224 x 224.
+        input_size: (channels, height, width) of one image, or the side of a square. Default: what a timm model says of
+            itself, else 3 x 224 x 224.
         example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors.
         reading: "default", or "ppuda" for exact comparison with ppuda (see `Reading`).
         max_distance: Longest distance of a virtual edge, in hops.

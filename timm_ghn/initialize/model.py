@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from timm_ghn._version import __version__
 from timm_ghn.deferred import DeferredRandom
-from timm_ghn.errors import InitError
 from timm_ghn.ghn import Prediction
 from timm_ghn.graph import Layout
 from timm_ghn.initialize.fill import fill_computed, fill_generated, fill_others
@@ -27,7 +26,7 @@ from timm_ghn.settings import Init, Source
 from timm_ghn.storage.cache import Entry, WeightCache, cache_key
 from timm_ghn.storage.fingerprint import fingerprint
 from timm_ghn.storage.upkeep import UNREADABLE
-from timm_ghn.trace.inputs import input_sizes
+from timm_ghn.trace.inputs import check_model
 
 _logger = logging.getLogger(__name__)
 
@@ -66,20 +65,17 @@ def init_model(
         GraphError: If the model has no layer that can be predicted.
         CheckpointError, UnknownGhnError, DownloadError: If the GHN cannot be loaded.
     """
-    if not isinstance(model, nn.Module):
-        hint = f": timm.create_model({model!r}, init='ghn-orth') builds one" if isinstance(model, str) else ""
-        raise InitError(f"init_model takes a model, and got {type(model).__name__} {model!r:.80}{hint}")
+    check_model(model)
     init = Init.of(method, **{**({"cache": False} if isinstance(method, str) else {}), **settings})
     model = getattr(model, "_orig_mod", model)  # of torch.compile: recording it would compile it again
-    size = _as_size(model, input_size)
-    return initialize_(model, init, input_size=size, example_input=example_input)
+    return initialize_(model, init, input_size=input_size, example_input=example_input)
 
 
 def initialize_(
     model: nn.Module,
     init: Init,
     *,
-    input_size: Sequence[int] | None = None,
+    input_size: int | Sequence[int] | None = None,
     example_input: Any = None,
     deferred: DeferredRandom | None = None,
     recipe: Mapping[str, Any] | None = None,
@@ -114,23 +110,6 @@ def initialize_(
     report = replace(report, model=model_name(model), seconds=time.perf_counter() - start)
     record_(model, report)
     return report
-
-
-def _as_size(model: nn.Module, size: int | Sequence[int] | None) -> tuple[int, ...] | None:
-    """An input size with its channels.
-
-    Raises:
-        InitError: If it is no size.
-    """
-    if size is None:
-        return None
-    try:
-        sizes = tuple(size) if not isinstance(size, int) else (input_sizes(model)[0][0], size, size)
-    except TypeError:
-        sizes = ()
-    if not sizes or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sizes):
-        raise InitError(f"input_size={size!r}: expected (channels, height, width), or the side of a square")
-    return sizes
 
 
 def _generate(

@@ -165,7 +165,7 @@ def make_plan(
     init: Init,
     hypernetwork: Hypernetwork | None,
     *,
-    input_size: Sequence[int] | None = None,
+    input_size: int | Sequence[int] | None = None,
     example_input: Any = None,
     deferred: DeferredRandom | None = None,
 ) -> Plan:

@@ -72,7 +72,7 @@ class WeightLayer:
 def weight_layers(
     model: nn.Module,
     *,
-    input_size: Sequence[int] | None = None,
+    input_size: int | Sequence[int] | None = None,
     example_input: Any = None,
     trace: Trace | None = None,
 ) -> tuple[WeightLayer, ...]:
@@ -192,7 +192,11 @@ def _weights(module: nn.Module, module_name: str) -> Iterator[tuple[str, nn.Para
 
 
 def _scales(
-    model: nn.Module, names: Collection[str], input_size: Sequence[int] | None, example_input: Any, trace: Trace | None
+    model: nn.Module,
+    names: Collection[str],
+    input_size: int | Sequence[int] | None,
+    example_input: Any,
+    trace: Trace | None,
 ) -> set[str]:
     """Those of the named parameters that are no layers, because they only meet activations elementwise."""
     if trace is None:

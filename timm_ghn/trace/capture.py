@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_ghn.errors import CaptureError
-from timm_ghn.trace.inputs import Call, possible_calls
+from timm_ghn.trace.inputs import Call, check_model, possible_calls
 from timm_ghn.trace.recorder import Recorder, tensors_in
 from timm_ghn.trace.records import Trace
 from timm_ghn.trace.skeleton import skeleton_of
@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 def capture(
     model: nn.Module,
     *,
-    input_size: Sequence[int] | None = None,
+    input_size: int | Sequence[int] | None = None,
     example_input: Any = None,
 ) -> Trace:
     """Record the operations of a model's forward pass in evaluation mode, without touching the model.
@@ -31,15 +31,17 @@ def capture(
     Args:
         model: Any module, on any device, of any dtype; it is not moved, run on data, or left in another mode. Its
             forward hooks run on a copy.
-        input_size: (channels, height, width) of one input image. Default: what a timm model says of itself, else
-            3 x 224 x 224.
+        input_size: (channels, height, width) of one input image, or the side of a square. Default: what a timm model
+            says of itself, else 3 x 224 x 224.
         example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors (positional or keyword
             arguments of forward). Only shapes and dtypes matter, but a forward may read the values of integers and
             booleans (positions and masks of patches).
 
     Raises:
         CaptureError: If the forward pass fails on meta tensors; the message names the operation and the module.
+        InitError: If this is no model, or the size is none.
     """
+    check_model(model)
     with torch.inference_mode(False):  # tensors of the inference mode do not count what is written into them
         skeleton, tensors = skeleton_of(model)
         calls = possible_calls(skeleton, input_size, example_input)

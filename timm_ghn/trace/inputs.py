@@ -11,6 +11,8 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from timm_ghn.errors import InitError
+
 DEFAULT_INPUT_SIZE = (3, 224, 224)
 """(channels, height, width) of the input when neither the caller nor the model names one."""
 
@@ -42,19 +44,42 @@ def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:
     return list(dict.fromkeys([*found, (channels, *size[1:]), size]))
 
 
-def possible_calls(model: nn.Module, input_size: Sequence[int] | None, example_input: Any) -> list[Call]:
+def check_model(model: object) -> None:
+    """Raise InitError unless this is a model; a text is probably the name of one."""
+    if not isinstance(model, nn.Module):
+        hint = f"; timm.create_model({model!r}) builds one" if isinstance(model, str) else ""
+        raise InitError(f"expected a model, a torch.nn.Module, and got {type(model).__name__} {model!r:.80}{hint}")
+
+
+def checked_size(model: nn.Module, size: int | Sequence[int]) -> tuple[int, ...]:
+    """The size of one input; of a square image whose side is given, with the channels that the model takes.
+
+    Raises:
+        InitError: If it is no size.
+    """
+    try:
+        sizes = tuple(size) if not isinstance(size, int) else (input_sizes(model)[0][0], size, size)
+    except TypeError:
+        sizes = ()
+    if not sizes or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sizes):
+        raise InitError(f"input_size={size!r}: expected (channels, height, width), or the side of a square")
+    return sizes
+
+
+def possible_calls(model: nn.Module, input_size: int | Sequence[int] | None, example_input: Any) -> list[Call]:
     """Arguments to try a forward pass with, in this order, all of them on the meta device.
 
     Args:
         model: The model.
-        input_size: (channels, height, width) of one image; None for the sizes that the model names.
+        input_size: (channels, height, width) of one image, or the side of a square; None for the sizes that the model
+            names.
         example_input: Instead of an image: a tensor, or a tuple or dict of tensors. With integers and booleans, a
             second call is returned in which these are on the CPU and keep their values (positions, masks).
     """
     if example_input is not None:
         return [_as_call(example_input, keep_values=keep_values) for keep_values in (False, True)]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    sizes = [tuple(input_size)] if input_size is not None else input_sizes(model)
+    sizes = input_sizes(model) if input_size is None else [checked_size(model, input_size)]
     return [((torch.empty((1, *size), dtype=dtype, device="meta"),), {}) for size in sizes]
 
 
