@@ -13,11 +13,11 @@ from timm_ghn.baselines.covariance import covariance
 from timm_ghn.baselines.fixup import fixup
 from timm_ghn.baselines.lsuv import lsuv
 from timm_ghn.baselines.mimetic import mimetic
-from timm_ghn.baselines.task import Computation, Task
+from timm_ghn.baselines.setting import Computation, Setting
 
-__all__ = ["BASELINES", "Computation", "Task"]
+__all__ = ["BASELINES", "Computation", "Setting"]
 
-BASELINES: Mapping[str, Callable[[Task], Computation]] = {
+BASELINES: Mapping[str, Callable[[Setting], Computation]] = {
     "lsuv": lsuv,
     "fixup": fixup,
     "covariance": covariance,

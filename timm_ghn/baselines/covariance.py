@@ -19,7 +19,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.baselines.task import Computation, Task, names_of
+from timm_ghn.baselines.setting import Computation, Setting, names_of
 from timm_ghn.seeding import derived_seed
 
 WIDTHS = (0.1, 0.35)
@@ -79,17 +79,19 @@ def is_structured(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def covariance(task: Task) -> Computation:
+def covariance(setting: Setting) -> Computation:
     """Kernels of all depthwise convolutions.
 
     Raises:
         InitError: If there are none.
     """
-    names = names_of(task.model)
-    weights = [m.weight for m in task.model.modules() if is_structured(m) and id(m.weight) in names]
-    return task.computation(
+    names = names_of(setting.model)
+    weights = [m.weight for m in setting.model.modules() if is_structured(m) and id(m.weight) in names]
+    return setting.computation(
         (names[id(weight)] for weight in weights),
-        lambda: ((names[id(weight)], _kernels(weight, i, len(weights), task.seed)) for i, weight in enumerate(weights)),
+        lambda: (
+            (names[id(weight)], _kernels(weight, i, len(weights), setting.seed)) for i, weight in enumerate(weights)
+        ),
         "it has no depthwise convolutions with odd kernels of 3 x 3 or more",
     )
 

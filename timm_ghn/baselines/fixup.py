@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.baselines.task import Computation, Task
+from timm_ghn.baselines.setting import Computation, Setting
 from timm_ghn.errors import InitError
 from timm_ghn.graph.origins import find_origins
 from timm_ghn.orthogonalization import weight_layers
@@ -79,20 +79,20 @@ def fixup_scales(branches: Sequence[Branch]) -> Mapping[str, float]:
     return scales
 
 
-def fixup(task: Task) -> Computation:
+def fixup(setting: Setting) -> Computation:
     """Weights and biases of all convolutional and fully-connected layers.
 
     Raises:
         InitError: If the network has normalization layers or no residual branches.
     """
-    model = task.model
+    model = setting.model
     norm = next((module for module in model.modules() if isinstance(module, _NORMS)), None)
     if norm is not None:
         raise InitError(
             f"fixup is for residual networks without normalization, and {type(model).__name__} has "
             f"{type(norm).__name__} layers"
         )
-    branches = residual_branches(capture(model, input_size=task.input_size, example_input=task.example_input))
+    branches = residual_branches(capture(model, input_size=setting.input_size, example_input=setting.example_input))
     if not branches:
         raise InitError(f"fixup is for residual networks, and {type(model).__name__} has no residual branches")
     parameters = dict(model.named_parameters())
@@ -104,10 +104,10 @@ def fixup(task: Task) -> Computation:
     def values() -> Iterator[tuple[str, Tensor]]:
         for layer in layers:
             scale = 0.0 if layer.is_classifier else scales.get(layer.parameter, 1.0)
-            yield layer.parameter, _drawn(parameters[layer.parameter].shape, scale, layer.number, task.seed)
+            yield layer.parameter, _drawn(parameters[layer.parameter].shape, scale, layer.number, setting.seed)
         yield from ((name, torch.zeros(parameters[name].shape)) for name in biases)
 
-    return task.computation((*(layer.parameter for layer in layers), *biases), values, "it has no layers")
+    return setting.computation((*(layer.parameter for layer in layers), *biases), values, "it has no layers")
 
 
 def _drawn(shape: Sequence[int], scale: float, number: int, seed: int) -> Tensor:

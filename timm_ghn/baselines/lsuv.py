@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from timm_ghn.baselines.task import Computation, Task, names_of
+from timm_ghn.baselines.setting import Computation, Setting, names_of
 from timm_ghn.errors import InitError
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor_
 from timm_ghn.seeding import derived_seed
@@ -35,7 +35,7 @@ _LARGEST_ERROR = 0.1
 """Of the variance, as the paper's tolerance. A layer that does not reach it does not follow its weight."""
 
 
-def lsuv(task: Task) -> Computation:
+def lsuv(setting: Setting) -> Computation:
     """Weights and biases of all convolutions and linear layers.
 
     Left out are layers whose weight is not a parameter of their own (a parametrization computes it), frozen or empty.
@@ -43,38 +43,40 @@ def lsuv(task: Task) -> Computation:
     Raises:
         InitError: If there are none, or nothing says what the model takes.
     """
-    names = names_of(task.model)
+    names = names_of(setting.model)
     layers: dict[nn.Module, int] = {}
     computed: list[str] = []
-    for number, layer in enumerate(module for module in task.model.modules() if isinstance(module, _LAYERS)):
+    for number, layer in enumerate(module for module in setting.model.modules() if isinstance(module, _LAYERS)):
         own = dict(layer.named_parameters(recurse=False))
         weight = own.get("weight")
         name = "" if weight is None or weight.numel() == 0 else names[id(weight)]
-        if name in task.free and name not in computed:  # tied weights are computed for the first layer
+        if name in setting.free and name not in computed:  # tied weights are computed for the first layer
             layers[layer] = number
             computed += [names[id(own[part])] for part in ("weight", "bias") if part in own]
-    values = partial(_values, task, layers, names) if layers else dict[str, Tensor]().items
-    computation = task.computation(computed, values, "it has no convolutions or linear layers that may change")
-    _inputs(task)
+    values = partial(_values, setting, layers, names) if layers else dict[str, Tensor]().items
+    computation = setting.computation(computed, values, "it has no convolutions or linear layers that may change")
+    _inputs(setting)
     return computation
 
 
 @torch.no_grad()
-def _values(task: Task, layers: Mapping[nn.Module, int], names: Mapping[int, str]) -> Iterator[tuple[str, Tensor]]:
+def _values(
+    setting: Setting, layers: Mapping[nn.Module, int], names: Mapping[int, str]
+) -> Iterator[tuple[str, Tensor]]:
     """Run the model once with new weights in place of its own, scaling each layer's when the layer is run.
 
     Raises:
         InitError: If the forward pass fails.
     """
-    model = task.model
+    model = setting.model
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     tensors: dict[str, Tensor] = {}
     for layer, number in layers.items():
         for part, parameter in layer.named_parameters(recurse=False):
             if part == "weight":
-                seed = derived_seed("lsuv", task.seed, number, tuple(parameter.shape))
+                seed = derived_seed("lsuv", setting.seed, number, tuple(parameter.shape))
                 tensors[names[id(parameter)]] = _orthonormal(parameter, seed)
-            elif part == "bias" and names[id(parameter)] in task.free:
+            elif part == "bias" and names[id(parameter)] in setting.free:
                 tensors[names[id(parameter)]] = torch.zeros_like(parameter)
     done: set[nn.Module] = set()
     running: list[str] = []
@@ -90,7 +92,7 @@ def _values(task: Task, layers: Mapping[nn.Module, int], names: Mapping[int, str
         module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
         for name, module in model.named_modules()
     ]
-    args, kwargs = _inputs(task)
+    args, kwargs = _inputs(setting)
     try:
         with _measuring(model):
             functional_call(model, {**buffers, **tensors}, args, kwargs)
@@ -107,14 +109,14 @@ def _values(task: Task, layers: Mapping[nn.Module, int], names: Mapping[int, str
     yield from tensors.items()
 
 
-def _inputs(task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _inputs(setting: Setting) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of forward: the example if there is one, else standard normal noise.
 
     Raises:
         InitError: If nothing says what the model takes.
     """
-    parameter = next(task.model.parameters())
-    generator = torch.Generator().manual_seed(derived_seed("lsuv batch", task.seed))
+    parameter = next(setting.model.parameters())
+    generator = torch.Generator().manual_seed(derived_seed("lsuv batch", setting.seed))
 
     def place(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -123,14 +125,14 @@ def _inputs(task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
             leaf = torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
         return leaf.to(parameter.device, parameter.dtype if leaf.is_floating_point() else leaf.dtype)
 
-    if task.example_input is not None:
-        example = tree_map(place, task.example_input)
+    if setting.example_input is not None:
+        example = tree_map(place, setting.example_input)
         if isinstance(example, Mapping):
             return (), dict(example)
         return (example if isinstance(example, tuple) else (example,)), {}
-    size = None if task.input_size is None else checked_size(task.model, task.input_size)
-    if size is None and timm_config(task.model):
-        size = input_sizes(task.model)[0]
+    size = None if setting.input_size is None else checked_size(setting.model, setting.input_size)
+    if size is None and timm_config(setting.model):
+        size = input_sizes(setting.model)[0]
     if size is None:
         raise InitError("lsuv measures on a batch of inputs: give example_input=images, or input_size=(3, 224, 224)")
     return (torch.randn(_BATCH, *size, generator=generator).to(parameter.device, parameter.dtype),), {}

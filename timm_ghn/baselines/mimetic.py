@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.baselines.task import Computation, Task
+from timm_ghn.baselines.setting import Computation, Setting
 from timm_ghn.seeding import derived_seed
 
 QUERY_KEY = (0.7, 0.7)
@@ -80,16 +80,16 @@ def factors(width: int, rank: int, alpha: float, beta: float, generator: torch.G
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
-def mimetic(task: Task) -> Computation:
+def mimetic(setting: Setting) -> Computation:
     """Weights of all self-attention.
 
     Raises:
         InitError: If there is none.
     """
-    found = list(find_attention(task.model))
-    return task.computation(
+    found = list(find_attention(setting.model))
+    return setting.computation(
         (name for attention in found for name in attention.names),
-        lambda: (pair for index, attention in enumerate(found) for pair in _weights(attention, index, task.seed)),
+        lambda: (pair for index, attention in enumerate(found) for pair in _weights(attention, index, setting.seed)),
         "it has no self-attention with stacked query, key and value weights",
     )
 

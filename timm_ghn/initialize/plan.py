@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from timm_ghn.baselines import BASELINES, Computation, Task
+from timm_ghn.baselines import BASELINES, Computation, Setting
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
@@ -212,8 +212,8 @@ def make_plan(
                 processed |= {x.parameter: x for x in orthogonal if x.parameter in free and not x.is_classifier}
         chosen = _predictions(targets, graph, structure, hypernetwork.model, processed)
     elif init.spec.source is Source.BASELINE:
-        task = Task(model, init.method, init.seed or 0, free, input_size, example_input)
-        computation = BASELINES[init.method](task)
+        setting = Setting(model, init.method, init.seed or 0, free, input_size, example_input)
+        computation = BASELINES[init.method](setting)
         chosen = dict.fromkeys(computation.names, Assignment(Source.BASELINE))
     elif init.spec.source is Source.GAUSSIAN:
         chosen = {name: Assignment(Source.GAUSSIAN, layer=layer) for name, layer in processed.items()}

@@ -12,7 +12,7 @@ from timm_ghn.errors import InitError
 
 
 @dataclass(frozen=True)
-class Task:
+class Setting:
     """A model that a baseline is to initialize.
 
     Attributes:
@@ -34,7 +34,7 @@ class Task:
     def computation(
         self, names: Iterable[str], values: Callable[[], Iterable[tuple[str, Tensor]]], needs: str
     ) -> Computation:
-        """The answer to the task.
+        """The answer of the baseline.
 
         Args:
             names: Parameters that the baseline computes; those that are not free are left out.
