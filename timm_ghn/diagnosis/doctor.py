@@ -11,18 +11,20 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timm_ghn._version import __version__
-from timm_ghn.errors import CheckpointError, TimmGhnError
+from timm_ghn.errors import CheckpointError, DownloadError, TimmGhnError
+from timm_ghn.text import format_size
 
 if TYPE_CHECKING:
     from timm_ghn.ghn.catalogue import NamedGHN
 
+_REACHABLE = "reachable"
 HUB_SECONDS = 3.0
 """How long the Hub may take to answer, and its name to be found."""
 _PACKAGES = ("torch", "torchvision", "timm", "safetensors", "huggingface_hub", "filelock", "numpy")
@@ -88,9 +90,7 @@ def diagnose(*, network: bool = True) -> Diagnosis:
     Args:
         network: Whether to try to reach the Hub; `HF_HUB_OFFLINE=1` forbids it as well.
     """
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _device, _hook, _ghns, _cache)
-    findings = [finding for check in checks for finding in check()]
-    return Diagnosis((*findings, *_hub(network)))
+    return Diagnosis((*_versions(), *_device(), _hook(), *_ghns(), _default_ghn(network), *_cache(), _hub(network)))
 
 
 def _versions() -> Iterator[Finding]:
@@ -123,12 +123,12 @@ def _device() -> Iterator[Finding]:
     yield Finding("device", "gpu", ", ".join(gpus) or "none")
 
 
-def _hook() -> Iterator[Finding]:
+def _hook() -> Finding:
     from timm_ghn.hook import is_installed
 
     installed = is_installed()
     text = "timm.create_model knows init=" if installed else "timm.create_model does not know init="
-    yield Finding("hook", "state", text, is_problem=not installed)
+    return Finding("hook", "state", text, is_problem=not installed)
 
 
 def _ghns() -> Iterator[Finding]:
@@ -143,10 +143,31 @@ def _ghns() -> Iterator[Finding]:
             yield Finding("GHNs", entry.name, _verify_ghn(entry))
         except (TimmGhnError, OSError) as error:
             yield Finding("GHNs", entry.name, str(error), is_problem=True)
-    chosen = os.environ.get("TIMM_GHN")
-    if chosen:
-        exists = chosen in NAMED_GHNS or ":" in chosen or Path(chosen).expanduser().is_file()
-        yield Finding("GHNs", "default", f"{chosen} (TIMM_GHN)", is_problem=not exists)
+
+
+def _default_ghn(network: bool) -> Finding:
+    """Which GHN an initialization uses that names none, and whether that can be had."""
+    from timm_ghn.ghn.catalogue import BUNDLED, DEFAULT
+    from timm_ghn.ghn.registry import DEFAULT_VARIABLE, HUB_PREFIX, find_named, load_ghn
+
+    chosen = os.environ.get(DEFAULT_VARIABLE)
+    name = chosen or DEFAULT
+    why = f" ({DEFAULT_VARIABLE})" if chosen else ""
+    entry = find_named(name)
+    try:
+        load_ghn(name, download=False, shared=True)
+    except DownloadError:
+        is_hub = name.startswith(HUB_PREFIX) or (entry is not None and entry.repository is not None)
+        answer = _answer(_endpoint() if is_hub or entry is None else entry.url, network)
+        if answer == _REACHABLE:
+            return Finding("GHNs", "default", f"{name}{why}, not on disk: it is downloaded when it is first used")
+        lost = f"{name}{why} is not on disk, and cannot be fetched ({answer})"
+        if not chosen:
+            lost = f"{BUNDLED}, a small one, because {lost}; {DEFAULT_VARIABLE}={BUNDLED} chooses it for good"
+        return Finding("GHNs", "default", lost, is_problem=True)
+    except (TimmGhnError, OSError) as error:
+        return Finding("GHNs", "default", f"{name}{why} cannot be used: {error}", is_problem=True)
+    return Finding("GHNs", "default", f"{name}{why}")
 
 
 def _verify_ghn(entry: NamedGHN) -> str:
@@ -176,10 +197,11 @@ def _cache() -> Iterator[Finding]:
     cache = default_cache()
     settings = [f"{name}={_without_login(os.environ[name])}" for name in _VARIABLES if os.environ.get(name)]
     yield Finding("cache", "settings", " ".join(settings) or "none in the environment")
-    yield Finding("cache", "folder", f"{cache.root} ({_access(cache.root)})")
+    access, is_writable = _access(cache.root)
+    yield Finding("cache", "folder", f"{cache.root} ({access})", is_problem=not is_writable)
     infos = cache.entries()
     size = sum(info.size for info in infos)
-    yield Finding("cache", "entries", f"{len(infos)}, {size / 1e6:,.1f} MB{_free(cache.root)}")
+    yield Finding("cache", "entries", f"{len(infos)}, {format_size(size)}{_free(cache.root)}")
     problems = [info for info in infos if info.problem]
     if problems:
         more = f"{len(problems)} of the entries are damaged or of another version, and not used: {problems[0].path}"
@@ -191,43 +213,49 @@ def _cache() -> Iterator[Finding]:
         yield Finding("cache", "leftovers", f"{len(stale)} files of killed processes; `timm-ghn cache prune`")
 
 
-def _access(folder: Path) -> str:
-    """Whether a file can be written into a folder that exists, or the folder be made."""
+def _access(folder: Path) -> tuple[str, bool]:
+    """Whether a file can be written into a folder that exists, or the folder be made: in words, and as a truth."""
     place = folder.absolute()
     while not os.path.lexists(place):
         place = place.parent
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".timm-ghn-doctor."):
-            return "writable" if place == folder.absolute() else "does not exist yet, can be made"
+            return ("writable" if place == folder.absolute() else "does not exist yet, can be made"), True
     except OSError as error:
-        return f"not writable: {error.strerror or error}; nothing new is kept there"
+        return f"not writable: {error.strerror or error}; nothing new is kept there", False
 
 
 def _free(folder: Path) -> str:
     for place in (folder, *folder.parents):
         try:
-            return f"; {shutil.disk_usage(place).free / 1e9:,.1f} GB free on the disk"
+            return f"; {format_size(shutil.disk_usage(place).free)} free on the disk"
         except OSError:
             continue
     return ""
 
 
-def _hub(network: bool) -> Iterator[Finding]:
+def _hub(network: bool) -> Finding:
+    return Finding("Hub", _without_login(_endpoint()), _answer(_endpoint(), network))
+
+
+def _endpoint() -> str:
     from huggingface_hub import constants
 
+    return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+
+
+def _answer(url: str, network: bool) -> str:
+    """Whether a server can be reached."""
     from timm_ghn.storage.paths import is_offline
 
-    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
-    shown = _without_login(endpoint)
     if is_offline() or not network:
-        yield Finding("Hub", shown, "not tried (HF_HUB_OFFLINE)" if is_offline() else "not tried")
-        return
+        return "not tried (HF_HUB_OFFLINE)" if is_offline() else "not tried"
     answers: list[str] = []
     # In a thread, because looking up a name takes no timeout.
-    thread = threading.Thread(target=lambda: answers.append(_reach(endpoint)), daemon=True)
+    thread = threading.Thread(target=lambda: answers.append(_reach(url)), daemon=True)
     thread.start()
     thread.join(2 * HUB_SECONDS)
-    yield Finding("Hub", shown, answers[0] if answers else "not reachable: no answer in time")
+    return answers[0] if answers else "not reachable: no answer in time"
 
 
 def _without_login(text: str) -> str:
@@ -240,8 +268,8 @@ def _reach(endpoint: str) -> str:
     try:
         request = urllib.request.Request(endpoint, method="HEAD")
         with urllib.request.urlopen(request, timeout=HUB_SECONDS):
-            return "reachable"
+            return _REACHABLE
     except urllib.error.HTTPError:
-        return "reachable"
+        return _REACHABLE
     except (OSError, ValueError) as error:
         return f"not reachable: {getattr(error, 'reason', None) or error}"
