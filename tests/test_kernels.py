@@ -25,7 +25,8 @@ SHAPES = [(2, 24, 3, 3, 3), (3, 64, 64, 1, 1), (1, 48, 1, 7, 7), (2, 16, 64, 1, 
 
 @pytest.fixture(scope="module")
 def member() -> Network:
-    return Network(draw_architecture("test", 0, {"convnext": 1.0}, Bounds(max_macs=3e6)), 200)
+    ghn = GHN(GHNConfig(max_shape=(8, 8, 3, 3), num_classes=200, hid=4))
+    return Network(draw_architecture("test", 0, {"convnext": 1.0}, Bounds(max_macs=3e6)), ghn)
 
 
 def _low_rank(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

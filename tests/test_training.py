@@ -64,8 +64,9 @@ def images() -> ImageSet:
 @pytest.fixture(scope="module")
 def networks() -> Networks:
     """Shared by all tests: what a network is does not depend on the run."""
-    shares = CONFIG.families
-    return Networks(lambda index: draw_architecture("test", index, shares, Bounds(max_macs=4e6)), 10, 16)
+    bounds = Bounds(max_macs=4e6)
+    ghn = GHN(replace(TINY, num_classes=10))
+    return Networks(lambda index: draw_architecture("test", index, CONFIG.families, bounds), ghn, CONFIG)
 
 
 @pytest.fixture

@@ -6,16 +6,29 @@ import pytest
 import torch
 from torch import nn
 
+import timm_ghn
 from timm_ghn.errors import TrainingError
 from timm_ghn.ghn import GHN, GHNConfig
-from timm_ghn.orthogonalization import weight_layers
-from timm_ghn.training.architectures import Architecture, Bounds, Network, count_macs, draw_architecture
+from timm_ghn.initialize.plan import Assignment
+from timm_ghn.orthogonalization import WeightLayer, weight_layers
+from timm_ghn.settings import Source
+from timm_ghn.training.architectures import Bounds, Network, count_macs, draw_architecture
 from timm_ghn.training.conditioned import as_users_get
 from timm_ghn.training.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHARES = {name: share for name, (_, share) in FAMILIES.items()}
+
+def tiny_ghn() -> GHN:
+    torch.manual_seed(0)
+    return GHN(GHNConfig(max_shape=(16, 16, 11, 11), num_classes=10, hid=8, kernels="orthogonal"))
+
+
+@pytest.fixture(scope="module")
+def layer() -> WeightLayer:
+    """Any layer."""
+    network = Network(draw_architecture("test", 1, {"resnet": 1.0}, Bounds()), tiny_ghn())
+    return next(assigned.layer for assigned in network.assignments.values() if assigned.layer is not None)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -31,13 +44,12 @@ def test_a_family_gives_networks_that_a_ghn_predicts(family: str) -> None:
     assert bounds.min_macs * 0.9 <= macs <= bounds.max_macs
     assert 0 < outputs <= bounds.max_outputs
 
-    network = Network(architecture, 10)
-    predicted = {target.name for target in network.graph.targets}
+    ghn = tiny_ghn()
+    network = Network(architecture, ghn)
+    predicted = set(network.assignments)
     layers = {layer.parameter for layer in weight_layers(model)}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     assert sum(sizes[name] for name in predicted & layers) > 0.95 * sum(sizes[name] for name in layers)
-    torch.manual_seed(0)
-    ghn = GHN(GHNConfig(max_shape=(16, 16, 11, 11), num_classes=10, hid=8, kernels="orthogonal"))
     with torch.no_grad():
         outputs_of, features = network(ghn([network.graph])[0], torch.randn(4, 3, 32, 32))
     assert outputs_of.shape == (4, 10)
@@ -64,8 +76,8 @@ def test_multiply_adds_and_outputs_are_those_of_an_image() -> None:
 
 
 def test_a_network_keeps_no_memory_for_what_is_predicted_and_uses_the_statistics_of_the_batch() -> None:
-    network = Network(draw_architecture("test", 1, {"resnet": 1.0}, Bounds()), 10)
-    predicted = {target.name for target in network.graph.targets}
+    network = Network(draw_architecture("test", 1, {"resnet": 1.0}, Bounds()), tiny_ghn())
+    predicted = set(network.assignments)
     held = {name for name, parameter in network.model.named_parameters() if not parameter.is_meta}
     assert predicted
     assert not predicted & held
@@ -77,36 +89,51 @@ def test_a_network_keeps_no_memory_for_what_is_predicted_and_uses_the_statistics
 def test_what_is_not_predicted_depends_on_the_architecture_alone() -> None:
     architecture = draw_architecture("test", 0, {"cait": 1.0}, Bounds())
     torch.manual_seed(1)
-    first = Network(architecture, 10).model
+    first = Network(architecture, tiny_ghn()).model
     torch.manual_seed(2)
-    second = Network(architecture, 10).model
+    second = Network(architecture, tiny_ghn()).model
     kept = {name: parameter for name, parameter in first.named_parameters() if not parameter.is_meta}
     assert "cls_token" in kept
     assert all(torch.equal(parameter, second.get_parameter(name)) for name, parameter in kept.items())
 
 
-def test_orthogonalized_kernels_have_the_gradient_of_a_rotation() -> None:
+def test_users_get_what_training_sees() -> None:
+    """Of a network with layer norms, learned scales and residual branches, tensor by tensor."""
+    architecture = draw_architecture("test", 0, {"maxxvit": 1.0}, Bounds())
+    ghn = tiny_ghn()
+    network = Network(architecture, ghn)
+    with torch.no_grad():
+        seen = as_users_get(ghn([network.graph])[0], network.assignments, 16, seed=0)
+    model = architecture.build(10)
+    size = (3, architecture.size, architecture.size)
+    timm_ghn.init_model(model, "ghn-orth", ghn=ghn, input_size=size, cache=False)
+    assert any(assigned.gains for assigned in network.assignments.values())
+    for name in seen.keys() - {"head.fc.weight"}:  # a classifier of another scale is brought to the nominal one
+        tensor = seen[name]
+        torch.testing.assert_close(tensor, model.get_parameter(name).detach(), atol=1e-4, rtol=1e-3)
+
+
+def test_orthogonalized_kernels_have_the_gradient_of_a_rotation(layer: WeightLayer) -> None:
     """Checked against finite differences of a small rotation, for which the orthogonal factor is exactly linear."""
-    network = Network(Architecture("resnet", "test/rotation", 32), 10)
-    name, layer = next(iter(network.processed.items()))
     kernel = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))[0].float() * 3
     weight = kernel[:20].clone().requires_grad_()
-    turned = as_users_get({name: weight, "bias": torch.ones(3)}, {name: layer}, 64, 0)
-    torch.testing.assert_close(turned[name].detach(), kernel[:20] / 3, atol=1e-5, rtol=0)
-    assert torch.equal(turned["bias"], torch.ones(3))
-    (grad,) = torch.autograd.grad(turned[name][4, 5], weight)
+    how = {"a": Assignment(Source.GHN, layer=layer), "b": Assignment(Source.GHN, factor=0.5)}
+    turned = as_users_get({"a": weight, "b": torch.ones(3)}, how, 64, 0)
+    torch.testing.assert_close(turned["a"].detach(), kernel[:20] / 3, atol=1e-5, rtol=0)
+    assert torch.equal(turned["b"], torch.full((3,), 0.5))
+    (grad,) = torch.autograd.grad(turned["a"][4, 5], weight)
     expected = torch.zeros(20, 40)
     expected[4, 5] = 1 / 3
     torch.testing.assert_close(grad, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("shape", "seen"), [((12, 40), (slice(8), slice(None))), ((40, 12), (slice(None), slice(8)))])
-def test_vectors_that_repeat_have_no_gradient(shape: tuple[int, int], seen: tuple[slice, slice]) -> None:
-    network = Network(Architecture("resnet", "test/rotation", 32), 10)
-    name, layer = next(iter(network.processed.items()))
+def test_vectors_that_repeat_have_no_gradient(
+    shape: tuple[int, int], seen: tuple[slice, slice], layer: WeightLayer
+) -> None:
     block = torch.randn(8, 8).repeat(5, 5)[: shape[0], : shape[1]]
     weight = block.clone().requires_grad_()
-    result = as_users_get({name: weight}, {name: layer}, 8, 0)[name]
+    result = as_users_get({"a": weight}, {"a": Assignment(Source.GHN, layer=layer)}, 8, 0)["a"]
     gram = result @ result.T if shape[0] < shape[1] else result.T @ result
     torch.testing.assert_close(gram.detach(), torch.eye(12), atol=1e-4, rtol=0)
     (grad,) = torch.autograd.grad(result.sum(), weight)

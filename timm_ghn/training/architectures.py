@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_ghn.errors import GraphError, TrainingError
-from timm_ghn.graph import to_graph
+from timm_ghn.ghn.model import GHN
 from timm_ghn.graph.graph import Graph
-from timm_ghn.orthogonalization import WeightLayer, resolve_start_layer, weight_layers
+from timm_ghn.initialize.plan import Hypernetwork, make_plan
+from timm_ghn.settings import Init, Source
+from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.families import FAMILIES, Draw
 
 logger = logging.getLogger(__name__)
@@ -130,39 +132,34 @@ def count_macs(model: nn.Module, size: int) -> tuple[int, int]:
 
 
 class Network:
-    """An architecture, its graph, and its module without the parameters that a GHN predicts.
+    """An architecture, what a GHN's prediction for it goes through, and its module without what is predicted.
 
     Args:
         architecture: What to build.
-        classes: Outputs of its classifier.
-        start_layer: Layer from which predicted kernels are orthogonalized, see `resolve_start_layer`.
+        ghn: GHN that is going to predict; its configuration alone matters.
+        method: "ghn-orth" or "ghn", as of `init=`.
 
     Attributes:
         graph: What a GHN reads.
-        processed: The layers whose predicted kernels are orthogonalized, by name of the weight.
+        assignments: What each predicted parameter goes through, as users get it (`timm_ghn.initialize.plan`).
 
     Raises:
         TrainingError: If its forward pass cannot be recorded.
     """
 
-    def __init__(self, architecture: Architecture, classes: int, start_layer: int | float | None = None) -> None:
+    def __init__(self, architecture: Architecture, ghn: GHN, method: str = "ghn-orth") -> None:
         self.architecture = architecture
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what is not predicted depends on the architecture alone
-            model = architecture.build(classes)
+            model = architecture.build(ghn.config.num_classes)
+        size = (3, architecture.size, architecture.size)
         try:
-            self.graph: Graph = to_graph(model, input_size=(3, architecture.size, architecture.size))
+            plan = make_plan(model, Init(method), Hypernetwork(ghn, "in training", ""), input_size=size)
         except GraphError as error:
             raise TrainingError(f"no graph of {architecture}: {error}") from error
-        targets = {target.name for target in self.graph.targets}
-        layers = weight_layers(model)
-        start = resolve_start_layer(layers, start_layer)
-        self.processed: dict[str, WeightLayer] = {
-            layer.parameter: layer
-            for layer in layers
-            if layer.number >= start and not layer.is_classifier and layer.parameter in targets
-        }
-        for name in targets:  # their memory is not needed
+        self.graph = cast(Graph, plan.graph)
+        self.assignments = {name: what for name, what in plan.assignments.items() if what.source is Source.GHN}
+        for name in self.assignments:  # their memory is not needed
             module_name, _, attribute = name.rpartition(".")
             module = model.get_submodule(module_name)
             value = getattr(module, attribute)
@@ -179,7 +176,7 @@ class Network:
         """Outputs (B, classes), the mean of several heads, and the features (B, D) that the first of them reads.
 
         Args:
-            parameters: Values of all targets of the graph.
+            parameters: Values of all predicted parameters.
             images: Normalized images (B, 3, S, S) of any size S.
         """
         size = self.architecture.size
@@ -200,29 +197,38 @@ class Networks:
 
     Args:
         draw: The architecture of a number.
-        classes: Outputs of the classifiers.
-        kept: How many networks stay in memory.
+        ghn: GHN that is going to predict their parameters.
+        config: The run: how many are kept, and what predictions go through.
     """
 
-    def __init__(self, draw: Callable[[int], Architecture], classes: int, kept: int) -> None:
-        self._build = lru_cache(maxsize=kept)(lambda index: Network(draw(index), classes))
+    def __init__(self, draw: Callable[[int], Architecture], ghn: GHN, config: TrainConfig) -> None:
+        method = "ghn-orth" if config.orthogonal else "ghn"
+        self._build = lru_cache(maxsize=config.kept)(lambda index: Network(draw(index), ghn, method))
 
     def __getitem__(self, index: int) -> Network:
         return self._build(index)
+
+
+def training_networks(ghn: GHN, config: TrainConfig) -> Networks:
+    """The networks of a run."""
+    return Networks(
+        lambda index: draw_architecture(f"{config.seed}/train", index, config.families, Bounds()), ghn, config
+    )
 
 
 class EvaluationNetworks(Iterable[Network]):
     """One network of each family, the same in all runs and built once; none of them is trained on.
 
     Args:
-        classes: Outputs of the classifiers.
+        ghn: GHN that is going to predict their parameters.
+        config: The run.
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, ghn: GHN, config: TrainConfig) -> None:
         def draw(index: int) -> Architecture:
             return draw_architecture("evaluation", index, {list(FAMILIES)[index]: 1.0}, Bounds())
 
-        self._networks = Networks(draw, classes, len(FAMILIES))
+        self._networks = Networks(draw, ghn, config)
 
     def __iter__(self) -> Iterator[Network]:
         return map(self._networks.__getitem__, range(len(FAMILIES)))

@@ -1,4 +1,4 @@
-"""The kernels that users get, inside of the training: orthogonalized from layer L on, with gradients."""
+"""The weights that users get, inside of the training: scaled, and orthogonalized from layer L on, with gradients."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_ghn.initialize.plan import Assignment
 from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_tensor
 
 
@@ -42,23 +43,30 @@ def _predicted(weight: Tensor, block: int) -> Tensor:
 
 
 def as_users_get(
-    predicted: Mapping[str, Tensor], layers: Mapping[str, WeightLayer], block: int, seed: int
+    predicted: Mapping[str, Tensor], assignments: Mapping[str, Assignment], block: int, seed: int
 ) -> dict[str, Tensor]:
-    """Predicted parameters with the kernels of some layers orthogonalized, as `ghn-orth` does.
+    """Predicted parameters after the scale rule and the orthogonalization, as `ghn-orth` hands them out.
+
+    Part 1 of the scale rule is left out but for layer norms: the rest of it never applies to conditioned kernels.
 
     Args:
         predicted: Parameters by name.
-        layers: The layers that are orthogonalized, by name of the weight.
+        assignments: What each of them goes through; those that are missing are left out.
         block: Channels after which predicted kernels repeat.
         seed: Seed of the noise.
 
     Returns:
-        All parameters; differentiable.
+        Parameters by name; differentiable.
     """
     settings = PostProcess(seed=seed)
-    return {
-        name: _Orthogonal.apply(tensor, layers[name], settings, block)  # type: ignore[no-untyped-call]
-        if name in layers
-        else tensor
-        for name, tensor in predicted.items()
-    }
+    results = {}
+    for name, assigned in assignments.items():
+        tensor = predicted[name]
+        if assigned.gains:
+            tensor = tensor / tensor.square().mean().sqrt().clamp(1e-6, 1)
+        if assigned.factor != 1:
+            tensor = tensor * assigned.factor
+        if assigned.layer is not None:
+            tensor = _Orthogonal.apply(tensor, assigned.layer, settings, block)  # type: ignore[no-untyped-call]
+        results[name] = tensor
+    return results

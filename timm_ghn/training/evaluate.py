@@ -82,9 +82,8 @@ def evaluate(
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     try:
         for network in tqdm(networks, desc="evaluating", unit="network", delay=2, leave=False):
-            predicted = ghn([network.graph])[0]
-            if config.orthogonal:
-                predicted = as_users_get(predicted, network.processed, ghn.config.largest_kernel[0], 0)
+            raw = ghn([network.graph])[0]
+            predicted = as_users_get(raw, network.assignments, ghn.config.largest_kernel[0], 0)
             outputs, features = network(predicted, plain.images)
             _, values = objective(outputs, features, plain)
             features = torch.nan_to_num(network(predicted, few.images)[1].float())

@@ -143,9 +143,7 @@ class Trainer:
             batch = take_batch(self.splits.train, index, self.device, generator, config.padding)
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in predicted.items()}
         with self.meter.part("networks_forward"):
-            given = leaves
-            if config.orthogonal:
-                given = as_users_get(leaves, network.processed, self.ghn.config.largest_kernel[0], self.step)
+            given = as_users_get(leaves, network.assignments, self.ghn.config.largest_kernel[0], self.step)
             loss, seen = self.objective(*network(given, batch.images), batch)
         if not bool(torch.isfinite(loss)):
             return self._left_out(network)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from timm_ghn.ghn.checkpoint import read
 from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.ghn.model import GHN
 from timm_ghn.storage.paths import cache_directory
-from timm_ghn.training.architectures import Bounds, EvaluationNetworks, Networks, draw_architecture
+from timm_ghn.training.architectures import EvaluationNetworks, training_networks
 from timm_ghn.training.begin import new_ghn, with_tiles
 from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.config import TrainConfig
@@ -67,9 +66,8 @@ def prepare(
     splits = load_splits(images, config, beginning, processes)
     shape = replace(config.ghn, num_classes=splits.num_outputs)
     ghn = new_ghn(shape, config.share, config.seed) if given is None else _continued(given, shape, config.seed)
-    draw = partial(draw_architecture, f"{config.seed}/train", shares=config.families, bounds=Bounds())
-    networks = Networks(draw, splits.num_outputs, config.kept)
-    trainer = Trainer(ghn, config, splits, networks, EvaluationNetworks(splits.num_outputs), out, processes)
+    networks = training_networks(ghn, config), EvaluationNetworks(ghn, config)
+    trainer = Trainer(ghn, config, splits, *networks, out, processes)
     if before is not None:
         trainer.resume()
     return trainer
