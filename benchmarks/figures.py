@@ -303,7 +303,7 @@ class LayerCorrelations:
     Attributes:
         number: Number of the layer, from 1.
         parameter: Name of its weight.
-        kind: "depthwise", "1 x 1" (fully-connected layers as well) or "spatial".
+        kind: One of those that `kind_of` tells apart.
         std: Standard deviation of all entries of the matrix of correlations, sigma of Eq. 1.
         quantiles: 5, 25, 50, 75 and 95 % of the correlations of sampled pairs of different channels.
     """
@@ -330,9 +330,9 @@ def channel_correlations(model: nn.Module) -> list[LayerCorrelations]:
 
 
 def kind_of(shape: Sequence[int]) -> str:
-    """The kind of a layer by the shape (K, C / groups, ...) of its weight."""
+    """The kind of a layer by the shape (K, C / groups, ...) of its weight; a fully-connected layer is one of 1 x 1."""
     if max(shape[2:], default=1) == 1:
-        return "1 x 1"
+        return "widening 1 x 1" if shape[0] > shape[1] else "1 x 1"
     return "depthwise" if shape[1] == 1 else "spatial"
 
 
@@ -366,7 +366,7 @@ def draw_correlations(data: Mapping[str, Mapping[str, Sequence[LayerCorrelations
     rows = [(model, kind) for model, inits in data.items()
             for kind in dict.fromkeys(layer.kind for layers in inits.values() for layer in layers)]  # fmt: skip
     columns = max(len(inits) for inits in data.values()) + 1
-    size = (2.5 * columns + 0.6, 2.0 * len(rows) + 0.5)
+    size = (2.4 * columns + 0.6, 1.7 * len(rows) + 0.5)
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
     for row, (model, kind) in zip(axes, rows, strict=True):
         chosen = {init: [layer for layer in layers if layer.kind == kind] for init, layers in data[model].items()}

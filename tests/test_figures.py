@@ -109,7 +109,7 @@ def test_correlations_of_a_model() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "kind"),
-    [((8, 1, 7, 7), "depthwise"), ((8, 4), "1 x 1"), ((8, 4, 1, 1), "1 x 1"), ((8, 4, 3, 3), "spatial")],
+    [((8, 1, 7, 7), "depthwise"), ((8, 4), "widening 1 x 1"), ((4, 8, 1, 1), "1 x 1"), ((8, 4, 3, 3), "spatial")],
 )
 def test_kinds_of_layers(shape: tuple[int, ...], kind: str) -> None:
     assert figures.kind_of(shape) == kind
