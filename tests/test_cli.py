@@ -295,6 +295,14 @@ def test_tags_of_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert timm_ghn.provenance(model)["method"] == "lsuv"  # type: ignore[index]
 
 
+def test_a_model_is_no_ghn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "test_resnet", "--method", "orth", "--out", str(tmp_path / "model")]) == 0
+    capsys.readouterr()
+    path = str(tmp_path / "model" / "model.safetensors")
+    message = error_of(capsys, "init", "test_resnet", "--ghn", path, "--out", str(tmp_path / "new"))
+    assert message.endswith("model.safetensors holds the weights of a model, and not a GHN")
+
+
 def test_destination_is_checked_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

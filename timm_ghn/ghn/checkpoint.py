@@ -299,6 +299,9 @@ def _json(text: str | None, name: str) -> Any:
             f"{name} is a safetensors file without a GHN: its metadata have no {CONFIG_KEY!r}; {ADVICE}"
         )
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name}: the metadata {CONFIG_KEY!r} are not JSON; {ADVICE}") from error
+    if isinstance(found, dict) and "method" in found:  # a provenance
+        raise CheckpointError(f"{name} holds the weights of a model, and not a GHN")
+    return found
