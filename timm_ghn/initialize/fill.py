@@ -29,16 +29,18 @@ were tiled from, if nothing was done to them afterwards."""
 
 @torch.no_grad()
 def fill_generated(
-    plan: Plan, deferred: DeferredRandom, finished: Finished, *, queued: int | None = None, check_first: bool = False
+    plan: Plan, deferred: DeferredRandom, finished: Finished, *, queued: int | None = None
 ) -> dict[str, tuple[float, str]]:
     """Predict or draw the generated parameters, and post-process those from layer L on.
+
+    Where the model holds values, because nothing was put off, all predictions are made and checked before the first one
+    is written.
 
     Args:
         plan: The plan.
         deferred: What was put off while the model was built; forgotten for what is overwritten.
         finished: Called for each of `plan.generated`.
         queued: How many weights are post-processed or wait for that; None for a few per thread.
-        check_first: Whether all predictions are made and checked before the first one is written.
 
     Returns:
         What predictions were multiplied with and why, by name, where that was not 1.
@@ -54,7 +56,8 @@ def fill_generated(
             source = _drawn(plan, deferred)
         else:
             predictions = _predictions(plan, scaled)
-            source = _predicted(plan, list(predictions) if check_first else predictions, deferred, finished)
+            is_new = any(deferred.is_pending(parameter) for parameter in plan.parameters.values())
+            source = _predicted(plan, predictions if is_new else list(predictions), deferred, finished)
         settings = postprocess_settings(plan.init)
         for layer, weight in postprocess_many(source, settings, workers, in_place=True, queued=queued):
             parameter = plan.parameters[layer.parameter].data
@@ -87,10 +90,11 @@ def fill_others(
     generated = report.generated
     others = [row for row in report.parameters if row.name not in generated]
     transformed = {row.name for row in others if row.status is Status.ORTHOGONALIZED}
-    for row in others:
-        if row.name not in transformed:
-            deferred.replay(model.get_parameter(row.name), row.name)
-            finished(row.name, None)
+    with single_threaded():  # a child that is forked from a process with torch's threads hangs in its first loop
+        for row in others:
+            if row.name not in transformed:
+                deferred.replay(model.get_parameter(row.name), row.name)
+                finished(row.name, None)
     if not transformed:
         return
 

@@ -84,12 +84,11 @@ def initialize_(
 
     Args:
         deferred: What was put off while the model was built, if nobody has it yet: after an error it may be incomplete.
-            Parameters that are not predicted get what was put off.
+            Parameters that are not predicted get it.
         recipe: What determines the model's code and graph, JSON-compatible, if that is known.
     """
     start = time.perf_counter()
     parameters = dict(model.named_parameters())
-    is_new = deferred is not None
     deferred = DeferredRandom(init.seed or 0) if deferred is None else deferred
     hypernetwork = find_hypernetwork(init)
     cacheable = init.spec.source in (Source.GHN, Source.GAUSSIAN)
@@ -101,7 +100,7 @@ def initialize_(
         plan = make_plan(
             model, init, hypernetwork, input_size=input_size, example_input=example_input, deferred=deferred
         )
-        report = _generate(plan, cache, deferred, key, model_name(model), check_first=not is_new)
+        report = _generate(plan, cache, deferred, key, model_name(model))
     if hypernetwork is not None:  # the same GHN may have had another name when an entry of the cache was written
         report = replace(report, provenance={**report.provenance, "ghn": hypernetwork.name})
     fill_others(model, report, postprocess_settings(init), deferred, lambda *_: None)
@@ -112,26 +111,22 @@ def initialize_(
     return report
 
 
-def _generate(
-    plan: Plan, cache: WeightCache | None, deferred: DeferredRandom, key: str | None, model: str, *, check_first: bool
-) -> Report:
+def _generate(plan: Plan, cache: WeightCache | None, deferred: DeferredRandom, key: str | None, model: str) -> Report:
     """Write all generated weights, from the cache or computed; without a key the plan determines the entry."""
     if cache is None or not plan.generated:
-        return _compute(plan, deferred, {}, model, check_first=check_first)
+        return _compute(plan, deferred, {}, model)
     key = key or cache_key(_cache_inputs(plan))
     with cache.locked(key):
         report = _restore(cache, key, plan.parameters, deferred)
         if report is None:
             blocks: dict[str, Prediction] = {}
-            report = _compute(plan, deferred, blocks, model, check_first=check_first)
+            report = _compute(plan, deferred, blocks, model)
             tensors = {name: plan.parameters[name].data for name in plan.generated if name not in blocks}
             cache.write(key, tensors, blocks, report.to_dict(), model=model)
     return report
 
 
-def _compute(
-    plan: Plan, deferred: DeferredRandom, blocks: dict[str, Prediction], model: str, *, check_first: bool
-) -> Report:
+def _compute(plan: Plan, deferred: DeferredRandom, blocks: dict[str, Prediction], model: str) -> Report:
     """Compute all generated weights; a progress bar shows what takes more than two seconds, on a terminal.
 
     Args:
@@ -145,7 +140,7 @@ def _compute(
         bar.update()
 
     with closing(bar):
-        scaled = fill_generated(plan, deferred, finished, check_first=check_first)
+        scaled = fill_generated(plan, deferred, finished)
     return plan.report(model, scaled)
 
 
