@@ -47,10 +47,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def tiled(rows: int, columns: int, noise: float = 0.0, seed: int = 0) -> Tensor:
-    """(rows, columns): a random 64 x 64 block, tiled as a GHN does, plus noise."""
-    block = torch.randn(64, 64, generator=generator(seed)).mul_(0.02)
-    weight = block.repeat(-(-rows // 64), -(-columns // 64))[:rows, :columns].contiguous()
+def tiled(rows: int, columns: int, noise: float = 0.0, seed: int = 0, side: int = 64) -> Tensor:
+    """(rows, columns): a random square block, tiled as a GHN does, plus noise."""
+    block = torch.randn(side, side, generator=generator(seed)).mul_(0.02)
+    weight = block.repeat(-(-rows // side), -(-columns // side))[:rows, :columns].contiguous()
     return weight + noise * torch.randn(rows, columns, generator=generator(seed + 1)) if noise else weight
 
 
@@ -275,6 +275,17 @@ def test_fast_paths_do_without_householder(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == []
     orthogonal_factor(tiled(600, 256, noise=1e-6))
     assert calls == [(600, 64)]  # the first block of columns alone
+
+
+@pytest.mark.parametrize("side", [32, 96])
+def test_blocks_of_another_side_take_the_fast_paths_too(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = householder_calls(monkeypatch)
+    matrix = tiled(600, 256, noise=1e-6, side=side)
+    factor = orthogonal_factor(matrix, block=side)
+    assert calls == [(600, side)]
+    assert float((factor - exact_factor(matrix)).abs().max()) <= 1e-4
+    exact = tiled(300, 200, side=side)
+    assert correlation_std(exact, block=side) == pytest.approx(naive_std(exact, "paper"), rel=1e-5)
 
 
 def ill_conditioned(condition: float) -> Tensor:

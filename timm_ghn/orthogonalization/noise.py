@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from timm_ghn.orthogonalization.orthogonal import TILE, checked_scales, wide_dtype
+from timm_ghn.orthogonalization.orthogonal import BLOCK, checked_scales, wide_dtype
 from timm_ghn.seeding import seed_of
 from timm_ghn.settings import Correlation
 
@@ -37,7 +37,14 @@ def layer_generator(seed: int, layer: int, shape: Sequence[int], expert: int = 0
 
 
 def add_noise_(
-    weight: Tensor, noise: float, layer: int, seed: int, correlation: Correlation, name: str, expert: int = 0
+    weight: Tensor,
+    noise: float,
+    layer: int,
+    seed: int,
+    correlation: Correlation,
+    name: str,
+    expert: int = 0,
+    block: int = BLOCK,
 ) -> None:
     """Replaces a weight by `w + N(0, beta sigma(r(w)))` (Eq. 1).
 
@@ -49,11 +56,14 @@ def add_noise_(
         correlation: What is correlated.
         name: What error messages call the weight.
         expert: Which kernel of a mixture it is, from 0.
+        block: Channels after which the weight may repeat exactly.
 
     Raises:
         InitError: The weight holds NaN or infinity; it is then not changed.
     """
-    deviation = noise * correlation_std(weight.view(weight.shape[0], -1), correlation, name) if noise > 0 else 0.0
+    if noise == 0:
+        return
+    deviation = noise * correlation_std(weight.view(weight.shape[0], -1), correlation, name, block)
     if deviation == 0:
         return
     generator = layer_generator(seed, layer, weight.shape, expert)
@@ -65,12 +75,14 @@ def add_noise_(
         part.add_(draws.to(part.dtype), alpha=deviation)
 
 
-def correlation_std(matrix: Tensor, correlation: Correlation = "paper", name: str = "matrix") -> float:
+def correlation_std(
+    matrix: Tensor, correlation: Correlation = "paper", name: str = "matrix", block: int = BLOCK
+) -> float:
     """Returns `sigma(r)`, the unbiased standard deviation of all `n^2` entries of the Pearson correlation matrix.
 
     The matrix `r` is never formed: its entries sum to `|sum_i z_i|^2` and their squares to
-    `|Z Z^T|_F^2 = |Z^T Z|_F^2`, of which the smaller is computed. Channels that repeat exactly every 64, as predicted
-    ones do, are reduced to one copy with its multiplicity.
+    `|Z Z^T|_F^2 = |Z^T Z|_F^2`, of which the smaller is computed. Channels that repeat exactly after a block, as
+    predicted ones do, are reduced to one copy with its multiplicity.
 
     A variable without variance has no correlations; its entries of `r` count as 0, the diagonal one included.
 
@@ -79,6 +91,7 @@ def correlation_std(matrix: Tensor, correlation: Correlation = "paper", name: st
         correlation: Whether the variables are the `K` channels ("paper"), or the `max(K, D)` rows after the transpose
             of Eq. 2 ("ppuda").
         name: What error messages call the matrix.
+        block: Channels after which the matrix may repeat exactly.
 
     Returns:
         The standard deviation, 0 for fewer than two entries.
@@ -90,7 +103,7 @@ def correlation_std(matrix: Tensor, correlation: Correlation = "paper", name: st
         return 0.0
     transposed = correlation == "ppuda" and matrix.shape[0] < matrix.shape[1]
     num_variables = matrix.shape[1] if transposed else matrix.shape[0]
-    distinct, counts = _distinct_channels(matrix.detach())
+    distinct, counts = _distinct_channels(matrix.detach(), block)
     scales = checked_scales(distinct, name)
     distinct = distinct.to(torch.float64 if distinct.numel() <= _SMALL else wide_dtype(distinct.dtype))
     for scale in scales:
@@ -108,11 +121,11 @@ def correlation_std(matrix: Tensor, correlation: Correlation = "paper", name: st
     return math.sqrt(max(sum_of_squares - sum_of_entries**2 / num_entries, 0.0) / (num_entries - 1))
 
 
-def _distinct_channels(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _distinct_channels(matrix: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Returns the channels without their exact copies (`k x D`), and how often each occurs (`k`, int64)."""
     channels = matrix.shape[0]
-    tiled = channels > TILE and torch.equal(matrix[TILE], matrix[0]) and torch.equal(matrix[TILE:], matrix[:-TILE])
-    distinct = min(channels, TILE) if tiled else channels
+    tiled = channels > block and torch.equal(matrix[block], matrix[0]) and torch.equal(matrix[block:], matrix[:-block])
+    distinct = min(channels, block) if tiled else channels
     return matrix[:distinct], torch.bincount(torch.arange(channels, device="cpu") % distinct, minlength=distinct)
 
 

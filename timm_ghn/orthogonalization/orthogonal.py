@@ -30,8 +30,11 @@ from torch import Tensor
 
 from timm_ghn.errors import InitError
 
-TILE = 64
-"""Side of the block that a GHN predicts and tiles."""
+BLOCK = 64
+"""Channels after which kernels of a GHN-2 repeat: the side of its block."""
+
+_FEW = 64
+"""Columns up to which Householder QR is cheap."""
 
 _GRAM_BLOCK = 128
 """Width of the column blocks in which a Gram matrix is computed, to skip what symmetry gives."""
@@ -43,7 +46,7 @@ _PROBES = 16
 """Number of random sign vectors that test a result for orthogonality."""
 
 
-def orthogonal_factor(matrix: Tensor, name: str = "matrix") -> Tensor:
+def orthogonal_factor(matrix: Tensor, name: str = "matrix", block: int = BLOCK) -> Tensor:
     """Replaces a matrix by the orthogonal factor of its QR decomposition (Eq. 2).
 
     The matrix is transposed if it is wide, factorized as `Q R`, and `Q sign(diag R)` is transposed back, with
@@ -53,6 +56,7 @@ def orthogonal_factor(matrix: Tensor, name: str = "matrix") -> Tensor:
     Args:
         matrix: `(K, D)` of a floating dtype, on the CPU. The arithmetic is float64 for float64 and else float32.
         name: What error messages call the matrix.
+        block: Channels after which the matrix may repeat, up to a small difference.
 
     Returns:
         `(K, D)` of the dtype of the input, with orthonormal columns (rows if `K < D`): `max |Q^T Q - I| <= 1e-5`
@@ -65,11 +69,11 @@ def orthogonal_factor(matrix: Tensor, name: str = "matrix") -> Tensor:
         got = f"{matrix.dtype} {tuple(matrix.shape)}"
         raise InitError(f"{name}: expected a floating matrix of two dimensions, got {got}")
     factor = torch.empty(matrix.shape, dtype=wide_dtype(matrix.dtype), device="cpu").copy_(matrix.detach())
-    orthogonal_factor_(factor, name)
+    orthogonal_factor_(factor, name, block)
     return factor.to(matrix.dtype)
 
 
-def orthogonal_factor_(matrix: Tensor, name: str) -> None:
+def orthogonal_factor_(matrix: Tensor, name: str, block: int = BLOCK) -> None:
     """Does what `orthogonal_factor` does, in place and with less memory than the matrix takes twice.
 
     A wide matrix, whose transpose has contiguous columns, is factorized where it is. A tall one is copied into that
@@ -78,6 +82,7 @@ def orthogonal_factor_(matrix: Tensor, name: str) -> None:
     Args:
         matrix: `(K, D)`, float32 or float64, on the CPU, contiguous, without gradients.
         name: What error messages call the matrix.
+        block: As of `orthogonal_factor`.
 
     Raises:
         InitError: The matrix holds NaN or infinity; it is then not changed.
@@ -88,11 +93,11 @@ def orthogonal_factor_(matrix: Tensor, name: str) -> None:
         matrix.mul_(scale)
     rows, columns = matrix.shape
     if rows < columns:
-        _tall_factor_(matrix.mT)
+        _tall_factor_(matrix.mT, block)
         return
     tall = torch.empty(columns, rows, dtype=matrix.dtype, device="cpu").mT
     tall.mT.copy_(matrix.mT)
-    _tall_factor_(tall)
+    _tall_factor_(tall, block)
     matrix.copy_(tall)
 
 
@@ -118,12 +123,12 @@ def checked_scales(matrix: Tensor, name: str) -> tuple[float, ...]:
     return () if abs(exponent) <= 16 else (2.0**-half, 2.0 ** (half - exponent))
 
 
-def _tall_factor_(matrix: Tensor) -> None:
+def _tall_factor_(matrix: Tensor, block: int) -> None:
     """Replaces an `M x N` matrix with `M >= N` by its `Q sign(diag R)`; its columns are contiguous."""
     rows, columns = matrix.shape
-    if columns > TILE and _is_periodic(matrix):
-        _contrasts_(matrix)
-    if columns > TILE and rows >= _MIN_ASPECT * columns and _cholesky_factor_(matrix):
+    if columns > block and _is_periodic(matrix, block):
+        _contrasts_(matrix, block)
+    if columns > _FEW and rows >= _MIN_ASPECT * columns and _cholesky_factor_(matrix):
         return
     _householder_(matrix)
 
@@ -137,27 +142,27 @@ def _householder_(matrix: Tensor) -> None:
     matrix.mul_(signs)
 
 
-def _is_periodic(matrix: Tensor) -> bool:
+def _is_periodic(matrix: Tensor, block: int) -> bool:
     """Tells whether the second block of columns is the first one up to a small difference."""
-    width = min(TILE, matrix.shape[1] - TILE)
-    first, second = matrix[:, :width], matrix[:, TILE : TILE + width]
+    width = min(block, matrix.shape[1] - block)
+    first, second = matrix[:, :width], matrix[:, block : block + width]
     return bool((second - first).norm() < 0.1 * first.norm())
 
 
-def _contrasts_(matrix: Tensor) -> None:
-    """Forms `Z`, in which each block of 64 columns but the first has lost the mean of the blocks before it.
+def _contrasts_(matrix: Tensor, block: int) -> None:
+    """Forms `Z`, in which each block of so many columns but the first has lost the mean of the blocks before it.
 
     The first block is replaced by its own orthogonal factor, since the tile itself may be badly conditioned; before
     that, it is subtracted from all others, so that the rounding errors of the means are relative to the differences of
     the blocks, not to the blocks.
     """
-    first = matrix[:, :TILE]
+    first = matrix[:, :block]
     total, spare = torch.zeros_like(first), torch.empty_like(first)
-    for index, start in enumerate(range(TILE, matrix.shape[1], TILE), start=1):
-        block = matrix[:, start : start + TILE]
-        width = block.shape[1]
-        difference = torch.sub(block, first[:, :width], out=spare[:, :width])
-        torch.add(difference, total[:, :width], alpha=-1 / index, out=block)
+    for index, start in enumerate(range(block, matrix.shape[1], block), start=1):
+        columns = matrix[:, start : start + block]
+        width = columns.shape[1]
+        difference = torch.sub(columns, first[:, :width], out=spare[:, :width])
+        torch.add(difference, total[:, :width], alpha=-1 / index, out=columns)
         total[:, :width] += difference
     _householder_(first)
 
