@@ -1,13 +1,14 @@
-"""`timm-ghn ghns`: list the GHNs that are known by name, and push one to the Hub."""
+"""`timm-ghn ghns`: list the GHNs that are known by name, verify one, and push one to the Hub."""
 
 from __future__ import annotations
 
 import argparse
 
 from timm_ghn.cli.push import add_push_arguments, print_results, push_options
-from timm_ghn.text import table
+from timm_ghn.errors import CommandError
+from timm_ghn.text import did_you_mean, format_size, table
 
-HELP = "list the GHNs that are known by name, or push one to the Hub"
+HELP = "list the GHNs that are known by name, verify one, or push one to the Hub"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,17 +22,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     push.add_argument("--description", help="what it is, in a line")
     add_push_arguments(push)
     push.set_defaults(handler=run_push)
+    verify = commands.add_parser("verify", help="compare what a GHN predicts with what its authors published")
+    verify.add_argument("ghn", metavar="NAME", help="ghn2, ghn3-t or ghn3-xl")
+    verify.add_argument("--models", nargs="+", metavar="MODEL", help="networks of torchvision (default: all published)")
+    verify.set_defaults(handler=run_verify)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table of them."""
     from timm_ghn.ghn import list_ghns
 
+    header = ("name", "on disk", "size", "licence", "trained on", "published accuracy, %", "what it is")
     rows = [
-        (row.name, "yes" if row.on_disk else "no", row.trained_on, row.description, row.path) for row in list_ghns()
+        (
+            entry.name,
+            "yes" if entry.on_disk else "no",
+            format_size(4 * entry.num_parameters),
+            entry.license,
+            entry.trained_on,
+            entry.accuracy,
+            entry.description,
+        )
+        for entry in list_ghns()
     ]
-    print("\n".join(table(("name", "on disk", "trained on", "what it is", "path"), rows)))
+    print("\n".join(table(header, rows)))
+    print("Accuracies are the authors', of predicted weights without training unless an epoch is named.")
     return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Compare norms of predicted parameters with published ones; 1 if one is wrong."""
+    from timm_ghn.ghn import load_ghn
+    from timm_ghn.ghn.verify import check_norms, published_norms
+
+    norms = published_norms(args.ghn)
+    unknown = [name for name in args.models or () if name not in norms]
+    if unknown:
+        raise CommandError(f"no norm is published for {unknown[0]}{did_you_mean(unknown[0], norms)}")
+    checks = []
+    for check in check_norms(load_ghn(args.ghn, shared=True), norms, args.models):
+        checks.append(check)
+        found = "not all of it is predicted" if check.found is None else f"{check.found:.4f}"
+        verdict = "" if check.found is None else "right" if check.is_right else "WRONG"
+        print(f"{check.network:24s} published {check.published:10.4f}  found {found}  {verdict}".rstrip(), flush=True)
+    compared = [check for check in checks if check.found is not None]
+    wrong = sum(not check.is_right for check in compared)
+    print(f"{len(compared) - wrong} of {len(compared)} norms are right")
+    return 1 if wrong else 0
 
 
 def run_push(args: argparse.Namespace) -> int:

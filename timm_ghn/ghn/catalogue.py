@@ -106,18 +106,18 @@ NAMED_GHNS: dict[str, NamedGHN] = {
             "ghn2_imagenet.pt",
             "7b5d6733e9fdf0069bc6186cad3a0b1b54fda68d",
         ),
-        _ghn3("ghn3-t", "GHN-3-T/m8 of Knyazev et al. 2023", 6_906_000, "ResNet-50 10.4", "ghn3tm8.pt"),
-        _ghn3("ghn3-s", "GHN-3-S/m8", 35_810_000, "", "ghn3sm8.pt"),
-        _ghn3("ghn3-l", "GHN-3-L/m8", 214_700_000, "", "ghn3lm8.pt"),
+        _ghn3("ghn3-t", "GHN-3-T/m8 of Knyazev et al. 2023", 6_906_632, "ResNet-50 10.4", "ghn3tm8.pt"),
+        _ghn3("ghn3-s", "GHN-3-S/m8", 35_810_368, "", "ghn3sm8.pt"),
+        _ghn3("ghn3-l", "GHN-3-L/m8", 214_668_960, "", "ghn3lm8.pt"),
         _ghn3(
-            "ghn3-xl", "GHN-3-XL/m16, the strongest", 654_370_000, "ResNet-50 20.0; 43.7 after 1 epoch", "ghn3xlm16.pt"
+            "ghn3-xl", "GHN-3-XL/m16, the strongest", 654_365_184, "ResNet-50 20.0; 43.7 after 1 epoch", "ghn3xlm16.pt"
         ),
-        _ghn3("ghn2", "GHN-2 as the authors of GHN-3 use it", 1_750_000, "ResNet-50 1.1", "ghn2.pt"),
+        _ghn3("ghn2", "GHN-2 as the authors of GHN-3 use it", 1_749_464, "ResNet-50 1.1", "ghn2.pt"),
         _ppuda(
             "ghn1-imagenet",
             "GHN-1: no virtual edges, scaling or layer norm",
             "ImageNet",
-            1_750_000,
+            1_749_368,
             "ResNet-50 6.9 (top-5)",
             "ghn1_imagenet.pt",
             "985ebeb350c4ae79e0553d88c07d986fa69c227b",
@@ -126,7 +126,7 @@ NAMED_GHNS: dict[str, NamedGHN] = {
             "ghn2-cifar10",
             "GHN-2 for small images",
             "CIFAR-10",
-            1_590_000,
+            1_620_764,
             "ResNet-50 58.6",
             "ghn2_cifar10.pt",
             "4f290e0fad1b73066eeabb50be52e0c377d0b15b",
@@ -135,7 +135,7 @@ NAMED_GHNS: dict[str, NamedGHN] = {
             "ghn1-cifar10",
             "GHN-1 for small images",
             "CIFAR-10",
-            1_590_000,
+            1_620_668,
             "ResNet-50 19.2",
             "ghn1_cifar10.pt",
             "0c97a283aefc0445dd357c08f1b36698149b8013",
@@ -144,12 +144,12 @@ NAMED_GHNS: dict[str, NamedGHN] = {
             "mlp-cifar10",
             "Baseline whose nodes do not see each other",
             "CIFAR-10",
-            1_590_000,
+            1_614_396,
             "ResNet-50 17.7",
             "mlp_cifar10.pt",
             "3a987c98b437fd2dfc603668a846f2b632ed28a3",
         ),
-        NamedGHN(BUNDLED, "Small GHN-2 that comes with timm-ghn", "Tiny-ImageNet, 32 x 32", 0, "apache-2.0"),
+        NamedGHN(BUNDLED, "Small GHN-2 that comes with timm-ghn", "Tiny-ImageNet, 32 x 32", 1_645_464, "apache-2.0"),
     )
 }
 """The GHNs that `load_ghn` knows by name."""

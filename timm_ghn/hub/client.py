@@ -204,7 +204,7 @@ def fetch(snapshot: Snapshot, name: str, *, limit: int) -> Path:
             return path
         remote = snapshot.files.get(name)
         if remote is None:
-            raise EntryNotFoundError(f"there is no file {name}")
+            raise DownloadError(f"there is no file {name}")
         _check_size(remote.size, limit)
         path = _cached(snapshot, name) or _download(snapshot, name)
         if remote.matches(path):
