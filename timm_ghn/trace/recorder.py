@@ -179,7 +179,7 @@ class Recorder(TorchFunctionMode):
 
     def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function; one that refuses tensors with values beside those without gets none with values."""
-        if _SEEN_DEVICE in args or _SEEN_DEVICE in kwargs.values():
+        if any(type(item) is torch.device for item in (*args, *kwargs.values())):
             args, kwargs = tree_map_only(torch.device, _real_device, (args, kwargs))
         self._is_calling = True
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,9 @@ def skeleton_of(model: nn.Module) -> tuple[nn.Module, list[Tensor]]:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta
     tensors = [*memo.values()]
+    for module in model.modules():  # the dozen empty tables of a module take most of the time of copy.deepcopy
+        tables = [table for table in vars(module).values() if type(table) in (dict, OrderedDict) and not table]
+        memo.update((id(table), type(table)()) for table in tables)
     with _CopiesOnMeta(tensors):
         skeleton, memo = _copied(model, memo)
         isolate_hooks(skeleton, memo)
