@@ -7,8 +7,9 @@ import json
 import re
 import time
 from collections.abc import Sequence, Sized
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from timm_ghn.errors import CommandError
 from timm_ghn.text import format_size, table
@@ -45,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from timm_ghn.storage.upkeep import default_cache
+    from timm_ghn.storage.upkeep import CacheFolder
 
-    cache = default_cache()
+    cache = CacheFolder.default()
     infos = cache.entries()
     if args.json:
-        print(json.dumps([_as_json(info) for info in infos], indent=2))
+        print(json.dumps([asdict(info) for info in infos], indent=2, default=str))
         return 0
     if infos:
         header = ("key", "size", "last use", "model", "method", "GHN", "L", "seed", "version")
@@ -61,10 +62,10 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from timm_ghn.storage.upkeep import default_cache
+    from timm_ghn.storage.upkeep import CacheFolder
 
     damaged = sound = 0
-    for info in default_cache().verify():
+    for info in CacheFolder.default().verify():
         if info.problem:
             damaged += 1
             print(f"damaged: {info.path}: {info.problem}")
@@ -77,19 +78,19 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from timm_ghn.storage.upkeep import default_cache
+    from timm_ghn.storage.upkeep import CacheFolder
 
-    pruned = default_cache().prune(max_bytes=args.max_size, max_age=args.older_than, dry_run=args.dry_run)
+    pruned = CacheFolder.default().prune(max_bytes=args.max_size, max_age=args.older_than, dry_run=args.dry_run)
     _print_removed(pruned, args.dry_run)
     return 0
 
 
 def _remove(args: argparse.Namespace) -> int:
-    from timm_ghn.storage.upkeep import default_cache
+    from timm_ghn.storage.upkeep import CacheFolder
 
     if args.all == bool(args.keys):
         raise CommandError("rm takes keys, or --all")
-    cache = default_cache()
+    cache = CacheFolder.default()
     keys = [info.key for info in cache.entries()] if args.all else args.keys
     pruned = cache.remove(keys, dry_run=args.dry_run)
     _print_removed(pruned, args.dry_run)
@@ -123,17 +124,6 @@ def _row(info: EntryInfo) -> Sequence[object]:
         made["seed"],
         made["version"],
     )
-
-
-def _as_json(info: EntryInfo) -> dict[str, Any]:
-    return {
-        "key": info.key,
-        "path": str(info.path),
-        "size": info.size,
-        "last_use": info.last_use,
-        "made": dict(info.made),
-        "problem": info.problem,
-    }
 
 
 def _count(items: Sized, one: str, many: str) -> str:

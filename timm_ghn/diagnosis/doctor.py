@@ -177,7 +177,7 @@ def _verify_ghn(entry: NamedGHN) -> str:
         TimmGhnError, OSError: If it is damaged or cannot be read.
     """
     from timm_ghn.ghn.checkpoint import read
-    from timm_ghn.ghn.registry import git_blob_sha1
+    from timm_ghn.storage.paths import git_blob_sha1
 
     if entry.path.is_file():
         info = read(entry.path, shared=True).info
@@ -192,9 +192,9 @@ def _verify_ghn(entry: NamedGHN) -> str:
 
 
 def _cache() -> Iterator[Finding]:
-    from timm_ghn.storage.upkeep import default_cache
+    from timm_ghn.storage.upkeep import CacheFolder
 
-    cache = default_cache()
+    cache = CacheFolder.default()
     settings = [f"{name}={_without_login(os.environ[name])}" for name in _VARIABLES if os.environ.get(name)]
     yield Finding("cache", "settings", " ".join(settings) or "none in the environment")
     access, is_writable = _access(cache.root)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import io
 import logging
@@ -18,7 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from timm_ghn.errors import CheckpointError, DownloadError, UnknownGhnError
 from timm_ghn.ghn.catalogue import BUNDLED, DEFAULT, NAMED_GHNS, NamedGHN
-from timm_ghn.storage.paths import is_offline
+from timm_ghn.storage.paths import git_blob_sha1, is_offline
 from timm_ghn.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -210,11 +209,6 @@ def _convert(entry: NamedGHN, file: BinaryIO, origin: str) -> GHN:
     except OSError as error:
         _logger.warning("Cannot keep GHN %s in %s: %s", entry.name, entry.path, error)
     return _named(ghn, entry)
-
-
-def git_blob_sha1(data: bytes) -> str:
-    """The hash under which git stores a file of this content."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _named(ghn: GHN, entry: NamedGHN) -> GHN:

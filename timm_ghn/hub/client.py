@@ -7,7 +7,6 @@ checked before something is downloaded, hashes before it is used, and failures a
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -31,7 +30,7 @@ from huggingface_hub.errors import (
 
 from timm_ghn._version import __version__
 from timm_ghn.errors import DownloadError, HubUnreachableError, TimmGhnError
-from timm_ghn.storage.paths import file_sha256, is_offline
+from timm_ghn.storage.paths import file_sha256, git_blob_sha1, is_offline
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +52,25 @@ _FAILURES: tuple[type[BaseException], ...] = (
     AttributeError,
     *HfHubHTTPError.__bases__,
 )
+
+
+_REASONS = {  # the first that applies
+    OfflineModeIsEnabled: "it is not on disk, and HF_HUB_OFFLINE forbids the network",
+    LocalTokenNotFoundError: "a token is needed: run `hf auth login`, or set HF_TOKEN",
+    GatedRepoError: "access is restricted: ask for it on the page of the repository, and log in (`hf auth login`)",
+    RepositoryNotFoundError: "there is no such repository, or it is private and there is no token for it",
+    RevisionNotFoundError: "there is no such revision",
+    LocalEntryNotFoundError: "it is not on disk, and the Hub cannot be reached",
+    EntryNotFoundError: "there is no such file",
+}
+_STATUSES = {
+    401: "the token is missing or wrong: run `hf auth login`, or set HF_TOKEN",
+    403: "the token does not give the right to do this (it needs to be allowed to write)",
+    409: "somebody else changed the repository at the same time; try again",
+    412: "somebody else changed the repository at the same time; try again",
+    413: "the Hub refuses files of this size",
+    429: "too many requests; try again later",
+}
 
 
 @dataclass(frozen=True)
@@ -251,11 +269,6 @@ def _remove(path: Path) -> None:
         target.unlink(missing_ok=True)
 
 
-def git_blob_sha1(data: bytes) -> str:
-    """The hash under which git stores a file of this content."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
 # --- failures -------------------------------------------------------------------------------------------------------
 
 
@@ -295,23 +308,15 @@ def explain(error: BaseException) -> str:
     """What went wrong, and what to do about it, in a line."""
     if isinstance(error, TimmGhnError):
         return str(error)
-    if isinstance(error, OfflineModeIsEnabled):
-        return "it is not on disk, and HF_HUB_OFFLINE forbids the network"
-    if isinstance(error, LocalTokenNotFoundError):
-        return "a token is needed: run `hf auth login`, or set HF_TOKEN"
-    if isinstance(error, GatedRepoError):
-        return "access is restricted: ask for it on the page of the repository, and log in (`hf auth login`)"
-    if isinstance(error, RepositoryNotFoundError):
-        return "there is no such repository, or it is private and there is no token that gives access to it"
-    if isinstance(error, RevisionNotFoundError):
-        return "there is no such revision"
-    if isinstance(error, LocalEntryNotFoundError):
-        return explain(error.__cause__) if error.__cause__ else "it is not on disk, and the Hub cannot be reached"
-    if isinstance(error, EntryNotFoundError):
-        return "there is no such file"
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+        return explain(error.__cause__)
+    for kind, reason in _REASONS.items():
+        if isinstance(error, kind):
+            return reason
     status = _status(error)
     if status is not None:
-        return _explain_status(status, error)
+        reason = _STATUSES.get(status) or ("the Hub fails; try again later" if status >= 500 else _first_line(error))
+        return f"{reason} (HTTP {status})"
     if _is_timeout(error):
         return f"the Hub ({constants.ENDPOINT}) does not answer in time"
     if _is_connection(error):
@@ -319,19 +324,6 @@ def explain(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and error.__cause__:  # an upload, in a thread
         return f"{_first_line(error)} {explain(error.__cause__)}"
     return _first_line(error)
-
-
-def _explain_status(status: int, error: BaseException) -> str:
-    reasons = {
-        401: "the token is missing or wrong: run `hf auth login`, or set HF_TOKEN",
-        403: "the token does not give the right to do this (it needs to be allowed to write)",
-        409: "somebody else changed the repository at the same time; try again",
-        412: "somebody else changed the repository at the same time; try again",
-        413: "the Hub refuses files of this size",
-        429: "too many requests; try again later",
-    }
-    reason = reasons.get(status) or ("the Hub fails; try again later" if status >= 500 else _first_line(error))
-    return f"{reason} (HTTP {status})"
 
 
 def _status(error: BaseException) -> int | None:

@@ -31,7 +31,6 @@ from timm_ghn.ghn.model import Prediction
 from timm_ghn.graph import Layout, Role, Target
 from timm_ghn.storage.atomic import save_atomically
 from timm_ghn.storage.header import TensorSpec
-from timm_ghn.storage.paths import cache_directory
 from timm_ghn.storage.reader import TensorReader, bytes_of
 from timm_ghn.storage.upkeep import (
     DESCRIPTION_KEY,
@@ -66,11 +65,6 @@ class WeightCache(CacheFolder):
 
     _damaged: dict[Path, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
     """Files that were found damaged, with inode, size and time: each is reported once."""
-
-    @classmethod
-    def default(cls) -> WeightCache:
-        """The cache in `timm_ghn.storage.paths.cache_directory()`."""
-        return cls(cache_directory())
 
     def open(self, key: str) -> Entry | None:
         """An entry, or None if there is none, or none that can be used."""

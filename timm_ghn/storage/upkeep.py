@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 from filelock import FileLock, Timeout
@@ -23,6 +23,9 @@ from timm_ghn.errors import CacheError, TimmGhnError
 from timm_ghn.storage.atomic import leftovers
 from timm_ghn.storage.header import Header, TensorSpec
 from timm_ghn.storage.paths import cache_directory
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _logger = logging.getLogger(__name__)
 
@@ -94,6 +97,11 @@ class CacheFolder:
     """
 
     root: Path
+
+    @classmethod
+    def default(cls) -> Self:
+        """The cache in `timm_ghn.storage.paths.cache_directory()`."""
+        return cls(cache_directory())
 
     @property
     def weights(self) -> Path:
@@ -217,11 +225,6 @@ class CacheFolder:
         except OSError as error:
             _logger.debug("cannot list %s: %s", self.weights, error)
             return []
-
-
-def default_cache() -> CacheFolder:
-    """The cache in `timm_ghn.storage.paths.cache_directory()`."""
-    return CacheFolder(cache_directory())
 
 
 def read_description(metadata: Mapping[str, str]) -> dict[str, Any]:
