@@ -268,6 +268,17 @@ def test_the_default_falls_back_with_one_warning_and_one_attempt(
     assert len(caplog.records) == 1
     assert "HTTP Error 404" in caplog.text
     assert "You can put the file there by hand" in caplog.text
+    assert "Set TIMM_GHN=bundled to choose it without this message" in caplog.text
+
+
+def test_only_the_first_of_several_processes_warns(
+    server: Server, bundled: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.status = 404
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with caplog.at_level(logging.WARNING):
+        default_ghn()
+    assert not caplog.records
 
 
 def test_the_default_prefers_a_published_file_that_appears_later(
