@@ -48,9 +48,7 @@ def verdict(summaries: Sequence[Summary], steps: int) -> str:
     ranked = sorted((row for row in summaries if row.accuracies), key=lambda row: row.mean, reverse=True)
     pairs = [(ranked[0], row) for row in ranked[1:] if row.accuracies.keys() & ranked[0].accuracies.keys()]
     if not pairs:
-        return (
-            "There is nothing to compare: fewer than two initializations have a run that did not diverge on one seed."
-        )
+        return "There is nothing to compare: no two initializations have a run with the same seed that did not diverge."
     best, second = pairs[0]
     names = f"{best.config.starts_from} and {second.config.starts_from}"
     if steps < ENOUGH_STEPS:
