@@ -1,7 +1,8 @@
 """GHN-3 against its authors' own code, and its encoder against a plain re-statement.
 
 `tests/data/reference/ghn3.json` holds what ghn3 at b3289ac predicts with the weights of `seeded_ghn3`: for every
-parameter its norm, its mean, and up to 8 values; and the parameters that it does not predict.
+parameter its norm, its mean, and up to 8 values; and the parameters that it does not predict. `ghn3_more.json` holds a
+dozen parameters of other families. Attention was spelled as a softmax, as torch 1.x did, so that ghn3 sees it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ import torch
 import torchvision
 from ghn_reference import REFERENCE, seeded_ghn3
 from hypothesis import given
+from reference_data import samples
 from test_ghn_model import CASES, chain, graphs, weight
 from torch import Tensor
+from zoo import MODULES, on_meta, smallest_model
 
 from timm_ghn.errors import CheckpointError
 from timm_ghn.ghn import GHN, GHNConfig, graphormer
 from timm_ghn.ghn.layout import Tiles
 from timm_ghn.graph import to_graph
 from timm_ghn.graph.graph import Graph, Layout, Node, Op, Role, Target
+from timm_ghn.trace.meta import build_on_meta
 
+MORE: dict[str, dict[str, Any]] = json.loads((REFERENCE / "ghn3_more.json").read_text())
 EXPECTED: dict[str, dict[str, Any]] = json.loads((REFERENCE / "ghn3.json").read_text())
 TINY = GHNConfig.graphormer(16, 2, 4, num_classes=10)
 
@@ -69,6 +74,37 @@ def test_predictions_equal_ghn3(ghn: GHN, name: str) -> None:
     assert not expected
     predicted = {target.name for target in graph.targets}
     assert [key for key, _ in model.named_parameters() if key not in predicted] == EXPECTED[name]["kept"]
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_other_families_equal_ghn3(ghn: GHN, name: str) -> None:
+    """Networks with squeeze-excitation, windows, groups and shuffles; a dozen parameters of each."""
+    model = build_on_meta(lambda: torchvision.models.get_model(name))
+    graph = to_graph(model)
+    expected = dict(MORE[name]["predicted"])
+    for prediction in ghn.predict(graph):
+        if prediction.target.name in expected:
+            norm, mean, *sample = expected.pop(prediction.target.name)
+            tensor = prediction.materialize()
+            size = tensor.abs().mean().item()
+            assert two(tensor) == pytest.approx((norm, mean), rel=1e-4, abs=1e-4 * size), prediction.target
+            assert samples(tensor).tolist() == pytest.approx(sample, rel=1e-4, abs=1e-4 * size), prediction.target
+    assert not expected
+    predicted = {target.name for target in graph.targets}
+    assert len(predicted) == MORE[name]["num_predicted"]
+    assert [key for key, _ in model.named_parameters() if key not in predicted] == MORE[name]["kept"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES)
+def test_smallest_model_of_every_module(ghn: GHN, module: str) -> None:
+    model = on_meta(smallest_model(module))
+    graph = to_graph(model)
+    predictions = {item.target.name: item for item in ghn.predict(graph)}
+    assert predictions.keys() == {target.name for target in graph.targets}
+    assert all(bool(item.block.isfinite().all()) for item in predictions.values())
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert sum(sizes[name] for name in predictions) > 0.9 * sum(sizes.values())
 
 
 def two(values: Tensor) -> tuple[float, float]:
