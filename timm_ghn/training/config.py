@@ -41,10 +41,7 @@ class TrainConfig:
         network_clip: Largest norm of the gradient by one network's predicted parameters: one network that explodes
             does not drown the others.
         components: Weight of the loss of the outputs that name the teacher's components.
-        relation: Weight of the loss of how alike the features of images are, compared with the teacher's.
         classes: Weight of the cross-entropy of the outputs that name classes.
-        ridge: Weight of the loss of a classifier that is fitted to half of a batch and tested on the other.
-        ways: Classes in a batch of images; 0 draws images of any class, which `ridge` cannot do with.
         whitening: What the teacher's components are divided by: the power of their standard deviation, 0 for nothing
             and 1 for components that all count the same.
         orthogonal: Whether training networks get the orthogonalized kernels that users get.
@@ -77,10 +74,7 @@ class TrainConfig:
     clip: float = 5.0
     network_clip: float = 5.0
     components: float = 1.0
-    relation: float = 0.0
     classes: float = 0.0
-    ridge: float = 0.0
-    ways: int = 0
     whitening: float = 0.5
     orthogonal: bool = True
     first: int = 24
@@ -105,15 +99,15 @@ class TrainConfig:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("cooldown", "components", "relation", "classes", "ridge", "fresh", "held_out_classes"):
+        for name in ("cooldown", "components", "classes", "fresh", "held_out_classes"):
             if getattr(self, name) < 0:
                 raise TrainingError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.cooldown > self.steps:
             raise TrainingError(f"a cooldown of {self.cooldown} updates does not fit into a run of {self.steps}")
         if self.batch_size < 2:
             raise TrainingError("batch_size must be at least 2: batch norms use the statistics of the batch")
-        if self.ridge and self.ways < 2:
-            raise TrainingError("ridge needs batches of at least 2 ways")
+        if not self.components and not self.classes:
+            raise TrainingError("components or classes must have a weight: there is nothing to learn")
         if not 0 <= self.average < 1:
             raise TrainingError(f"average must be at least 0 and less than 1, not {self.average}")
         if not self.lr > 0:
@@ -157,7 +151,10 @@ class TrainConfig:
 
 
 PRESETS: dict[str, TrainConfig] = {
-    "bundled": TrainConfig(ghn=GHNConfig(hid=48, kernels="orthogonal"), steps=40_000, cooldown=8_000),
+    "bundled": TrainConfig(
+        ghn=GHNConfig(hypernet="graphormer", layers=4, heads=8, hid=56, kernels="orthogonal"),
+        steps=40_000, cooldown=8_000, average=0.998, save_every=25,
+    ),
     "smoke": TrainConfig(
         ghn=GHNConfig(hid=16, max_shape=(16, 16, 7, 7), kernels="orthogonal"),
         steps=20, warmup=5, first=4, eval_every=10, eval_images=20, save_every=10, log_every=5,

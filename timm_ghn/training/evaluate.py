@@ -75,7 +75,7 @@ def evaluate(
         index = BatchSampler(data).draw(config.eval_images, ways, generator)
         return take_batch(data, index, device)
 
-    plain = draw(splits.validation, config.ways)
+    plain = draw(splits.validation, 0)
     few = draw(splits.held_out or splits.validation, 20)
     was_training = ghn.training
     ghn.eval()
@@ -84,8 +84,7 @@ def evaluate(
         for network in tqdm(networks, desc="evaluating", unit="network", delay=2, leave=False):
             raw = ghn([network.graph])[0]
             predicted = as_users_get(raw, network.assignments, ghn.config.largest_kernel[0], 0)
-            outputs, features = network(predicted, plain.images)
-            _, values = objective(outputs, features, plain)
+            _, values = objective(network(predicted, plain.images)[0], plain)
             features = torch.nan_to_num(network(predicted, few.images)[1].float())
             values["few_shot"] = ridge_loss(features, few.labels)[1]
             found[network.architecture.family].append(values)

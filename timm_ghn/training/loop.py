@@ -139,12 +139,12 @@ class Trainer:
         """Gradient of one network's loss by its predicted parameters; empty if it is not finite."""
         config = self.config
         with self.meter.part("images"):
-            index = self.sampler.draw(config.batch_size, config.ways, generator)
+            index = self.sampler.draw(config.batch_size, 0, generator)
             batch = take_batch(self.splits.train, index, self.device, generator, config.padding)
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in predicted.items()}
         with self.meter.part("networks_forward"):
             given = as_users_get(leaves, network.assignments, self.ghn.config.largest_kernel[0], self.step)
-            loss, seen = self.objective(*network(given, batch.images), batch)
+            loss, seen = self.objective(network(given, batch.images)[0], batch)
         if not bool(torch.isfinite(loss)):
             return self._left_out(network)
         with self.meter.part("networks_backward"):

@@ -37,58 +37,28 @@ class Objective:
         self.index = torch.full((num_classes,), -1, dtype=torch.int64, device=device)
         self.index[self.active] = torch.arange(len(active), device=device)
 
-    def __call__(self, outputs: Tensor, features: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The loss, and what of it is worth a line in the metrics.
 
         Args:
             outputs: Of the network, (B, components + classes).
-            features: What its last linear layer reads, (B, D).
             batch: Images, labels and targets.
         """
         config = self.config
-        outputs, features = outputs.float(), features.float()
+        outputs = outputs.float()
         loss = outputs.new_zeros(())
         seen: dict[str, float] = {}
         if config.components and self.num_components:
             cosine = F.cosine_similarity(outputs[:, : self.num_components], batch.targets).mean()
             loss = loss + config.components * (1 - cosine)
             seen["cosine"] = float(cosine.detach())
-        if config.relation and self.num_components:
-            relation = alignment(features, batch.targets)
-            loss = loss + config.relation * (1 - relation)
-            seen["relation"] = float(relation.detach())
         if config.classes:
             logits = outputs[:, self.num_components :][:, self.active]
             target = self.index[batch.labels]
             loss = loss + config.classes * F.cross_entropy(logits, target)
             seen["accuracy"] = float((logits.argmax(1) == target).float().mean())
-        if config.ridge and bool(torch.isfinite(features).all()):
-            ridge, seen["ridge_accuracy"] = ridge_loss(features, batch.labels)
-            loss = loss + config.ridge * ridge
         seen["loss"] = float(loss.detach())
         return loss, seen
-
-
-def alignment(features: Tensor, targets: Tensor) -> Tensor:
-    """How alike two sets of features find the same pairs of images: centered kernel alignment (arXiv 1905.00414).
-
-    Args:
-        features: (B, D).
-        targets: (B, K).
-
-    Returns:
-        A number from 0 to 1. Of each image with itself nothing is counted: that is no news (arXiv 2010.15327).
-    """
-    grams = []
-    for table in (features, targets):
-        table = table - table.mean(0)
-        table = table / (table.square().sum(1).mean().sqrt() + 1e-6)
-        gram = table @ table.T
-        gram = gram - torch.diag_embed(gram.diagonal())
-        grams.append(gram)
-    first, second = grams
-    cosine: Tensor = (first * second).sum() / (first.norm() * second.norm() + 1e-6)
-    return cosine
 
 
 _SHARPNESS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)

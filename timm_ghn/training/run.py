@@ -59,7 +59,7 @@ def prepare(
     before = _check_folder(out, config, beginning.resume)
     if beginning.teacher is not None:
         check_teacher(beginning.teacher)
-    elif config.components or config.relation:
+    elif config.components:
         raise TrainingError("this configuration learns from a teacher: name one with --teacher")
     file = beginning.ghn if before is None else out / before.weights
     given = None if file is None else read(file)
