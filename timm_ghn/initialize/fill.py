@@ -59,8 +59,6 @@ def fill_generated(
             is_new = any(deferred.is_pending(parameter) for parameter in plan.parameters.values())
             source = _predicted(plan, predictions if is_new else list(predictions), deferred, finished)
         settings = postprocess_settings(plan.init)
-        if plan.hypernetwork is not None:
-            settings = replace(settings, block=plan.hypernetwork.model.config.largest_kernel[0])
         for layer, weight in postprocess_many(source, settings, workers, in_place=True, queued=queued):
             parameter = plan.parameters[layer.parameter].data
             if weight.data_ptr() != parameter.data_ptr():

@@ -11,7 +11,7 @@ from timm_ghn.orthogonalization.layers import (
     resolve_start_layer,
     weight_layers,
 )
-from timm_ghn.orthogonalization.noise import correlation_std, layer_generator
+from timm_ghn.orthogonalization.noise import correlation_std
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor
 from timm_ghn.orthogonalization.run import (
     PostProcess,
@@ -33,7 +33,6 @@ __all__ = [
     "default_start_layer",
     "is_pointwise",
     "kept_parameters",
-    "layer_generator",
     "orthogonal_factor",
     "orthogonalize_",
     "postprocess_many",

@@ -1,24 +1,26 @@
-"""The orthogonal factor of a weight matrix (arXiv 2207.10049, Eq. 2), faster and more exact than by LAPACK alone.
+"""The orthogonal factor of a weight matrix (arXiv 2207.10049, Eq. 2), at the speed of matrix products.
 
-Shapes: `M x N` is the tall orientation of a matrix (`M >= N`); `W` is the matrix itself, `Z = W T` with a unit upper
-triangular `T`, `G = Z^T Z` its Gram matrix. Three facts carry the module:
+Shapes: `M x N` is the tall orientation of a matrix (`M >= N`). Its factorization is `W = Q R` with a positive diagonal
+of `R`. Four facts carry the module:
 
-1. `W = Q R` with a positive diagonal of `R` is unique for full rank, and `W T = Q (R T)` has the same `Q` for every
-   upper triangular `T` with a positive diagonal. So columns may be rescaled, and multiples of earlier columns may be
-   subtracted from later ones, without changing the answer.
-2. A GHN predicts one 64 x 64 block and tiles it. `W` is then `rank 64 + a little noise`, so badly conditioned that
-   only Householder reflections can factorize it. The contrasts of its column blocks (block `k` minus the mean of the
-   blocks before it) leave the first block and, as all others, nearly independent noise: `Z` is well conditioned. The
-   contrasts are differences of almost equal numbers, hence nearly exact in floating point, and the result is closer
-   to the exact `Q` of `W` than that of Householder reflections applied to `W`.
-3. For a well-conditioned `Z` the Cholesky factor of `G` is `R`, and its diagonal is positive, which is the sign
-   convention of Eq. 2. That costs half the operations of Householder QR, all of them matrix products.
+1. `Q` is unique for full rank, and `W T = Q (R T)` has the same `Q` for every upper triangular `T` with a positive
+   diagonal. So columns may be rescaled, and multiples of earlier columns may be subtracted from later ones, without
+   changing the answer. Every step below is such a `T`, so it may stop anywhere and leave the rest to another method.
+2. A GHN predicts one block of kernels and repeats it, every 64 columns for the bundled GHN. Such a `W` is of rank 64
+   but for a little noise, and the noise alone decides about all further columns of `Q`. The differences to the first
+   block of columns are that noise, nearly exact in floating point because almost equal numbers are subtracted. They
+   are nearly independent, and the result is closer to the exact `Q` than Householder reflections applied to `W`.
+3. Block Gram-Schmidt: the right half of the columns loses its projection on the orthonormal left half, by two matrix
+   products, and each half is treated in the same way, down to panels of 64 columns. That costs `2 M N^2` operations,
+   as many as Cholesky QR, and unlike Cholesky QR of the whole matrix it never squares the condition number of more than
+   a panel. In a panel, the Cholesky factor of the Gram matrix is `R`.
+4. The rounding errors of a projection grow as what remains of a column shrinks. A panel of which little remained is
+   therefore projected and factorized once more, after which it is orthogonal to the accuracy of the arithmetic ("twice
+   is enough": Giraud, Langou, Rozloznik, The loss of orthogonality in the Gram-Schmidt orthogonalization process,
+   2005). In a square matrix of noise those are the last few panels.
 
-All of it happens in the memory of the matrix, by the `out=` variants of torch's functions; the Gram matrix and a few
-block columns are all that is allocated.
-
-Every fast result is tested for orthogonality. What fails is refined by a second pass, and what still fails, or is
-rank-deficient, goes to Householder QR (`torch.linalg.qr`), which is orthogonal whatever the input.
+Every result is tested for orthogonality. A matrix that fails, or has a column that depends on others exactly, goes to
+Householder QR (LAPACK), which is orthogonal whatever the input.
 """
 
 from __future__ import annotations
@@ -30,33 +32,36 @@ from torch import Tensor
 
 from timm_ghn.errors import InitError
 
-BLOCK = 64
-"""Channels after which kernels of a GHN-2 repeat: the side of its block."""
+_PANEL = 64
+"""Columns that are orthogonalized at once by a Cholesky factor."""
 
-_FEW = 64
-"""Columns up to which Householder QR is cheap."""
+_REMAINS = 0.003
+"""Share of a column's norm that has to remain without the columns before it in its panel, for a Cholesky factor."""
 
-_GRAM_BLOCK = 128
-"""Width of the column blocks in which a Gram matrix is computed, to skip what symmetry gives."""
+_AMPLIFIED = 16.0
+"""How much larger the squares of rounding errors may be, in relation to those of orthogonal columns, after a pass."""
 
-_MIN_ASPECT = 1.5
-"""Below this M / N even random matrices are too badly conditioned for Cholesky, and Householder QR is cheap."""
+_PASSES = 3
+"""How often a panel is orthogonalized before that is left to Householder reflections; two are enough for noise."""
 
-_PROBES = 16
+_ROWS = 128
+"""Rows whose squares are computed at once, to save memory."""
+
+_PROBES = 4
 """Number of random sign vectors that test a result for orthogonality."""
 
 
-def orthogonal_factor(matrix: Tensor, name: str = "matrix", block: int = BLOCK) -> Tensor:
+def orthogonal_factor(matrix: Tensor, name: str = "matrix") -> Tensor:
     """Replaces a matrix by the orthogonal factor of its QR decomposition (Eq. 2).
 
     The matrix is transposed if it is wide, factorized as `Q R`, and `Q sign(diag R)` is transposed back, with
-    `sign(0) = 1`. The scale of the matrix does not matter; a rank-deficient matrix (a zero matrix, exact copies) gets
-    the completion that Householder reflections give. The input is not changed.
+    `sign(0) = 1`. The scale of the matrix does not matter. A column that depends on the columns before it is replaced
+    by a unit vector that is orthogonal to all others; for a matrix of zeros or exact copies, that is the one of
+    Householder reflections. The input is not changed.
 
     Args:
         matrix: `(K, D)` of a floating dtype, on the CPU. The arithmetic is float64 for float64 and else float32.
         name: What error messages call the matrix.
-        block: Channels after which the matrix may repeat, up to a small difference.
 
     Returns:
         `(K, D)` of the dtype of the input, with orthonormal columns (rows if `K < D`): `max |Q^T Q - I| <= 1e-5`
@@ -69,20 +74,16 @@ def orthogonal_factor(matrix: Tensor, name: str = "matrix", block: int = BLOCK) 
         got = f"{matrix.dtype} {tuple(matrix.shape)}"
         raise InitError(f"{name}: expected a floating matrix of two dimensions, got {got}")
     factor = torch.empty(matrix.shape, dtype=wide_dtype(matrix.dtype), device="cpu").copy_(matrix.detach())
-    orthogonal_factor_(factor, name, block)
+    orthogonal_factor_(factor, name)
     return factor.to(matrix.dtype)
 
 
-def orthogonal_factor_(matrix: Tensor, name: str, block: int = BLOCK) -> None:
-    """Does what `orthogonal_factor` does, in place and with less memory than the matrix takes twice.
-
-    A wide matrix, whose transpose has contiguous columns, is factorized where it is. A tall one is copied into that
-    order and back, which costs less than what matrix products lose in the other one.
+def orthogonal_factor_(matrix: Tensor, name: str) -> None:
+    """Does what `orthogonal_factor` does, in place; less than half of the size of the matrix is allocated.
 
     Args:
         matrix: `(K, D)`, float32 or float64, on the CPU, contiguous, without gradients.
         name: What error messages call the matrix.
-        block: As of `orthogonal_factor`.
 
     Raises:
         InitError: The matrix holds NaN or infinity; it is then not changed.
@@ -91,14 +92,18 @@ def orthogonal_factor_(matrix: Tensor, name: str, block: int = BLOCK) -> None:
         return
     for scale in checked_scales(matrix, name):
         matrix.mul_(scale)
-    rows, columns = matrix.shape
-    if rows < columns:
-        _tall_factor_(matrix.mT, block)
-        return
-    tall = torch.empty(columns, rows, dtype=matrix.dtype, device="cpu").mT
-    tall.mT.copy_(matrix.mT)
-    _tall_factor_(tall, block)
-    matrix.copy_(tall)
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    rank = tall.shape[1]
+    if rank > _PANEL:
+        period = _period(tall)
+        if period:
+            _subtract_first_block_(tall, period)
+        norms = torch.stack([rows.square().sum(dim=0) for rows in torch.split(tall, _ROWS)]).sum(dim=0)
+        if period and not norms[period:].any():
+            rank = period  # exact copies: reflections of the first block complete it
+        elif _gram_schmidt_(tall, norms, 0, rank) and _is_orthonormal(tall):
+            return
+    _householder_(tall, rank)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -123,100 +128,85 @@ def checked_scales(matrix: Tensor, name: str) -> tuple[float, ...]:
     return () if abs(exponent) <= 16 else (2.0**-half, 2.0 ** (half - exponent))
 
 
-def _tall_factor_(matrix: Tensor, block: int) -> None:
-    """Replaces an `M x N` matrix with `M >= N` by its `Q sign(diag R)`; its columns are contiguous."""
-    rows, columns = matrix.shape
-    if columns > block and _is_periodic(matrix, block):
-        _contrasts_(matrix, block)
-    if columns > _FEW and rows >= _MIN_ASPECT * columns and _cholesky_factor_(matrix):
-        return
-    _householder_(matrix)
+def _period(matrix: Tensor) -> int:
+    """Returns the width of the block of columns that a matrix repeats up to a small difference; 0 if there is none."""
+    head = matrix[:_PANEL]
+    distances = (head - head[:, :1]).square_().sum(dim=0)
+    alike = (distances < 0.01 * head[:, 0].square().sum()).nonzero()[1:]
+    if len(alike) == 0:
+        return 0
+    period = int(alike[0])
+    width = min(period, matrix.shape[1] - period)
+    first, second = matrix[:, :width], matrix[:, period : period + width]
+    return period if bool((second - first).norm() < 0.1 * first.norm()) else 0
 
 
-def _householder_(matrix: Tensor) -> None:
-    """Replaces a matrix by its `Q sign(diag R)`, by Householder reflections. These are the steps of `linalg.qr`."""
-    scales = matrix.new_empty(matrix.shape[1])
-    torch.geqrf(matrix, out=(matrix, scales))
-    signs = torch.where(matrix.diagonal() < 0, -1.0, 1.0).to(matrix.dtype)
-    torch.linalg.householder_product(matrix, scales, out=matrix)
-    matrix.mul_(signs)
+def _subtract_first_block_(matrix: Tensor, period: int) -> None:
+    """Replaces each block of columns but the first by its difference to the first."""
+    for start in range(period, matrix.shape[1], period):
+        block = matrix[:, start : start + period]
+        block.sub_(matrix[:, : block.shape[1]])
 
 
-def _is_periodic(matrix: Tensor, block: int) -> bool:
-    """Tells whether the second block of columns is the first one up to a small difference."""
-    width = min(block, matrix.shape[1] - block)
-    first, second = matrix[:, :width], matrix[:, block : block + width]
-    return bool((second - first).norm() < 0.1 * first.norm())
+def _gram_schmidt_(matrix: Tensor, norms: Tensor, start: int, stop: int) -> bool:
+    """Orthogonalizes columns that have lost their projections on the orthonormal columns before them.
 
-
-def _contrasts_(matrix: Tensor, block: int) -> None:
-    """Forms `Z`, in which each block of so many columns but the first has lost the mean of the blocks before it.
-
-    The first block is replaced by its own orthogonal factor, since the tile itself may be badly conditioned; before
-    that, it is subtracted from all others, so that the rounding errors of the means are relative to the differences of
-    the blocks, not to the blocks.
-    """
-    first = matrix[:, :block]
-    total, spare = torch.zeros_like(first), torch.empty_like(first)
-    for index, start in enumerate(range(block, matrix.shape[1], block), start=1):
-        columns = matrix[:, start : start + block]
-        width = columns.shape[1]
-        difference = torch.sub(columns, first[:, :width], out=spare[:, :width])
-        torch.add(difference, total[:, :width], alpha=-1 / index, out=columns)
-        total[:, :width] += difference
-    _householder_(first)
-
-
-def _cholesky_factor_(matrix: Tensor) -> bool:
-    """Replaces a matrix by its `Q` with a positive diagonal of `R`, by one or two rounds of Cholesky QR.
-
-    One round leaves an error of about `eps cond(Z)^2`, two rounds one of `eps` as long as `eps cond(Z)^2 << 1`
-    (Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015).
+    Args:
+        matrix: The whole matrix, `M x N`.
+        norms: The squared norms that its columns had at first.
+        start: The first of the columns, a multiple of the width of a panel.
+        stop: The column behind the last.
 
     Returns:
-        Whether that was safe. If not, the matrix is `Z` times an upper triangle with a positive diagonal, so that its
-        `Q` is still that of `Z`.
+        Whether that was possible. If not, the whole matrix still has its `Q`.
     """
-    for _ in range(2):
-        triangle = _triangle(_gram(matrix))
-        if triangle is None:
-            return False
-        torch.linalg.solve_triangular(triangle, matrix, upper=True, left=False, out=matrix)
-        if _is_orthonormal(matrix):
-            return True
+    if stop - start <= _PANEL:
+        return _orthogonalize_panel_(matrix[:, :start], matrix[:, start:stop], norms[start:stop])
+    middle = start + -(-(stop - start) // (2 * _PANEL)) * _PANEL
+    if not _gram_schmidt_(matrix, norms, start, middle):
+        return False
+    _project_(matrix[:, start:middle], matrix[:, middle:stop])
+    return _gram_schmidt_(matrix, norms, middle, stop)
+
+
+def _project_(basis: Tensor, columns: Tensor) -> None:
+    """Subtracts from columns their projections on orthonormal columns."""
+    columns.addmm_(basis, basis.mT @ columns, alpha=-1)
+
+
+def _orthogonalize_panel_(before: Tensor, panel: Tensor, norms: Tensor) -> bool:
+    """Orthogonalizes a panel, and makes sure that it is orthogonal to the columns before it; see `_gram_schmidt_`.
+
+    A column of the result is a sum of columns of the panel, with the entries of `R^-1` as weights. Each of those has a
+    rounding error in proportion to the norm that it had at first, which gives the error of the sum.
+    """
+    for _ in range(_PASSES):
+        gram = panel.mT @ panel
+        triangle, info = torch.linalg.cholesky_ex(gram, upper=True)
+        if int(info) == 0 and bool((triangle.diagonal() > _REMAINS * gram.diagonal().sqrt()).all()):
+            identity = torch.eye(len(gram), dtype=gram.dtype, device="cpu")
+            inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
+            panel.copy_(torch.mm(panel, inverse, out=torch.empty_like(panel)))
+            if float((norms @ inverse.square()).max()) <= _AMPLIFIED:
+                return True
+        else:
+            _householder_(panel, panel.shape[1])
+        _project_(before, panel)
+        norms = torch.ones_like(norms)
     return False
 
 
-def _gram(matrix: Tensor) -> Tensor:
-    """Returns the upper triangle of `Z^T Z` (`N x N`), with contiguous columns; what is below its blocks is zero."""
-    columns = matrix.shape[1]
-    gram = matrix.new_zeros(columns, columns).mT
-    for start in range(0, columns, _GRAM_BLOCK):
-        stop = min(start + _GRAM_BLOCK, columns)
-        torch.mm(matrix[:, start:stop].mT, matrix[:, start:], out=gram[start:stop, start:])
-    return gram
+def _householder_(matrix: Tensor, rank: int) -> None:
+    """Replaces a matrix by its `Q sign(diag R)`, by Householder reflections of its first `rank` columns.
 
-
-def _triangle(gram: Tensor) -> Tensor | None:
-    """Returns the upper Cholesky factor, or None for a matrix that is not safely positive definite.
-
-    It is computed for columns of unit norm, so that the scales of the columns do not count as bad conditioning.
-
-    Args:
-        gram: Symmetric matrix with contiguous columns, of which the upper triangle is read; its memory is reused.
+    The reflections of further columns, which depend on those, are left out. These are the steps of `linalg.qr`.
     """
-    diagonal = gram.diagonal()
-    limits = torch.finfo(gram.dtype)
-    if not bool((diagonal > limits.tiny / limits.eps).all()):
-        return None  # a zero column, or one whose square underflows
-    scale = diagonal.rsqrt()
-    gram.mul_(scale).mul_(scale.unsqueeze(1))
-    info = torch.empty((), dtype=torch.int32, device="cpu")
-    torch.linalg.cholesky_ex(gram, upper=True, out=(gram, info))
-    independent = float(diagonal.min()) ** 2  # the share of a column that earlier ones do not explain
-    if int(info) != 0 or not independent > 64 * limits.eps * math.sqrt(gram.shape[0]):
-        return None
-    return gram.div_(scale)
+    columns = matrix[:, :rank]
+    scales = matrix.new_empty(rank)
+    torch.geqrf(columns, out=(columns, scales))
+    signs = torch.where(columns.diagonal() < 0, -1.0, 1.0).to(matrix.dtype)
+    torch.linalg.householder_product(matrix, scales, out=matrix)
+    columns.mul_(signs)
 
 
 def _is_orthonormal(factor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from timm_ghn.errors import InitError
 from timm_ghn.orthogonalization.layers import WeightLayer, resolve_start_layer, weight_layers
 from timm_ghn.orthogonalization.noise import add_noise_
-from timm_ghn.orthogonalization.orthogonal import BLOCK, orthogonal_factor_, wide_dtype
+from timm_ghn.orthogonalization.orthogonal import orthogonal_factor_, wide_dtype
 from timm_ghn.settings import Correlation, check_choice, check_noise, check_seed
 
 _logger = logging.getLogger(__name__)
@@ -41,14 +41,12 @@ class PostProcess:
         orthogonal: Whether Eq. 2 is applied.
         seed: Seed of the noise.
         correlation: What Eq. 1 correlates: the channels ("paper"), or the rows of the tall matrix ("ppuda").
-        block: Channels after which predicted kernels repeat.
     """
 
     noise: float = 3e-5
     orthogonal: bool = True
     seed: int = 0
     correlation: Correlation = "paper"
-    block: int = BLOCK
 
     def __post_init__(self) -> None:
         """Validates the settings.
@@ -114,18 +112,9 @@ def _process_(weight: Tensor, layer: WeightLayer, settings: PostProcess) -> None
     """Post-processes a contiguous float32 or float64 tensor on the CPU, one kernel after the other."""
     kernels = weight.view(weight.shape[0], *layer.kernel) if layer.kernel else weight.unsqueeze(0)
     for index, kernel in enumerate(kernels):
-        add_noise_(
-            kernel,
-            settings.noise,
-            layer.number,
-            settings.seed,
-            settings.correlation,
-            layer.parameter,
-            index,
-            settings.block,
-        )
+        add_noise_(kernel, settings.noise, layer.number, settings.seed, settings.correlation, layer.parameter, index)
         if settings.orthogonal:
-            orthogonal_factor_(kernel.view(kernel.shape[0], -1), layer.parameter, settings.block)
+            orthogonal_factor_(kernel.view(kernel.shape[0], -1), layer.parameter)
 
 
 def postprocess_many(
