@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -213,26 +212,14 @@ def _report(pulled: Pulled, seconds: float, kept: frozenset[str] = frozenset()) 
 # --- an organization that is looked into first ----------------------------------------------------------------------
 
 
-class _Unreachable:
-    """When this process could not reach the Hub; guarded by `lock`."""
+@dataclass
+class _Pause:
+    """Until when, by `time.monotonic`, a Hub that could not be reached is not asked again."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.until = 0.0
-
-    def note(self) -> None:
-        """Do not ask for a while."""
-        with self.lock:
-            self.until = time.monotonic() + _RETRY_SECONDS
-
-    @property
-    def now(self) -> bool:
-        """Whether it is better not to ask."""
-        with self.lock:
-            return time.monotonic() < self.until
+    until: float = 0.0
 
 
-_unreachable = _Unreachable()
+_unreachable = _Pause()
 
 
 def organization_repository(architecture: str, init: Init) -> HubSource | None:
@@ -292,13 +279,13 @@ def from_organization(request: Request, model: nn.Module, deferred: DeferredRand
 def _look_up_patiently(source: HubSource) -> Snapshot:
     """The repository; what is on disk of it while the Hub cannot be reached, which is found out once in a while."""
     cached = Snapshot(source, None, {})
-    if _unreachable.now:
+    if time.monotonic() < _unreachable.until:
         return cached
     try:
         return look_up(source)
     except HubUnreachableError as error:
         if not is_offline():
-            _unreachable.note()
+            _unreachable.until = time.monotonic() + _RETRY_SECONDS
             _logger.warning("%s. Weights that are not on disk are computed", error)
         return cached
 
