@@ -133,6 +133,17 @@ def test_layers_of_scripted_and_traced_modules_are_layers() -> None:
         assert names(to_graph(model, input_size=SIZE)) == {name for name, _ in model.named_parameters()}
 
 
+def test_scripted_traced_and_exported_models_are_read_as_the_models_are() -> None:
+    model, images = timm.create_model("test_resnet").eval(), torch.zeros(1, 3, 64, 64)
+    expected = to_graph(model, input_size=images.shape[1:])
+    for other in (
+        scripted(lambda: torch.jit.script(model)),
+        scripted(lambda: torch.jit.trace(model, images)),
+        torch.export.export(model, (images,)).module(),
+    ):
+        assert to_graph(other, input_size=images.shape[1:]) == expected
+
+
 def test_a_tensor_that_computes_out_of_sight_is_an_error() -> None:
     class Inner(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
+from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,8 @@ _KERNELS: Mapping[str, tuple[str, Sequence[int]]] = {
     "_adaptive_avg_pool2d": ("adaptive_avg_pool2d", range(2)),
     "_native_batch_norm_legit_no_training": ("batch_norm", (0, 3, 4, 1, 2)),
     "_softmax": ("softmax", range(2)),
+    "batch_norm": ("batch_norm", (0, 3, 4, 1, 2, 5)),
+    "instance_norm": ("instance_norm", (0, 3, 4, 1, 2, 5)),
     "max_pool2d_with_indices": ("max_pool2d", range(6)),
     "native_batch_norm": ("batch_norm", (0, 3, 4, 1, 2, 5)),
     "native_group_norm": ("group_norm", (0, 6, 1, 2)),
@@ -164,7 +167,7 @@ class Recorder(TorchFunctionMode):
             changed = [args[0]] if name == "setitem" else list(tensors_in(result))
             if changed:
                 outputs = tuple(self._new_value(tensor) for tensor in self._with_wholes(changed, args, kwargs))
-                if isinstance(func, torch._ops.OpOverload):
+                if isinstance(func, (torch._ops.OpOverload, BuiltinFunctionType)):
                     name, recorded_args = _as_called(name, recorded_args)
                 self._operations.append(Operation(name, recorded_args, recorded_kwargs, tuple(inputs), outputs))
         self.call = ""
@@ -298,7 +301,7 @@ def tensors_in(result: Any, *, in_objects: bool = False) -> Iterator[Tensor]:
 
 
 def _as_called(name: str, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
-    """Name and arguments of the function that stands for a kernel."""
+    """Name and arguments of the function of `torch.nn.functional` that stands for a kernel."""
     if name in ("convolution", "_convolution"):
         source, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args[:9]
         rank = len(source.shape) - 2
@@ -306,7 +309,9 @@ def _as_called(name: str, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
             rest = (stride, padding, output_padding, groups, dilation)
             return f"conv_transpose{rank}d", (source, weight, bias, *rest)
         return f"conv{rank}d", (source, weight, bias, stride, padding, dilation, groups)
-    name, positions = _KERNELS.get(name, (name, range(len(args))))
+    if name not in _KERNELS:
+        return name, args
+    name, positions = _KERNELS[name]
     return name, tuple(args[position] for position in positions if position < len(args))
 
 
