@@ -454,13 +454,17 @@ def test_pipes_are_refused(tmp_path: Path) -> None:
             "b does not begin where",
         ),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, 12, "a does not begin where"),
-        ({"a": {"dtype": "F32", "shape": [10**15], "data_offsets": [0, 4 * 10**15]}}, 8, "promises 4000000000000"),
-        ({"a": {"dtype": "F32", "shape": [2**62] * 1000, "data_offsets": [0, 8]}}, 8, "no possible shape"),
-        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, 4, "no possible shape"),
-        ({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, 4, "the unknown type F99"),
-        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "code": "x"}}, 4, "none of a tensor"),
+        ({"a": {"dtype": "F32", "shape": [10**15], "data_offsets": [0, 4 * 10**15]}}, 8, "promises others"),
+        (
+            {"a": {"dtype": "F32", "shape": [2**62] * 1000, "data_offsets": [0, 8]}},
+            8,
+            "a shape or an offset is impossible",
+        ),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, 4, "a shape or an offset is impossible"),
+        ({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, 4, "damaged: 'F99'"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "code": "x"}}, 4, "its header is damaged"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 8, "bytes, and its header promises"),
-        ({"__metadata__": {"a": 1}}, 0, "its metadata are not texts"),
+        ({"__metadata__": {"a": 1}}, 0, "the metadata are not texts"),
     ],
 )
 def test_lying_headers_say_how_they_lie(tmp_path: Path, entries: dict[str, Any], data: int, message: str) -> None:
@@ -476,5 +480,5 @@ def test_lying_headers_say_how_they_lie(tmp_path: Path, entries: dict[str, Any],
 )
 def test_headers_that_are_no_table_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text.encode())
-    with pytest.raises(TensorFileError, match="its header is not"):
+    with pytest.raises(TensorFileError, match="its header is"):
         TensorReader(tmp_path / "x.safetensors")
