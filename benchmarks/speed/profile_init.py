@@ -93,9 +93,9 @@ def draw(rows: dict[str, tuple[float, dict[str, float]]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.5), layout="constrained")
     left = [0.0] * len(rows)
-    for part, color in zip([REST, *PARTS], plt.get_cmap("tab20").colors, strict=False):
+    for index, part in enumerate([REST, *PARTS]):
         widths = [parts.get(part, 0.0) / plain for plain, parts in rows.values()]
-        axes.barh(list(rows), widths, left=left, label=part, color=color)
+        axes.barh(list(rows), widths, left=left, label=part, color=plt.get_cmap("tab20")(index))
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.axvline(1, color="black", linewidth=1)
     axes.invert_yaxis()
