@@ -21,7 +21,8 @@ from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, Prediction, load_ghn
 from timm_ghn.graph import Layout, Role, Target, capture, to_graph
-from timm_ghn.initialize.plan import find_hypernetwork, make_plan
+from timm_ghn.initialize.hypernetwork import find_hypernetwork
+from timm_ghn.initialize.plan import make_plan
 from timm_ghn.initialize.report import Status
 from timm_ghn.scale.batch_norms import MAX_AFFINE_CHAIN
 from timm_ghn.scale.rule import (

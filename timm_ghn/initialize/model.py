@@ -19,7 +19,8 @@ from timm_ghn.deferred import DeferredRandom
 from timm_ghn.ghn import Prediction
 from timm_ghn.graph import Layout
 from timm_ghn.initialize.fill import fill_computed, fill_generated, fill_others
-from timm_ghn.initialize.plan import Hypernetwork, Plan, find_hypernetwork, make_plan, postprocess_settings
+from timm_ghn.initialize.hypernetwork import Hypernetwork, find_hypernetwork
+from timm_ghn.initialize.plan import Plan, make_plan, postprocess_settings
 from timm_ghn.initialize.provenance import model_name, record_
 from timm_ghn.initialize.report import Report
 from timm_ghn.settings import Init, Source

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from timm_ghn.baselines import BASELINES, Computation, Setting
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
-from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
+from timm_ghn.ghn import GHN
 from timm_ghn.graph import Graph, Layout, Reading, Role, Target, capture, condense
 from timm_ghn.graph.analyses import Analyses
+from timm_ghn.initialize.hypernetwork import Hypernetwork, find_hypernetwork
 from timm_ghn.initialize.provenance import describe_origin
 from timm_ghn.initialize.report import ParameterReport, Report, Status
 from timm_ghn.orthogonalization import (
@@ -23,7 +24,6 @@ from timm_ghn.orthogonalization import (
     kept_parameters,
     resolve_start_layer,
     selected_layers,
-    single_threaded,
     weight_layers,
 )
 from timm_ghn.scale.rule import Structure, gaining_norms
@@ -31,21 +31,6 @@ from timm_ghn.scale.structure import find_structure
 from timm_ghn.settings import Init, Source
 
 FROZEN = "frozen: requires_grad is False"
-
-
-@dataclass(frozen=True)
-class Hypernetwork:
-    """A GHN that is going to predict.
-
-    Attributes:
-        model: The GHN.
-        name: What it is called in the provenance.
-        hash: SHA-256 of its configuration and weights.
-    """
-
-    model: GHN
-    name: str
-    hash: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,24 +114,6 @@ def postprocess_settings(init: Init) -> PostProcess:
     """Settings of the post-processing; random weights get no noise."""
     noise = init.noise if init.spec.source is Source.GHN else 0.0
     return PostProcess(noise=noise, seed=init.seed or 0, correlation=init.correlation)
-
-
-def find_hypernetwork(init: Init) -> Hypernetwork | None:
-    """The GHN that an initialization asks for, and its hash; None for methods without one.
-
-    One thread loads it: once torch has started threads, children that are forked later hang in their first parallel
-    loop.
-
-    Raises:
-        CheckpointError, UnknownGhnError, DownloadError: If it cannot be loaded.
-    """
-    if init.spec.source is not Source.GHN:
-        return None
-    with single_threaded():
-        ghn = load_ghn(init.ghn, shared=True) if init.ghn is not None else default_ghn(shared=True)
-        if isinstance(init.ghn, GHN) or ghn.info is None:  # its weights may have changed since it was loaded
-            return Hypernetwork(ghn, ghn.info.name if ghn.info else "in memory", content_hash(ghn))
-    return Hypernetwork(ghn, ghn.info.name, ghn.info.hash)
 
 
 def expected_origin(model: nn.Module, init: Init) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from timm_ghn.trace.inputs import timm_config
 if TYPE_CHECKING:
     from torch import nn
 
-    from timm_ghn.initialize.plan import Hypernetwork
+    from timm_ghn.initialize.hypernetwork import Hypernetwork
 
 _PREFIX = "timm-ghn: "
 """Start of the note in `model.pretrained_cfg` that holds the provenance."""

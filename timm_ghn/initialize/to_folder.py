@@ -25,8 +25,9 @@ from timm_ghn.deferred import DeferredRandom, storage_id
 from timm_ghn.errors import InitError
 from timm_ghn.initialize.create import create
 from timm_ghn.initialize.fill import fill_generated, fill_others
+from timm_ghn.initialize.hypernetwork import find_hypernetwork
 from timm_ghn.initialize.memory import LazyMemory
-from timm_ghn.initialize.plan import find_hypernetwork, make_plan, postprocess_settings
+from timm_ghn.initialize.plan import make_plan, postprocess_settings
 from timm_ghn.initialize.provenance import model_name, record_
 from timm_ghn.initialize.report import Report
 from timm_ghn.request import Request

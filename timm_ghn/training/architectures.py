@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from timm_ghn.errors import GraphError, TrainingError
 from timm_ghn.ghn.model import GHN
 from timm_ghn.graph.graph import Graph
-from timm_ghn.initialize.plan import Hypernetwork, make_plan
+from timm_ghn.initialize.hypernetwork import Hypernetwork
+from timm_ghn.initialize.plan import make_plan
 from timm_ghn.settings import Init, Source
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.families import FAMILIES, Draw
