@@ -295,6 +295,15 @@ def test_evaluation_restores_the_mode(trainer: Callable[..., Trainer]) -> None:
     assert first.table().splitlines()[0].split() == ["family", *first.values]
 
 
+def test_distances_of_a_graphormer_are_filled_in(trainer: Callable[..., Trainer]) -> None:
+    run = trainer(config=replace(CONFIG, ghn=replace(TINY, hypernet="graphormer", layers=2, heads=2)))
+    run.train_step()
+    fill_unseen_sizes(run.ghn, run.optimizer.state_dict())
+    distances = run.ghn.get_parameter("gnn.0.input_dist_embed.weight").detach()
+    assert torch.equal(distances[1000], distances[999])
+    assert not torch.equal(distances[3], distances[4])
+
+
 def test_sizes_are_smooth_and_filled_in(trainer: Callable[..., Trainer]) -> None:
     run = trainer()
     ghn = run.ghn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,27 +57,31 @@ def fill_unseen_sizes(ghn: GHN, optimizer: Mapping[str, Any]) -> int:
         Number of rows that were filled in.
     """
     order = [parameter for group in make_optimizer(ghn, 1.0, 0.0).param_groups for parameter in group["params"]]
+    places = {id(parameter): index for index, parameter in enumerate(order)}
     encoder = ghn.shape_enc
-
-    def seen(table: nn.Embedding) -> set[int]:
-        place = next(index for index, parameter in enumerate(order) if parameter is table.weight)
-        return set(torch.nonzero(optimizer["state"][place]["exp_avg_sq"].any(1)).flatten().tolist())
-
     classes = int((encoder.channels.known == ghn.config.num_classes).argmax())
-    return _fill(
-        encoder.embed_channel.weight, encoder.channels.known.tolist(), seen(encoder.embed_channel), classes
-    ) + _fill(encoder.embed_spatial.weight, encoder.kernels.known.tolist(), seen(encoder.embed_spatial))
+    tables = [
+        (encoder.embed_channel, encoder.channels.known.tolist(), classes),
+        (encoder.embed_spatial, encoder.kernels.known.tolist(), None),
+    ]
+    # Of a Graphormer: numbers of neighbours, and distances.
+    numbers = (module for module in ghn.gnn.modules() if isinstance(module, nn.Embedding))
+    tables += [(table, range(table.num_embeddings), None) for table in numbers]
+    count = 0
+    for table, sizes, special in tables:
+        seen = optimizer["state"][places[id(table.weight)]]["exp_avg_sq"].any(1)
+        count += _fill(table.weight, sizes, set(torch.nonzero(seen).flatten().tolist()), special)
+    return count
 
 
-def _fill(weight: Tensor, known: list[int], seen: set[int], special: int | None = None) -> int:
-    """Interpolate the rows of sizes that were not seen, linearly in the logarithm of the size."""
+def _fill(weight: Tensor, known: Sequence[int], seen: set[int], special: int | None = None) -> int:
+    """Interpolate the rows of sizes that were not seen, linearly in the logarithm of the size plus 1."""
     anchors = sorted(row for row in seen if row < len(known) and row != special)
     if not anchors:
         return 0
+    place = [math.log(size + 1) for size in known]
     count = 0
-    for row, size in enumerate(known):
-        if row in seen:
-            continue
+    for row in set(range(len(known))) - seen:
         lower = [anchor for anchor in anchors if anchor < row]
         upper = [anchor for anchor in anchors if anchor > row]
         count += 1
@@ -85,6 +89,5 @@ def _fill(weight: Tensor, known: list[int], seen: set[int], special: int | None 
             weight[row] = weight[lower[-1] if lower else upper[0]]
             continue
         low, high = lower[-1], upper[0]
-        share = math.log(size / known[low]) / math.log(known[high] / known[low])
-        weight[row] = torch.lerp(weight[low], weight[high], share)
+        weight[row] = torch.lerp(weight[low], weight[high], (place[row] - place[low]) / (place[high] - place[low]))
     return count

@@ -15,60 +15,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from timm import models
 from timm.layers import BatchNormAct2d, GroupNormAct, create_conv2d
-from timm.layers.mlp import GluMlp
-from timm.models import (
-    byobnet,
-    cait,
-    convmixer,
-    convnext,
-    cspnet,
-    davit,
-    densenet,
-    dla,
-    dpn,
-    edgenext,
-    efficientformer_v2,
-    efficientnet,
-    efficientvit_mit,
-    eva,
-    fasternet,
-    fastvit,
-    focalnet,
-    ghostnet,
-    hgnet,
-    inception_next,
-    levit,
-    mambaout,
-    maxxvit,
-    metaformer,
-    mlp_mixer,
-    mobilenetv3,
-    nfnet,
-    pit,
-    pvt_v2,
-    rdnet,
-    regnet,
-    repvit,
-    res2net,
-    resnest,
-    resnet,
-    resnetv2,
-    rexnet,
-    shvit,
-    sknet,
-    starnet,
-    swiftformer,
-    swin_transformer,
-    swin_transformer_v2,
-    tiny_vit,
-    twins,
-    vgg,
-    visformer,
-    vision_transformer,
-    vovnet,
-    xcit,
-)
+from timm.layers.mlp import GluMlp, Mlp
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from torch import nn
 
@@ -136,6 +85,8 @@ class Draw:
 
 Family = Callable[[Draw], nn.Module]
 
+# fmt: off
+
 
 # --- convolutional networks -----------------------------------------------------------------------------------------
 
@@ -143,19 +94,13 @@ Family = Callable[[Draw], nn.Module]
 def _resnet(d: Draw) -> nn.Module:
     attention = d.pick(None, None, None, "se", "eca")
     options = {"block_args": {"attn_layer": attention}} if attention else {}
-    block = d.pick(resnet.BasicBlock, resnet.BasicBlock, resnet.Bottleneck)
-    low, high = (16, 64) if block is resnet.BasicBlock else (12, 32)
-    if block is resnet.Bottleneck and d.flag(0.3):
+    block = d.pick(models.resnet.BasicBlock, models.resnet.BasicBlock, models.resnet.Bottleneck)
+    low, high = (16, 64) if block is models.resnet.BasicBlock else (12, 32)
+    if block is models.resnet.Bottleneck and d.flag(0.3):
         options |= {"cardinality": d.pick(4, 8, 32), "base_width": d.pick(4, 8)}
-    return resnet.ResNet(
-        block,
-        d.depths(4),
-        num_classes=d.classes,
-        stem_width=d.width(12, 64),
-        stem_type=d.pick("", "", "deep"),
-        avg_down=d.flag(0.3),
-        channels=d.widths(4, low, high),
-        act_layer=d.pick(nn.ReLU, nn.ReLU, nn.ReLU, nn.SiLU),
+    return models.resnet.ResNet(
+        block, d.depths(4), num_classes=d.classes, stem_width=d.width(12, 64), stem_type=d.pick("", "", "deep"),
+        avg_down=d.flag(0.3), channels=d.widths(4, low, high), act_layer=d.pick(nn.ReLU, nn.ReLU, nn.ReLU, nn.SiLU),
         **options,
     )
 
@@ -166,92 +111,65 @@ def _resnetv2(d: Draw) -> nn.Module:
         options: dict[str, Any] = {"norm_layer": BatchNormAct2d, "conv_layer": create_conv2d}
     else:
         options = {"norm_layer": partial(GroupNormAct, num_groups=groups)}
-    return resnetv2.ResNetV2(
-        list(d.depths(4)),
-        channels=d.widths(4, 32, 96, 4 * groups),
-        num_classes=d.classes,
-        stem_chs=d.width(32, 64, 2 * groups),
-        stem_type=d.pick("", "deep"),
-        preact=d.flag(0.7),
-        **options,
+    return models.resnetv2.ResNetV2(
+        list(d.depths(4)), channels=d.widths(4, 32, 96, 4 * groups), num_classes=d.classes,
+        stem_chs=d.width(32, 64, 2 * groups), stem_type=d.pick("", "deep"), preact=d.flag(0.7), **options,
     )
 
 
 def _res2net(d: Draw) -> nn.Module:
-    block = res2net.Bottle2neck
+    block = models.res2net.Bottle2neck
     width = d.pick(14, 26, 48)
-    return resnet.ResNet(
-        block,
-        d.depths(4),
-        num_classes=d.classes,
-        base_width=width,
-        channels=d.widths(4, 16, 48),
+    return models.resnet.ResNet(
+        block, d.depths(4), num_classes=d.classes, base_width=width, channels=d.widths(4, 16, 48),
         block_args={"scale": d.pick(3, 4, 6)},
     )
 
 
 def _resnest(d: Draw) -> nn.Module:
-    return resnet.ResNet(
-        (resnest.ResNestBottleneck),
-        d.depths(4, 2),
-        num_classes=d.classes,
-        stem_type=d.pick("", "deep"),
-        avg_down=True,
-        stem_width=d.width(16, 32),
-        channels=d.widths(4, 16, 40),
+    return models.resnet.ResNet(
+        models.resnest.ResNestBottleneck, d.depths(4, 2), num_classes=d.classes, stem_type=d.pick("", "deep"),
+        avg_down=True, stem_width=d.width(16, 32), channels=d.widths(4, 16, 40),
         block_args={"radix": d.pick(1, 2), "avd": True, "avd_first": d.flag()},
     )
 
 
 def _sknet(d: Draw) -> nn.Module:
-    return resnet.ResNet(
-        (d.pick(sknet.SelectiveKernelBasic, sknet.SelectiveKernelBottleneck)),
-        d.depths(4, 2),
-        num_classes=d.classes,
-        channels=d.widths(4, 16, 40),
-        block_args={"sk_kwargs": {"rd_ratio": d.pick(1 / 8, 1 / 16), "split_input": d.flag()}},
-        zero_init_last=False,
+    return models.resnet.ResNet(
+        d.pick(models.sknet.SelectiveKernelBasic, models.sknet.SelectiveKernelBottleneck), d.depths(4, 2),
+        num_classes=d.classes, channels=d.widths(4, 16, 40),
+        block_args={"sk_kwargs": {"rd_ratio": d.pick(1 / 8, 1 / 16), "split_input": d.flag()}}, zero_init_last=False,
     )
 
 
 def _regnet(d: Draw) -> nn.Module:
-    cfg = regnet.RegNetCfg(
-        depth=d.number(8, 18),
-        w0=d.width(16, 48),
-        wa=d.real(18, 40),
-        wm=d.real(2.0, 2.6),
-        group_size=d.pick(8, 8, 16, 24),
-        bottle_ratio=d.pick(1.0, 1.0, 1.0, 0.5),
-        se_ratio=d.pick(0.0, 0.0, 0.25),
+    cfg = models.regnet.RegNetCfg(
+        depth=d.number(8, 18), w0=d.width(16, 48), wa=d.real(18, 40), wm=d.real(2.0, 2.6),
+        group_size=d.pick(8, 8, 16, 24), bottle_ratio=d.pick(1.0, 1.0, 1.0, 0.5), se_ratio=d.pick(0.0, 0.0, 0.25),
         act_layer=d.pick("relu", "relu", "silu"),
     )
-    return regnet.RegNet(cfg, num_classes=d.classes)
+    return models.regnet.RegNet(cfg, num_classes=d.classes)
 
 
 def _byobnet(d: Draw) -> nn.Module:
     kind = d.pick("basic", "bottle", "dark", "edge", "rep")
     widths = d.widths(4, 24, 64)
     blocks = tuple(
-        byobnet.ByoBlockCfg(
-            type=kind,
-            d=depth,
-            c=width,
-            s=2 if index or kind == "rep" else 1,
+        models.byobnet.ByoBlockCfg(
+            type=kind, d=depth, c=width, s=2 if index or kind == "rep" else 1,
             gs=d.pick(0, 0, 8) if kind == "bottle" else 0,
             br=1.0 if kind in ("basic", "rep") else d.pick(0.25, 0.5) if kind != "edge" else d.pick(1.0, 2.0),
         )
         for index, (depth, width) in enumerate(zip(d.depths(4), widths, strict=True))
     )
-    cfg = byobnet.ByoModelCfg(
-        blocks=blocks,
-        stem_chs=d.width(24, 64),
+    cfg = models.byobnet.ByoModelCfg(
+        blocks=blocks, stem_chs=d.width(24, 64),
         stem_type="rep" if kind == "rep" else d.pick("3x3", "7x7", "tiered", "quad2"),
         stem_pool="" if kind == "rep" else d.pick("maxpool", ""),
-        act_layer=d.pick("relu", "relu", "silu", "leaky_relu"),
-        attn_layer=d.pick(None, None, None, "se", "eca"),
+        act_layer=d.pick("relu", "relu", "silu", "leaky_relu"), attn_layer=d.pick(None, None, None, "se", "eca"),
         num_features=d.pick(0, 0, d.width(128, 640)),
     )
-    return byobnet.ByobNet(cfg, num_classes=d.classes)
+    return models.byobnet.ByobNet(cfg, num_classes=d.classes)
 
 
 def _mobileone(d: Draw) -> nn.Module:
@@ -261,23 +179,18 @@ def _mobileone(d: Draw) -> nn.Module:
     for depth, width in zip(d.depths(4), d.widths(4, 24, 48), strict=True):
         stage = []
         for index in range(depth):
-            depthwise = byobnet.ByoBlockCfg(
-                type="one",
-                d=1,
-                c=before,
-                gs=1,
-                s=1 if index else 2,
-                block_kwargs=branches,
+            depthwise = models.byobnet.ByoBlockCfg(
+                type="one", d=1, c=before, gs=1, s=1 if index else 2, block_kwargs=branches,
                 attn_layer=d.pick(None, "se"),
             )
-            pointwise = byobnet.ByoBlockCfg(
+            pointwise = models.byobnet.ByoBlockCfg(
                 type="one", d=1, c=width, gs=0, s=1, block_kwargs={"kernel_size": 1, **branches}
             )
             stage += [depthwise, pointwise]
             before = width
         stages.append(tuple(stage))
-    cfg = byobnet.ByoModelCfg(blocks=tuple(stages), stem_type="one", stem_chs=stem)
-    return byobnet.ByobNet(cfg, num_classes=d.classes)
+    cfg = models.byobnet.ByoModelCfg(blocks=tuple(stages), stem_type="one", stem_chs=stem)
+    return models.byobnet.ByobNet(cfg, num_classes=d.classes)
 
 
 def _mobilevit(d: Draw) -> nn.Module:
@@ -287,26 +200,22 @@ def _mobilevit(d: Draw) -> nn.Module:
     inverted = {"gs": 1, "br": ratio, "block_kwargs": {"bottle_in": True, "linear_out": True}}
     blocks: list[Any] = []
     for index, width in enumerate(widths):
-        conv = byobnet.ByoBlockCfg(type="bottle", d=d.number(1, 2), c=width, s=2 if index else 1, **(inverted))
+        conv = models.byobnet.ByoBlockCfg(type="bottle", d=d.number(1, 2), c=width, s=2 if index else 1, **inverted)
         if index < 2:
             blocks.append(conv)
             continue
         details = {"transformer_depth": d.number(1, 3), "patch_size": d.pick(1, 2) if index == 2 else 1}
         if second:
-            mixer = byobnet.ByoBlockCfg(type="mobilevit2", d=1, c=width, s=1, br=0.5, gs=1, block_kwargs=details)
+            mixer = models.byobnet.ByoBlockCfg(type="mobilevit2", d=1, c=width, s=1, br=0.5, gs=1, block_kwargs=details)
         else:
             dim = {"transformer_dim": width + d.pick(0, 16, 32), "num_heads": 4}
-            mixer = byobnet.ByoBlockCfg(type="mobilevit", d=1, c=width, s=1, block_kwargs=details | dim)
+            mixer = models.byobnet.ByoBlockCfg(type="mobilevit", d=1, c=width, s=1, block_kwargs=details | dim)
         blocks.append((conv, mixer))
-    cfg = byobnet.ByoModelCfg(
-        blocks=tuple(blocks),
-        stem_chs=widths[0],
-        stem_pool="",
-        downsample="",
-        act_layer="silu",
+    cfg = models.byobnet.ByoModelCfg(
+        blocks=tuple(blocks), stem_chs=widths[0], stem_pool="", downsample="", act_layer="silu",
         num_features=0 if second else d.width(128, 512),
     )
-    return byobnet.ByobNet(cfg, num_classes=d.classes)
+    return models.byobnet.ByobNet(cfg, num_classes=d.classes)
 
 
 def _efficient_stages(d: Draw, first_stride: int, kinds: Sequence[str]) -> list[list[str]]:
@@ -325,12 +234,10 @@ def _efficient_stages(d: Draw, first_stride: int, kinds: Sequence[str]) -> list[
 
 
 def _efficientnet(d: Draw) -> nn.Module:
-    return efficientnet.EfficientNet(
+    return models.efficientnet.EfficientNet(
         decode_arch_def(_efficient_stages(d, d.pick(1, 1, 2), d.pick(("ir",), ("ir",), ("er", "ir"), ("cn", "ir")))),
-        num_classes=d.classes,
-        num_features=d.pick(0, d.width(192, 768), d.width(512, 1280)),
-        stem_size=d.width(12, 32),
-        act_layer=d.pick(nn.SiLU, nn.SiLU, nn.ReLU6, nn.ReLU),
+        num_classes=d.classes, num_features=d.pick(0, d.width(192, 768), d.width(512, 1280)),
+        stem_size=d.width(12, 32), act_layer=d.pick(nn.SiLU, nn.SiLU, nn.ReLU6, nn.ReLU),
         round_chs_fn=round_channels,
     )
 
@@ -339,13 +246,10 @@ def _mobilenetv3(d: Draw) -> nn.Module:
     stages = _efficient_stages(d, d.pick(1, 2), ("ir",))
     stages = [[text + ("_nre" if index < 2 else "") for text in stage] for index, stage in enumerate(stages)]
     stages.append([f"cn_r1_k1_s1_c{d.width(144, 640)}"])
-    return mobilenetv3.MobileNetV3(
-        decode_arch_def(stages),
-        num_classes=d.classes,
-        num_features=d.width(256, 1024),
-        stem_size=16,
+    return models.mobilenetv3.MobileNetV3(
+        decode_arch_def(stages), num_classes=d.classes, num_features=d.width(256, 1024), stem_size=16,
         act_layer=d.pick(nn.Hardswish, nn.Hardswish, nn.ReLU),
-        se_layer=partial(mobilenetv3.SqueezeExcite, gate_layer=d.pick("hard_sigmoid", "sigmoid")),
+        se_layer=partial(models.mobilenetv3.SqueezeExcite, gate_layer=d.pick("hard_sigmoid", "sigmoid")),
         round_chs_fn=round_channels,
     )
 
@@ -370,40 +274,48 @@ def _mobilenetv4(d: Draw) -> nn.Module:
             )
         stages.append(stage)
     stages.append([f"cn_r1_k1_s1_c{d.width(160, 640)}"])
-    return mobilenetv3.MobileNetV3(
-        decode_arch_def(stages),
-        num_classes=d.classes,
-        head_bias=False,
-        head_norm=True,
-        num_features=d.width(256, 1024),
-        stem_size=d.width(16, 32),
-        act_layer=d.pick(nn.ReLU, nn.GELU),
-        round_chs_fn=round_channels,
-        layer_scale_init_value=d.pick(None, 0.1),
+    return models.mobilenetv3.MobileNetV3(
+        decode_arch_def(stages), num_classes=d.classes, head_bias=False, head_norm=True,
+        num_features=d.width(256, 1024), stem_size=d.width(16, 32), act_layer=d.pick(nn.ReLU, nn.GELU),
+        round_chs_fn=round_channels, layer_scale_init_value=d.pick(None, 0.1),
     )
 
 
-def _ghostnet(d: Draw) -> nn.Module:
+def _ghost_stages(d: Draw) -> list[Any]:
+    """Kernel, inner width, width, gate and stride of blocks, as timm's GhostNets read them."""
     widths = d.widths(5, 16, 32, 4)
     stages: list[Any] = [[[3, widths[0], widths[0], 0, 1]]]
     for before, width in itertools.pairwise(widths):
         kernel, gate, ratio = d.pick(3, 5), d.pick(0, 0.25), d.pick(2, 3, 6)
         stages.append([[kernel, ratio * before, width, gate, 2]])
         stages.append([[kernel, ratio * width, width, d.pick(0, gate), 1] for _ in range(d.number(1, 3))])
-    return ghostnet.GhostNet(
-        stages, num_classes=d.classes, width=d.pick(0.5, 0.75, 1.0), drop_rate=0.0, version=d.pick("v1", "v1", "v2")
+    return stages
+
+
+def _ghostnet(d: Draw) -> nn.Module:
+    return models.ghostnet.GhostNet(
+        _ghost_stages(d), num_classes=d.classes, width=d.pick(0.5, 0.75, 1.0), drop_rate=0.0,
+        version=d.pick("v1", "v1", "v2"),
+    )
+
+
+def _repghost(d: Draw) -> nn.Module:
+    return models.repghost.RepGhostNet(
+        _ghost_stages(d), num_classes=d.classes, width=d.pick(0.5, 0.75, 1.0), drop_rate=0.0
+    )
+
+
+def _lcnetv2(d: Draw) -> nn.Module:
+    return models.lcnetv2.LCNetV2(
+        scale=d.width(16, 48) / 64, depths=d.depths(4), num_classes=d.classes,
+        head_hidden_size=d.pick(None, d.width(256, 1024)),
     )
 
 
 def _rexnet(d: Draw) -> nn.Module:
-    return rexnet.RexNet(
-        num_classes=d.classes,
-        initial_chs=d.width(8, 16, 4),
-        final_chs=d.width(48, 140, 4),
-        depth_mult=d.pick(0.34, 0.5, 0.67, 1.0),
-        se_ratio=d.pick(0, 1 / 12),
-        ch_div=d.pick(1, 4),
-        drop_rate=0.0,
+    return models.rexnet.RexNet(
+        num_classes=d.classes, initial_chs=d.width(8, 16, 4), final_chs=d.width(48, 140, 4),
+        depth_mult=d.pick(0.34, 0.5, 0.67, 1.0), se_ratio=d.pick(0, 1 / 12), ch_div=d.pick(1, 4), drop_rate=0.0,
     )
 
 
@@ -412,61 +324,43 @@ def _vgg(d: Draw) -> nn.Module:
     for width, depth in zip(d.widths(5, 12, 32), d.depths(5, 2), strict=True):
         cfg += [width] * min(depth, 3) + ["M"]
     # The first layer of timm's VGG head is a kernel of 7 x 7, over a map of 7 x 7 of ImageNet's images.
-    return vgg.VGG(
-        cfg,
-        num_classes=d.classes,
-        mlp_ratio=d.pick(1 / 64, 1 / 32, 1 / 16),
+    return models.vgg.VGG(
+        cfg, num_classes=d.classes, mlp_ratio=d.pick(1 / 64, 1 / 32, 1 / 16),
         norm_layer=d.pick(None, nn.BatchNorm2d, nn.BatchNorm2d),
     )
 
 
 def _densenet(d: Draw) -> nn.Module:
-    return densenet.DenseNet(
-        growth_rate=d.width(8, 32, 4),
-        block_config=tuple(d.number(2, 8) for _ in range(4)),
-        num_classes=d.classes,
-        bn_size=d.pick(2, 4, 4),
-        stem_type=d.pick("", "", "deep"),
+    return models.densenet.DenseNet(
+        growth_rate=d.width(8, 32, 4), block_config=tuple(d.number(2, 8) for _ in range(4)), num_classes=d.classes,
+        bn_size=d.pick(2, 4, 4), stem_type=d.pick("", "", "deep"),
     )
 
 
 def _rdnet(d: Draw) -> nn.Module:
     stages = d.number(4, 6)
     down = (None, True, True, *(d.flag(0.3) for _ in range(stages - 3)))
-    return rdnet.RDNet(
-        num_classes=d.classes,
-        growth_rates=[d.width(16, 64) for _ in range(stages)],
+    return models.rdnet.RDNet(
+        num_classes=d.classes, growth_rates=[d.width(16, 64) for _ in range(stages)],
         num_blocks_list=[d.number(1, 3) for _ in range(stages)],
-        block_type=[d.pick("Block", "BlockESE") for _ in range(stages)],
-        is_downsample_block=down,
-        num_init_features=d.width(24, 64),
-        ls_init_value=d.pick(1e-6, 0.1, 1.0),
+        block_type=[d.pick("Block", "BlockESE") for _ in range(stages)], is_downsample_block=down,
+        num_init_features=d.width(24, 64), ls_init_value=d.pick(1e-6, 0.1, 1.0),
     )
 
 
 def _dpn(d: Draw) -> nn.Module:
     groups = d.pick(4, 8, 16)
-    return dpn.DPN(
-        k_sec=(d.depths(4)),
-        inc_sec=(d.widths(4, 8, 16)),
-        k_r=groups * d.pick(2, 4),
-        groups=groups,
-        num_classes=d.classes,
-        small=d.flag(),
-        num_init_features=d.width(16, 48),
-        b=d.flag(0.3),
+    return models.dpn.DPN(
+        k_sec=d.depths(4), inc_sec=d.widths(4, 8, 16), k_r=groups * d.pick(2, 4), groups=groups,
+        num_classes=d.classes, small=d.flag(), num_init_features=d.width(16, 48), b=d.flag(0.3),
     )
 
 
 def _dla(d: Draw) -> nn.Module:
-    block = d.pick(dla.DlaBasic, dla.DlaBottleneck, dla.DlaBottle2neck)
-    return dla.DLA(
-        [1, 1, *(d.number(1, 2) for _ in range(3)), 1],
-        list(d.widths(6, 8, 16)),
-        num_classes=d.classes,
-        block=block,
-        shortcut_root=d.flag(),
-        base_width=32 if block is dla.DlaBottle2neck else 64,
+    block = d.pick(models.dla.DlaBasic, models.dla.DlaBottleneck, models.dla.DlaBottle2neck)
+    return models.dla.DLA(
+        [1, 1, *(d.number(1, 2) for _ in range(3)), 1], list(d.widths(6, 8, 16)), num_classes=d.classes, block=block,
+        shortcut_root=d.flag(), base_width=32 if block is models.dla.DlaBottle2neck else 64,
     )
 
 
@@ -474,35 +368,25 @@ def _cspnet(d: Draw) -> nn.Module:
     kind, block, expand, inner = d.pick(
         ("csp", "bottle", 2.0, 1.0), ("cs3", "bottle", 1.0, 0.5), ("dark", "dark", 1.0, 1.0)
     )
-    cfg = cspnet.CspModelCfg(
-        stem=cspnet.CspStemCfg(out_chs=d.width(16, 32), kernel_size=3, stride=d.pick(1, 2), pool=""),
-        stages=cspnet.CspStagesCfg(
-            depth=d.depths(4, 2),
-            out_chs=d.widths(4, 24, 56, 16),
-            bottle_ratio=0.5,
-            block_ratio=inner,
-            expand_ratio=expand,
-            cross_linear=d.flag(),
-            stage_type=kind,
-            block_type=block,
+    cfg = models.cspnet.CspModelCfg(
+        stem=models.cspnet.CspStemCfg(out_chs=d.width(16, 32), kernel_size=3, stride=d.pick(1, 2), pool=""),
+        stages=models.cspnet.CspStagesCfg(
+            depth=d.depths(4, 2), out_chs=d.widths(4, 24, 56, 16), bottle_ratio=0.5, block_ratio=inner,
+            expand_ratio=expand, cross_linear=d.flag(), stage_type=kind, block_type=block,
         ),
         act_layer=d.pick("leaky_relu", "silu"),
     )
-    return cspnet.CspNet(cfg, num_classes=d.classes)
+    return models.cspnet.CspNet(cfg, num_classes=d.classes)
 
 
 def _vovnet(d: Draw) -> nn.Module:
     cfg = {
-        "stem_chs": [d.width(16, 32), 32, d.width(16, 48)],
-        "stage_conv_chs": list(d.widths(4, 16, 32)),
-        "stage_out_chs": list(d.widths(4, 32, 64)),
-        "layer_per_block": d.number(2, 4),
-        "block_per_stage": [1, 1, d.number(1, 2), 1],
-        "residual": d.flag(),
-        "depthwise": d.flag(0.3),
+        "stem_chs": [d.width(16, 32), 32, d.width(16, 48)], "stage_conv_chs": list(d.widths(4, 16, 32)),
+        "stage_out_chs": list(d.widths(4, 32, 64)), "layer_per_block": d.number(2, 4),
+        "block_per_stage": [1, 1, d.number(1, 2), 1], "residual": d.flag(), "depthwise": d.flag(0.3),
         "attn": d.pick("", "ese"),
     }
-    return vovnet.VovNet(cfg, num_classes=d.classes)
+    return models.vovnet.VovNet(cfg, num_classes=d.classes)
 
 
 def _hgnet(d: Draw) -> nn.Module:
@@ -515,64 +399,46 @@ def _hgnet(d: Draw) -> nn.Module:
         light = index > 1 and second
         row = [ins[index], mids[index], outs[index], d.number(1, 2), index > 0, light]
         cfg[f"stage{index + 1}"] = [*row, d.pick(3, 5) if light else 3, d.number(2, 4)]
-    return hgnet.HighPerfGpuNet(cfg, num_classes=d.classes, head_hidden_size=d.width(128, 768), use_lab=d.flag(0.3))
+    return models.hgnet.HighPerfGpuNet(
+        cfg, num_classes=d.classes, head_hidden_size=d.width(128, 768), use_lab=d.flag(0.3)
+    )
 
 
 def _nfnet(d: Draw) -> nn.Module:
-    cfg = nfnet.NfCfg(
-        depths=(d.depths(4, 2)),
-        channels=(d.widths(4, 48, 128, 16)),
-        stem_type=d.pick("3x3", "7x7_pool", "deep_quad"),
-        stem_chs=d.width(24, 64),
-        group_size=d.pick(None, 8, 16),
-        attn_layer=d.pick(None, "se", "eca"),
-        attn_kwargs={},
-        bottle_ratio=d.pick(0.25, 0.5),
-        num_features=d.pick(0, d.width(192, 640)),
-        act_layer=d.pick("relu", "silu", "gelu"),
-        reg=d.flag(0.3),
+    cfg = models.nfnet.NfCfg(
+        depths=d.depths(4, 2), channels=d.widths(4, 48, 128, 16),
+        stem_type=d.pick("3x3", "7x7_pool", "deep_quad"), stem_chs=d.width(24, 64), group_size=d.pick(None, 8, 16),
+        attn_layer=d.pick(None, "se", "eca"), attn_kwargs={}, bottle_ratio=d.pick(0.25, 0.5),
+        num_features=d.pick(0, d.width(192, 640)), act_layer=d.pick("relu", "silu", "gelu"), reg=d.flag(0.3),
         skipinit=d.flag(0.2),
     )
-    return nfnet.NormFreeNet(cfg, num_classes=d.classes)
+    return models.nfnet.NormFreeNet(cfg, num_classes=d.classes)
 
 
 def _fasternet(d: Draw) -> nn.Module:
-    return fasternet.FasterNet(
-        num_classes=d.classes,
-        embed_dim=d.width(24, 64),
-        depths=d.depths(4),
-        mlp_ratio=d.pick(2.0, 3.0),
-        feature_dim=d.width(256, 1024),
-        drop_path_rate=0.0,
-        act_layer=d.pick(nn.ReLU, nn.GELU),
+    return models.fasternet.FasterNet(
+        num_classes=d.classes, embed_dim=d.width(24, 64), depths=d.depths(4), mlp_ratio=d.pick(2.0, 3.0),
+        feature_dim=d.width(256, 1024), drop_path_rate=0.0, act_layer=d.pick(nn.ReLU, nn.GELU),
     )
 
 
 def _starnet(d: Draw) -> nn.Module:
-    return starnet.StarNet(
+    return models.starnet.StarNet(
         num_classes=d.classes, base_dim=d.width(12, 32), depths=list(d.depths(4)), mlp_ratio=d.pick(3, 4)
     )
 
 
 def _convmixer(d: Draw) -> nn.Module:
-    return convmixer.ConvMixer(
-        d.width(64, 256),
-        d.number(4, 12),
-        kernel_size=d.pick(3, 5, 7, 9),
-        patch_size=d.pick(4, 7),
-        num_classes=d.classes,
-        act_layer=d.pick(nn.GELU, nn.ReLU),
+    return models.convmixer.ConvMixer(
+        d.width(64, 256), d.number(4, 12), kernel_size=d.pick(3, 5, 7, 9), patch_size=d.pick(4, 7),
+        num_classes=d.classes, act_layer=d.pick(nn.GELU, nn.ReLU),
     )
 
 
 def _repvit(d: Draw) -> nn.Module:
-    return repvit.RepVit(
-        img_size=d.size,
-        embed_dim=d.widths(4, 24, 48),
-        depth=d.depths(4),
-        num_classes=d.classes,
-        distillation=d.flag(0.3),
-        legacy=d.flag(0.3),
+    return models.repvit.RepVit(
+        img_size=d.size, embed_dim=d.widths(4, 24, 48), depth=d.depths(4), num_classes=d.classes,
+        distillation=d.flag(0.3), legacy=d.flag(0.3),
     )
 
 
@@ -586,146 +452,121 @@ def _scale(d: Draw) -> float | None:
 
 def _convnext(d: Draw) -> nn.Module:
     grn = d.flag(0.4)
-    return convnext.ConvNeXt(
-        num_classes=d.classes,
-        depths=d.depths(4),
-        dims=d.widths(4, 24, 64),
-        kernel_sizes=d.pick(7, 7, 7, 5, 3, 9),
-        ls_init_value=None if grn else _scale(d),
-        stem_type=d.pick("patch", "patch", "overlap", "overlap_tiered"),
-        patch_size=d.pick(2, 4, 4),
-        conv_mlp=d.flag(),
-        use_grn=grn,
-        act_layer=d.pick("gelu", "gelu", "silu"),
+    return models.convnext.ConvNeXt(
+        num_classes=d.classes, depths=d.depths(4), dims=d.widths(4, 24, 64), kernel_sizes=d.pick(7, 7, 7, 5, 3, 9),
+        ls_init_value=None if grn else _scale(d), stem_type=d.pick("patch", "patch", "overlap", "overlap_tiered"),
+        patch_size=d.pick(2, 4, 4), conv_mlp=d.flag(), use_grn=grn, act_layer=d.pick("gelu", "gelu", "silu"),
     )
 
 
 def _metaformer(d: Draw) -> nn.Module:
-    conv, attention, pooling = metaformer.SepConv, metaformer.Attention, metaformer.Pooling
+    conv, attention, pooling = models.metaformer.SepConv, models.metaformer.Attention, models.metaformer.Pooling
     dims = d.widths(4, 24, 64, 32) if (kind := d.number(0, 3)) == 2 else d.widths(4, 24, 64)
     common: dict[str, Any] = {"num_classes": d.classes, "depths": d.depths(4), "dims": dims, "use_mlp_head": d.flag()}
-    flat, maps = metaformer.LayerNormNoBias, metaformer.LayerNorm2dNoBias
+    flat, maps = models.metaformer.LayerNormNoBias, models.metaformer.LayerNorm2dNoBias
     if kind == 0:  # PoolFormer
-        common |= {"token_mixers": pooling, "mlp_act": nn.GELU, "mlp_bias": True, "norm_layers": metaformer.GroupNorm1}
-        common |= {"downsample_norm": None, "layer_scale_init_values": _scale(d), "res_scale_init_values": None}
+        common |= {"token_mixers": pooling, "mlp_act": nn.GELU, "mlp_bias": True}
+        common |= {"norm_layers": models.metaformer.GroupNorm1, "downsample_norm": None}
+        common |= {"layer_scale_init_values": _scale(d), "res_scale_init_values": None}
     elif kind == 1:  # ConvFormer
         common |= {"token_mixers": conv, "norm_layers": maps}
     elif kind == 2:  # CAFormer
         common |= {"token_mixers": [conv, conv, attention, attention], "norm_layers": [maps, maps, flat, flat]}
     else:  # PoolFormerV2
-        common |= {"token_mixers": pooling, "norm_layers": metaformer.GroupNorm1NoBias}
-    return metaformer.MetaFormer(**common)
+        common |= {"token_mixers": pooling, "norm_layers": models.metaformer.GroupNorm1NoBias}
+    return models.metaformer.MetaFormer(**common)
 
 
 def _mambaout(d: Draw) -> nn.Module:
-    return mambaout.MambaOut(
-        num_classes=d.classes,
-        depths=d.depths(4),
-        dims=d.widths(4, 24, 64),
-        conv_ratio=d.pick(1.0, 1.0, 1.25, 1.5),
-        expansion_ratio=d.pick(2.0, 8 / 3),
-        kernel_size=d.pick(3, 5, 7, 7),
-        stem_mid_norm=d.flag(),
-        ls_init_value=_scale(d) if d.flag(0.4) else None,
-        downsample=d.pick("conv", "conv_nf"),
+    return models.mambaout.MambaOut(
+        num_classes=d.classes, depths=d.depths(4), dims=d.widths(4, 24, 64), conv_ratio=d.pick(1.0, 1.0, 1.25, 1.5),
+        expansion_ratio=d.pick(2.0, 8 / 3), kernel_size=d.pick(3, 5, 7, 7), stem_mid_norm=d.flag(),
+        ls_init_value=_scale(d) if d.flag(0.4) else None, downsample=d.pick("conv", "conv_nf"),
     )
 
 
 def _inception_next(d: Draw) -> nn.Module:
     mixer = partial(
-        inception_next.InceptionDWConv2d, band_kernel_size=d.pick(7, 9, 11), branch_ratio=d.pick(0.125, 0.25)
+        models.inception_next.InceptionDWConv2d, band_kernel_size=d.pick(7, 9, 11), branch_ratio=d.pick(0.125, 0.25)
     )
-    return inception_next.MetaNeXt(
-        num_classes=d.classes,
-        depths=d.depths(4),
-        dims=d.widths(4, 24, 64),
-        token_mixers=mixer,
-        mlp_ratios=d.pick((4, 4, 4, 3), (3, 3, 3, 3)),
-        ls_init_value=_scale(d),
+    return models.inception_next.MetaNeXt(
+        num_classes=d.classes, depths=d.depths(4), dims=d.widths(4, 24, 64), token_mixers=mixer,
+        mlp_ratios=d.pick((4, 4, 4, 3), (3, 3, 3, 3)), ls_init_value=_scale(d),
     )
 
 
 def _edgenext(d: Draw) -> nn.Module:
-    return edgenext.EdgeNeXt(
-        num_classes=d.classes,
-        dims=d.widths(4, 24, 48),
-        depths=tuple(depth + 1 for depth in d.depths(4, 2)),
-        global_block_counts=(0, 1, 1, 1),
-        heads=(4, 4, 4, 4) if d.flag() else (8, 8, 8, 8),
-        use_pos_emb=(False, d.flag(), False, False),
-        ls_init_value=d.pick(1e-6, 0.1, 1.0),
-        conv_bias=d.flag(0.8),
+    return models.edgenext.EdgeNeXt(
+        num_classes=d.classes, dims=d.widths(4, 24, 48), depths=tuple(depth + 1 for depth in d.depths(4, 2)),
+        global_block_counts=(0, 1, 1, 1), heads=(4, 4, 4, 4) if d.flag() else (8, 8, 8, 8),
+        use_pos_emb=(False, d.flag(), False, False), ls_init_value=d.pick(1e-6, 0.1, 1.0), conv_bias=d.flag(0.8),
         stem_type=d.pick("patch", "overlap"),
     )
 
 
 def _focalnet(d: Draw) -> nn.Module:
-    return focalnet.FocalNet(
-        num_classes=d.classes,
-        embed_dim=d.width(24, 64),
-        depths=d.depths(4),
-        focal_levels=(d.number(2, 3),) * 4,
-        use_overlap_down=d.flag(0.3),
-        use_post_norm=d.flag(0.3),
-        layerscale_value=_scale(d),
-        drop_path_rate=0.0,
+    return models.focalnet.FocalNet(
+        num_classes=d.classes, embed_dim=d.width(24, 64), depths=d.depths(4), focal_levels=(d.number(2, 3),) * 4,
+        use_overlap_down=d.flag(0.3), use_post_norm=d.flag(0.3), layerscale_value=_scale(d), drop_path_rate=0.0,
     )
 
 
 def _fastvit(d: Draw) -> nn.Module:
     layers = d.depths(4)
     attention = d.flag(0.3)
-    return fastvit.FastVit(
-        layers=layers,
-        token_mixers=("repmixer",) * 3 + ("attention" if attention else "repmixer",),
+    position = partial(models.fastvit.RepConditionalPosEnc, spatial_shape=(7, 7))
+    return models.fastvit.FastVit(
+        layers=layers, token_mixers=("repmixer",) * 3 + ("attention" if attention else "repmixer",),
         embed_dims=d.doubled(4, 32, 32, 32) if attention else d.doubled(4, 16, 48),
-        mlp_ratios=(d.pick(2, 3, 4),) * 4,
-        num_classes=d.classes,
-        layer_scale_init_value=d.pick(1e-5, 0.1, 1.0),
-        pos_embs=(None, None, None, partial(fastvit.RepConditionalPosEnc, spatial_shape=(7, 7)) if attention else None),
+        mlp_ratios=(d.pick(2, 3, 4),) * 4, num_classes=d.classes, layer_scale_init_value=d.pick(1e-5, 0.1, 1.0),
+        pos_embs=(None, None, None, position if attention else None),
     )
 
 
 def _shvit(d: Draw) -> nn.Module:
     dims = d.widths(3, 64, 128)
-    return shvit.SHViT(
-        num_classes=d.classes,
-        embed_dim=(dims),
-        partial_dim=(tuple(max(8, round(0.21 * dim)) for dim in dims)),
-        depth=(d.depths(3)),
-        types=d.pick(("s", "s", "s"), ("i", "s", "s")),
+    return models.shvit.SHViT(
+        num_classes=d.classes, embed_dim=dims, partial_dim=tuple(max(8, round(0.21 * dim)) for dim in dims),
+        depth=d.depths(3), types=d.pick(("s", "s", "s"), ("i", "s", "s")),
     )
 
 
 def _swiftformer(d: Draw) -> nn.Module:
-    return swiftformer.SwiftFormer(
-        layers=list(d.depths(4)),
-        embed_dims=list(d.widths(4, 24, 48)),
-        num_classes=d.classes,
+    return models.swiftformer.SwiftFormer(
+        layers=list(d.depths(4)), embed_dims=list(d.widths(4, 24, 48)), num_classes=d.classes,
         layer_scale_init_value=d.pick(1e-5, 0.1, 1.0),
     )
 
 
 def _efficientvit(d: Draw) -> nn.Module:
     head = d.pick(8, 16)
-    return efficientvit_mit.EfficientVit(
-        widths=d.widths(5, 8, 16, 8),
-        depths=(1, *d.depths(4, 2)),
-        head_dim=head,
-        head_widths=(d.width(256, 768), d.width(256, 768)),
-        num_classes=d.classes,
+    return models.efficientvit_mit.EfficientVit(
+        widths=d.widths(5, 8, 16, 8), depths=(1, *d.depths(4, 2)), head_dim=head,
+        head_widths=(d.width(256, 768), d.width(256, 768)), num_classes=d.classes,
     )
 
 
 def _efficientformer(d: Draw) -> nn.Module:
-    return efficientformer_v2.EfficientFormerV2(
-        tuple(depth + 1 for depth in d.depths(4, 2)),
-        img_size=d.size,
-        embed_dims=d.widths(4, 24, 40),
-        num_classes=d.classes,
-        layer_scale_init_value=d.pick(1e-5, 0.1, 1.0),
-        num_vit=d.number(0, 2),
+    return models.efficientformer_v2.EfficientFormerV2(
+        tuple(depth + 1 for depth in d.depths(4, 2)), img_size=d.size, embed_dims=d.widths(4, 24, 40),
+        num_classes=d.classes, layer_scale_init_value=d.pick(1e-5, 0.1, 1.0), num_vit=d.number(0, 2),
         distillation=d.flag(),
+    )
+
+
+def _iformer(d: Draw) -> nn.Module:
+    return models.iformer.IFormer(
+        num_classes=d.classes, dims=d.doubled(4, 16, 32, 16),
+        depths=(d.number(1, 2), d.number(1, 2), d.number(3, 9), d.number(2, 5)), attn_groups=(0, 0, d.number(1, 2), 1),
+        conv_ratio=d.pick(3, 4), ffn_ratio=d.pick(2, 3),
+    )
+
+
+def _efficientvit_msra(d: Draw) -> nn.Module:
+    heads = d.pick(2, 4)
+    return models.efficientvit_msra.EfficientVitMsra(
+        img_size=d.size, num_classes=d.classes, embed_dim=d.widths(3, 48, 96, 16 * heads), depth=d.depths(3, 2),
+        num_heads=(heads,) * 3, window_size=(7, 7, 7), kernels=d.pick((5, 5, 5, 5), (7, 5, 3, 3)),
     )
 
 
@@ -739,82 +580,48 @@ def _patch(d: Draw) -> int:
 def _vit(d: Draw) -> nn.Module:
     heads = d.number(2, 6)
     token = d.flag()
-    return vision_transformer.VisionTransformer(
-        img_size=d.size,
-        patch_size=_patch(d),
-        num_classes=d.classes,
-        global_pool="token" if token else "avg",
-        class_token=token,
-        embed_dim=heads * d.pick(24, 32, 48, 64),
-        depth=d.number(3, 12),
-        num_heads=heads,
-        mlp_ratio=d.pick(2.0, 3.0, 4.0, 4.0),
-        qkv_bias=d.flag(0.8),
-        qk_norm=d.flag(0.15),
-        init_values=d.pick(None, None, 1e-5, 0.1),
-        reg_tokens=d.pick(0, 0, 0, 4),
+    return models.vision_transformer.VisionTransformer(
+        img_size=d.size, patch_size=_patch(d), num_classes=d.classes, global_pool="token" if token else "avg",
+        class_token=token, embed_dim=heads * d.pick(24, 32, 48, 64), depth=d.number(3, 12), num_heads=heads,
+        mlp_ratio=d.pick(2.0, 3.0, 4.0, 4.0), qkv_bias=d.flag(0.8), qk_norm=d.flag(0.15),
+        init_values=d.pick(None, None, 1e-5, 0.1), reg_tokens=d.pick(0, 0, 0, 4),
         act_layer=d.pick(None, None, nn.SiLU),
-        mlp_layer=d.pick(vision_transformer.Mlp, vision_transformer.Mlp, vision_transformer.Mlp, GluMlp),
+        mlp_layer=d.pick(Mlp, Mlp, Mlp, GluMlp),
         fc_norm=None if token else d.pick(None, False),
     )
 
 
 def _eva(d: Draw) -> nn.Module:
     heads = d.number(2, 6)
-    return eva.Eva(
-        img_size=d.size,
-        patch_size=_patch(d),
-        num_classes=d.classes,
-        embed_dim=heads * d.pick(32, 64),
-        depth=d.number(3, 10),
-        num_heads=heads,
-        qkv_fused=d.flag(),
-        swiglu_mlp=d.flag(),
-        scale_mlp=d.flag(0.3),
-        mlp_ratio=d.pick(8 / 3, 4.0),
-        use_rot_pos_emb=d.flag(0.7),
-        init_values=d.pick(None, 0.1, 1e-5),
+    return models.eva.Eva(
+        img_size=d.size, patch_size=_patch(d), num_classes=d.classes, embed_dim=heads * d.pick(32, 64),
+        depth=d.number(3, 10), num_heads=heads, qkv_fused=d.flag(), swiglu_mlp=d.flag(), scale_mlp=d.flag(0.3),
+        mlp_ratio=d.pick(8 / 3, 4.0), use_rot_pos_emb=d.flag(0.7), init_values=d.pick(None, 0.1, 1e-5),
     )
 
 
 def _cait(d: Draw) -> nn.Module:
     heads = d.number(2, 5)
-    return cait.Cait(
-        img_size=d.size,
-        patch_size=_patch(d),
-        num_classes=d.classes,
-        embed_dim=heads * d.pick(32, 48),
-        depth=d.number(3, 10),
-        num_heads=heads,
-        init_values=d.pick(1e-5, 0.1, 1.0),
+    return models.cait.Cait(
+        img_size=d.size, patch_size=_patch(d), num_classes=d.classes, embed_dim=heads * d.pick(32, 48),
+        depth=d.number(3, 10), num_heads=heads, init_values=d.pick(1e-5, 0.1, 1.0),
     )
 
 
 def _xcit(d: Draw) -> nn.Module:
     heads = d.number(2, 5)
-    return xcit.Xcit(
-        img_size=d.size,
-        patch_size=d.pick(8, 16) if d.size == 64 else 8,
-        num_classes=d.classes,
-        embed_dim=heads * d.pick(24, 32, 48),
-        depth=d.number(3, 8),
-        num_heads=heads,
-        eta=d.pick(1.0, 0.1, 1e-5),
+    return models.xcit.Xcit(
+        img_size=d.size, patch_size=d.pick(8, 16) if d.size == 64 else 8, num_classes=d.classes,
+        embed_dim=heads * d.pick(24, 32, 48), depth=d.number(3, 8), num_heads=heads, eta=d.pick(1.0, 0.1, 1e-5),
         tokens_norm=d.flag(),
     )
 
 
 def _pit(d: Draw) -> nn.Module:
     width = d.pick(16, 24, 32)
-    return pit.PoolingVisionTransformer(
-        img_size=d.size,
-        patch_size=d.pick(8, 16),
-        stride=4,
-        stem_type=d.pick("overlap", "overlap"),
-        base_dims=(width,) * 3,
-        depth=d.depths(3),
-        heads=d.pick((1, 2, 4), (2, 4, 8)),
-        num_classes=d.classes,
+    return models.pit.PoolingVisionTransformer(
+        img_size=d.size, patch_size=d.pick(8, 16), stride=4, stem_type=d.pick("overlap", "overlap"),
+        base_dims=(width,) * 3, depth=d.depths(3), heads=d.pick((1, 2, 4), (2, 4, 8)), num_classes=d.classes,
     )
 
 
@@ -822,202 +629,128 @@ def _swin(d: Draw) -> nn.Module:
     heads = d.number(1, 2)
     stages = d.number(2, 4)
     common: dict[str, Any] = {
-        "img_size": d.size,
-        "patch_size": d.pick(2, 4) if d.size == 32 else 4,
-        "num_classes": d.classes,
-        "embed_dim": heads * d.pick(24, 32),
-        "depths": d.depths(stages, 2),
-        "num_heads": tuple(heads * 2**index for index in range(stages)),
-        "window_size": d.pick(2, 4, 4, 7),
+        "img_size": d.size, "patch_size": d.pick(2, 4) if d.size == 32 else 4, "num_classes": d.classes,
+        "embed_dim": heads * d.pick(24, 32), "depths": d.depths(stages, 2),
+        "num_heads": tuple(heads * 2**index for index in range(stages)), "window_size": d.pick(2, 4, 4, 7),
         "drop_path_rate": 0.0,
     }
-    return d.pick(swin_transformer.SwinTransformer, swin_transformer_v2.SwinTransformerV2)(**common)
+    return d.pick(models.swin_transformer.SwinTransformer, models.swin_transformer_v2.SwinTransformerV2)(**common)
 
 
 def _maxxvit(d: Draw) -> nn.Module:
     kind = d.pick(("C", "C", "T", "T"), ("C", "C", "T", "T"), ("M", "M", "M", "M"), (("C", "T"),) * 4)
     block = d.pick("mbconv", "mbconv", "convnext")
-    cfg = maxxvit.MaxxVitCfg(
-        embed_dim=(32, 64, 128, d.pick(128, 256)),
-        depths=d.depths(4, 1),
-        block_type=kind,
-        stem_width=32,
+    cfg = models.maxxvit.MaxxVitCfg(
+        embed_dim=(32, 64, 128, d.pick(128, 256)), depths=d.depths(4, 1), block_type=kind, stem_width=32,
         stem_bias=d.flag(),
-        conv_cfg=maxxvit.MaxxVitConvCfg(
-            block_type=block,
-            expand_output=d.flag(),
-            stride_mode=d.pick("dw", "pool"),
-            init_values=d.pick(1e-6, 0.1, 1.0),
-            act_layer=d.pick("gelu", "silu"),
+        conv_cfg=models.maxxvit.MaxxVitConvCfg(
+            block_type=block, expand_output=d.flag(), stride_mode=d.pick("dw", "pool"),
+            init_values=d.pick(1e-6, 0.1, 1.0), act_layer=d.pick("gelu", "silu"),
         ),
-        transformer_cfg=maxxvit.MaxxVitTransformerCfg(
-            window_size=(1 if d.size < 64 else 2),
-            rel_pos_type=d.pick("bias", "bias_tf", "mlp"),
+        transformer_cfg=models.maxxvit.MaxxVitTransformerCfg(
+            window_size=1 if d.size < 64 else 2, rel_pos_type=d.pick("bias", "bias_tf", "mlp"),
             init_values=d.pick(None, 0.1, 1e-6),
         ),
         head_hidden_size=d.pick(None, d.width(64, 256)),
     )
-    return maxxvit.MaxxVit(cfg, img_size=d.size, num_classes=d.classes)
+    return models.maxxvit.MaxxVit(cfg, img_size=d.size, num_classes=d.classes)
 
 
 def _mixer(d: Draw) -> nn.Module:
     common: dict[str, Any] = {
-        "num_classes": d.classes,
-        "img_size": d.size,
-        "patch_size": _patch(d),
-        "num_blocks": d.number(3, 12),
+        "num_classes": d.classes, "img_size": d.size, "patch_size": _patch(d), "num_blocks": d.number(3, 12),
         "embed_dim": d.width(64, 256),
     }
     kind = d.number(0, 2)
     if kind == 1:  # ResMLP
-        common |= {"mlp_ratio": d.pick(3, 4), "block_layer": partial(mlp_mixer.ResBlock, init_values=d.pick(0.1, 1e-4))}
-        common |= {"norm_layer": mlp_mixer.Affine}
+        common |= {"mlp_ratio": d.pick(3, 4), "norm_layer": models.mlp_mixer.Affine}
+        common |= {"block_layer": partial(models.mlp_mixer.ResBlock, init_values=d.pick(0.1, 1e-4))}
     elif kind == 2:  # gMLP
-        common |= {"mlp_ratio": d.pick(4, 6), "block_layer": mlp_mixer.SpatialGatingBlock}
-        common |= {"mlp_layer": mlp_mixer.GatedMlp}
+        common |= {"mlp_ratio": d.pick(4, 6), "block_layer": models.mlp_mixer.SpatialGatingBlock}
+        common |= {"mlp_layer": models.mlp_mixer.GatedMlp}
     else:
         common |= {"mlp_ratio": (d.pick(0.5, 0.5, 1.0), d.pick(3.0, 4.0))}
-        common |= {"mlp_layer": d.pick(mlp_mixer.Mlp, mlp_mixer.Mlp, GluMlp)}
-    return mlp_mixer.MlpMixer(**common)
+        common |= {"mlp_layer": d.pick(Mlp, Mlp, GluMlp)}
+    return models.mlp_mixer.MlpMixer(**common)
 
 
 def _levit(d: Draw) -> nn.Module:
     stages = d.number(2, 3)
     heads = tuple(d.number(2, 4) + index for index in range(stages))
-    return levit.Levit(
-        img_size=d.size,
-        num_classes=d.classes,
-        embed_dim=d.widths(stages, 64, 128, 32),
-        key_dim=16,
-        depth=d.depths(stages),
-        num_heads=heads,
-        stem_type=d.pick("s8", "s16"),
-        use_conv=d.flag(0.3),
+    return models.levit.Levit(
+        img_size=d.size, num_classes=d.classes, embed_dim=d.widths(stages, 64, 128, 32), key_dim=16,
+        depth=d.depths(stages), num_heads=heads, stem_type=d.pick("s8", "s16"), use_conv=d.flag(0.3),
     )
 
 
 def _pvt(d: Draw) -> nn.Module:
     heads = d.pick((1, 2, 4, 8), (1, 2, 5, 8))
     base = d.pick(16, 24, 32)
-    return pvt_v2.PyramidVisionTransformerV2(
-        num_classes=d.classes,
-        depths=d.depths(4, 2),
-        embed_dims=tuple(base * head for head in heads),
-        num_heads=heads,
-        mlp_ratios=d.pick((8.0, 8.0, 4.0, 4.0), (4.0, 4.0, 4.0, 4.0)),
-        linear=d.flag(),
+    return models.pvt_v2.PyramidVisionTransformerV2(
+        num_classes=d.classes, depths=d.depths(4, 2), embed_dims=tuple(base * head for head in heads),
+        num_heads=heads, mlp_ratios=d.pick((8.0, 8.0, 4.0, 4.0), (4.0, 4.0, 4.0, 4.0)), linear=d.flag(),
     )
 
 
 def _twins(d: Draw) -> nn.Module:
     base = d.pick(16, 24, 32)
     local = d.flag()
-    return twins.Twins(
-        img_size=d.size,
-        num_classes=d.classes,
-        embed_dims=tuple(base * 2**index for index in range(4)),
-        num_heads=(1, 2, 4, 8),
-        depths=d.depths(4, 2),
-        sr_ratios=(8, 4, 2, 1),
-        wss=(7, 7, 7, 7) if local else None,
+    return models.twins.Twins(
+        img_size=d.size, num_classes=d.classes, embed_dims=tuple(base * 2**index for index in range(4)),
+        num_heads=(1, 2, 4, 8), depths=d.depths(4, 2), sr_ratios=(8, 4, 2, 1), wss=(7, 7, 7, 7) if local else None,
     )
 
 
 def _davit(d: Draw) -> nn.Module:
     stages = d.number(3, 4)
     base, heads = d.pick((24, 1), (32, 1), (32, 2))
-    return davit.DaVit(
-        depths=d.depths(stages, 1),
-        embed_dims=tuple(base * 2**index for index in range(stages)),
-        num_heads=tuple(heads * 2**index for index in range(stages)),
-        window_size=d.pick(2, 4),
-        num_classes=d.classes,
-        named_blocks=d.flag(),
-        cpe_act=d.flag(0.3),
+    return models.davit.DaVit(
+        depths=d.depths(stages, 1), embed_dims=tuple(base * 2**index for index in range(stages)),
+        num_heads=tuple(heads * 2**index for index in range(stages)), window_size=d.pick(2, 4),
+        num_classes=d.classes, named_blocks=d.flag(), cpe_act=d.flag(0.3),
     )
 
 
 def _tiny_vit(d: Draw) -> nn.Module:
     base = d.pick(32, 48)
-    return tiny_vit.TinyVit(
-        num_classes=d.classes,
-        embed_dims=(base, base * 2, base * 3, base * 4),
-        depths=d.depths(4, 2),
+    return models.tiny_vit.TinyVit(
+        num_classes=d.classes, embed_dims=(base, base * 2, base * 3, base * 4), depths=d.depths(4, 2),
         num_heads=(base // 16, base // 8, base * 3 // 16, base // 4),
-        window_sizes=d.pick((2, 2, 2, 1), (4, 4, 2, 2), (4, 4, 4, 4)),
-        drop_path_rate=0.0,
+        window_sizes=d.pick((2, 2, 2, 1), (4, 4, 2, 2), (4, 4, 4, 4)), drop_path_rate=0.0,
     )
 
 
 def _visformer(d: Draw) -> nn.Module:
     width = d.width(96, 224, 32)
-    return visformer.Visformer(
-        img_size=d.size,
-        patch_size=16,
-        num_classes=d.classes,
-        init_channels=d.pick(16, 32),
-        embed_dim=width,
-        depth=(d.depths(3)),
-        num_heads=width // 32,
-        attn_stage=d.pick("011", "111"),
-        spatial_conv=d.pick("100", "111"),
-        group=8,
-        norm_layer=nn.BatchNorm2d,
+    return models.visformer.Visformer(
+        img_size=d.size, patch_size=16, num_classes=d.classes, init_channels=d.pick(16, 32), embed_dim=width,
+        depth=d.depths(3), num_heads=width // 32, attn_stage=d.pick("011", "111"),
+        spatial_conv=d.pick("100", "111"), group=8, norm_layer=nn.BatchNorm2d,
+    )
+
+
+def _coat(d: Draw) -> nn.Module:
+    return models.coat.CoaT(
+        img_size=d.size, patch_size=4, num_classes=d.classes, embed_dims=d.widths(4, 24, 56),
+        serial_depths=d.depths(4, 1), mlp_ratios=d.pick((8, 8, 4, 4), (4, 4, 4, 4)),
     )
 
 
 FAMILIES: dict[str, tuple[Family, float]] = {
-    "resnet": (_resnet, 6),
-    "resnetv2": (_resnetv2, 2),
-    "res2net": (_res2net, 1),
-    "resnest": (_resnest, 1),
-    "sknet": (_sknet, 1),
-    "regnet": (_regnet, 3),
-    "byobnet": (_byobnet, 3),
-    "mobileone": (_mobileone, 1),
-    "mobilevit": (_mobilevit, 2),
-    "efficientnet": (_efficientnet, 5),
-    "mobilenetv3": (_mobilenetv3, 3),
-    "mobilenetv4": (_mobilenetv4, 2),
-    "ghostnet": (_ghostnet, 2),
-    "rexnet": (_rexnet, 1),
-    "vgg": (_vgg, 2),
-    "densenet": (_densenet, 2),
-    "rdnet": (_rdnet, 1),
-    "dpn": (_dpn, 1),
-    "dla": (_dla, 1),
-    "cspnet": (_cspnet, 2),
-    "vovnet": (_vovnet, 1),
-    "hgnet": (_hgnet, 1),
-    "nfnet": (_nfnet, 2),
-    "fasternet": (_fasternet, 1),
-    "starnet": (_starnet, 1),
-    "convmixer": (_convmixer, 1),
-    "repvit": (_repvit, 1),
-    "convnext": (_convnext, 6),
-    "metaformer": (_metaformer, 3),
-    "mambaout": (_mambaout, 2),
-    "inception_next": (_inception_next, 2),
-    "edgenext": (_edgenext, 1),
-    "focalnet": (_focalnet, 1),
-    "fastvit": (_fastvit, 1),
-    "shvit": (_shvit, 1),
-    "swiftformer": (_swiftformer, 1),
-    "efficientvit": (_efficientvit, 2),
-    "efficientformer": (_efficientformer, 1),
-    "vit": (_vit, 6),
-    "eva": (_eva, 1),
-    "cait": (_cait, 1),
-    "xcit": (_xcit, 1),
-    "pit": (_pit, 1),
-    "swin": (_swin, 3),
-    "maxxvit": (_maxxvit, 2),
-    "mixer": (_mixer, 3),
-    "levit": (_levit, 1),
-    "pvt": (_pvt, 1),
-    "twins": (_twins, 1),
-    "davit": (_davit, 1),
-    "tiny_vit": (_tiny_vit, 1),
-    "visformer": (_visformer, 1),
+    "resnet": (_resnet, 6), "resnetv2": (_resnetv2, 2), "res2net": (_res2net, 1), "resnest": (_resnest, 1),
+    "sknet": (_sknet, 1), "regnet": (_regnet, 3), "byobnet": (_byobnet, 3), "mobileone": (_mobileone, 1),
+    "mobilevit": (_mobilevit, 2), "efficientnet": (_efficientnet, 5), "mobilenetv3": (_mobilenetv3, 3),
+    "mobilenetv4": (_mobilenetv4, 2), "ghostnet": (_ghostnet, 2), "rexnet": (_rexnet, 1), "vgg": (_vgg, 2),
+    "densenet": (_densenet, 2), "rdnet": (_rdnet, 1), "dpn": (_dpn, 1), "dla": (_dla, 1), "cspnet": (_cspnet, 2),
+    "vovnet": (_vovnet, 1), "hgnet": (_hgnet, 1), "nfnet": (_nfnet, 2), "fasternet": (_fasternet, 1),
+    "starnet": (_starnet, 1), "convmixer": (_convmixer, 1), "repvit": (_repvit, 1), "convnext": (_convnext, 6),
+    "metaformer": (_metaformer, 3), "mambaout": (_mambaout, 2), "inception_next": (_inception_next, 2),
+    "edgenext": (_edgenext, 1), "focalnet": (_focalnet, 1), "fastvit": (_fastvit, 1), "shvit": (_shvit, 1),
+    "swiftformer": (_swiftformer, 1), "efficientvit": (_efficientvit, 2), "efficientformer": (_efficientformer, 1),
+    "vit": (_vit, 6), "eva": (_eva, 1), "cait": (_cait, 1), "xcit": (_xcit, 1), "pit": (_pit, 1), "swin": (_swin, 3),
+    "maxxvit": (_maxxvit, 2), "mixer": (_mixer, 3), "levit": (_levit, 1), "pvt": (_pvt, 1), "twins": (_twins, 1),
+    "davit": (_davit, 1), "tiny_vit": (_tiny_vit, 1), "visformer": (_visformer, 1), "repghost": (_repghost, 1),
+    "lcnetv2": (_lcnetv2, 1), "iformer": (_iformer, 1), "efficientvit_msra": (_efficientvit_msra, 1),
+    "coat": (_coat, 1),
 }
 """Families by name: how a network is drawn, and how often relative to the others."""
