@@ -138,15 +138,12 @@ def test_a_request_to_end_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        pass
-    left = tmp_path / f".model.safetensors.{ended.pid}.00000000.tmp"
-    left.write_bytes(b"half of it")
-    mine = tmp_path / f".model.safetensors.{os.getpid()}.00000000.tmp"
-    mine.write_bytes(b"half of it")
+    left, other = tmp_path / ".model.safetensors.123.00000000.tmp", tmp_path / ".notes.tmp"
+    for path in (left, other):
+        path.write_bytes(b"half of it")
     assert main(["init", "test_resnet", "--method", "orth", "--out", str(tmp_path)]) == 0
     assert not left.exists()
-    assert mine.exists()
+    assert other.exists()
 
 
 def test_logging_is_left_as_it_was() -> None:

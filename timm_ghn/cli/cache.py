@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +15,13 @@ from timm_ghn.errors import CommandError
 from timm_ghn.text import format_size, table
 
 if TYPE_CHECKING:
-    from timm_ghn.storage.upkeep import EntryInfo, Pruned
+    from timm_ghn.storage.upkeep import CacheFolder, EntryInfo, Pruned
 
 HELP = "list, verify or remove cached initializations"
 DAMAGED = 1
-_SIZE_UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}}
-_SIZE_UNITS |= {f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", 1)}
+_SIZE_UNITS = {"": 1, "b": 1}
+_SIZE_UNITS |= {f"{letter}{end}": 1000**power for power, letter in enumerate("kmgt", 1) for end in ("", "b")}
+_SIZE_UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
 _TIME_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SHOWN_KEY = 12
 
@@ -46,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from timm_ghn.storage.upkeep import CacheFolder
-
-    cache = CacheFolder.default()
+    cache = _cache()
     infos = cache.entries()
     if args.json:
         print(json.dumps([asdict(info) for info in infos], indent=2, default=str))
@@ -62,10 +61,8 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from timm_ghn.storage.upkeep import CacheFolder
-
-    damaged = sound = 0
-    for info in CacheFolder.default().verify():
+    sound = damaged = 0
+    for info in _cache().verify():
         if info.problem:
             damaged += 1
             print(f"damaged: {info.path}: {info.problem}")
@@ -78,31 +75,30 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from timm_ghn.storage.upkeep import CacheFolder
-
-    pruned = CacheFolder.default().prune(max_bytes=args.max_size, max_age=args.older_than, dry_run=args.dry_run)
-    _print_removed(pruned, args.dry_run)
+    _print_removed(_cache().prune(max_bytes=args.max_size, max_age=args.older_than, dry_run=args.dry_run), args.dry_run)
     return 0
 
 
 def _remove(args: argparse.Namespace) -> int:
-    from timm_ghn.storage.upkeep import CacheFolder
-
     if args.all == bool(args.keys):
         raise CommandError("rm takes keys, or --all")
-    cache = CacheFolder.default()
+    cache = _cache()
     keys = [info.key for info in cache.entries()] if args.all else args.keys
     pruned = cache.remove(keys, dry_run=args.dry_run)
     _print_removed(pruned, args.dry_run)
-    return DAMAGED if pruned.in_use else 0
+    return DAMAGED if pruned.failed else 0
+
+
+def _cache() -> CacheFolder:
+    from timm_ghn.storage.upkeep import CacheFolder
+
+    return CacheFolder.default()
 
 
 def _print_removed(pruned: Pruned, dry_run: bool) -> None:
     verb = "would remove" if dry_run else "removed"
     for info in pruned.removed:
         print(f"{verb} {info.key[:_SHOWN_KEY]}  {format_size(info.size):>8}  {info.made.get('model') or '?'}")
-    for info in pruned.in_use:
-        print(f"in use, or not removable: {info.key[:_SHOWN_KEY]}")
     entries, files = _count(pruned.removed, "entry", "entries"), _count(pruned.leftovers, "other file", "other files")
     print(f"{verb} {entries} and {files}, {format_size(pruned.freed)}; entries of {format_size(pruned.kept)} stay")
 
@@ -110,20 +106,11 @@ def _print_removed(pruned: Pruned, dry_run: bool) -> None:
 def _row(info: EntryInfo) -> Sequence[object]:
     key, size, used = info.key[:_SHOWN_KEY], format_size(info.size), format_age(time.time() - info.last_use)
     if not info.made:
-        return key, size, used, f"({info.problem})", "", "", "", "", ""
+        return key, size, used, f"({info.problem})", *[""] * 5
     made = {name: "" if value is None else value for name, value in info.made.items()}
     layer = f"{made['start_layer']}/{made['num_layers']}" if made["start_layer"] != "" else ""
-    return (
-        key,
-        size,
-        used,
-        made["model"],
-        made["method"],
-        Path(str(made["ghn"])).name,
-        layer,
-        made["seed"],
-        made["version"],
-    )
+    ghn = Path(str(made["ghn"])).name
+    return key, size, used, made["model"], made["method"], ghn, layer, made["seed"], made["version"]
 
 
 def _count(items: Sized, one: str, many: str) -> str:
@@ -139,15 +126,16 @@ def format_age(seconds: float) -> str:
 
 
 def _size(text: str) -> int:
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMGT]?I?B?)", text.strip().upper())
-    unit = found and next((unit for unit in (found[2], f"{found[2]}B") if unit in _SIZE_UNITS), None)
-    if not found or unit is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB, 20GB or 4GiB")
-    return int(float(found[1]) * _SIZE_UNITS[unit])
+    return int(_quantity(text, _SIZE_UNITS, "size; write 500MB, 20GB or 4GiB"))
 
 
 def _age(text: str) -> float:
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([smhdw])", text.strip().lower())
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no age; write 90m, 12h, 30d or 8w")
-    return float(found[1]) * _TIME_UNITS[found[2]]
+    return _quantity(text, _TIME_UNITS, "age; write 90m, 12h, 30d or 8w")
+
+
+def _quantity(text: str, units: Mapping[str, int], what: str) -> float:
+    """A number and a unit, in the smallest unit."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", text.strip().lower())
+    if not found or found[2] not in units:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {what}")
+    return float(found[1]) * units[found[2]]

@@ -1,7 +1,8 @@
 """Files that appear as a whole or not at all.
 
 Every file is written under a temporary name in its own folder, which then replaces the real name in one step. An error
-or an interruption removes the temporary files; those of a process that was killed outright are found by their names.
+or an interruption removes the temporary files. Those of a process that was killed outright are found by their names,
+and are removed when the folder is written again, or in a cache when nobody has touched them for an hour.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STALE_SECONDS = 3600.0
-"""Age without a write at which a temporary file of any process counts as left behind."""
-_TEMPORARY = re.compile(r"\..+\.([0-9]+)\.[0-9a-f]{8}\.tmp")
+"""Age without a write at which a temporary file in a shared folder counts as left behind."""
+_TEMPORARY = re.compile(r"\..+\.[0-9]+\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
@@ -75,32 +76,14 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     save_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
-def leftovers(directory: Path) -> list[Path]:
-    """Temporary files in a folder that nobody writes any more: of ended processes, or untouched for an hour."""
-    with suppress(OSError):
-        return sorted(path for path in directory.iterdir() if _is_left_behind(path))
-    return []
+def temporary_files(directory: Path, age: float = 0.0) -> list[Path]:
+    """Temporary files in a folder that nobody has written to for `age` seconds: killed processes leave theirs."""
+    return [path for path in directory.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name) and is_stale(path, age)]
 
 
-def _is_left_behind(path: Path) -> bool:
-    found = _TEMPORARY.fullmatch(path.name)
-    if found is None:
-        return False
+def is_stale(path: Path, age: float = STALE_SECONDS) -> bool:
+    """Whether nobody has written to a file for `age` seconds."""
     try:
-        age = abs(time.time() - path.lstat().st_mtime)  # a file from the far future is a wrong clock's
+        return abs(time.time() - path.lstat().st_mtime) >= age  # a file from the far future is a wrong clock's
     except OSError:
         return False
-    return age > STALE_SECONDS or not _may_run(int(found[1]))
-
-
-def _may_run(process: int) -> bool:
-    """Whether a process may still run. Only POSIX tells without harm: on Windows signal 0 ends a process."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # somebody else's
-        return True
-    return True

@@ -16,8 +16,8 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +59,13 @@ def cache_key(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([FORMAT, numerics.VERSION, inputs], sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
 class WeightCache(CacheFolder):
     """A folder of entries."""
-
-    _damaged: dict[Path, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
-    """Files that were found damaged, with inode, size and time: each is reported once."""
 
     def open(self, key: str) -> Entry | None:
         """An entry, or None if there is none, or none that can be used."""
         path = self.path(key)
         try:
-            if self._damaged.get(path) == _stamp(path):
-                return None
             return Entry.open(path, key)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -80,15 +74,13 @@ class WeightCache(CacheFolder):
             return None
 
     def report_damage(self, path: Path, error: BaseException) -> None:
-        """Log that an entry cannot be used, and do not open it again until it is another file."""
-        try:
-            self._damaged[path] = _stamp(path)
-        except OSError as missing:
-            _logger.debug("%s is gone: %s", path, missing)
-        if isinstance(error, PermissionError):
+        """Log that an entry cannot be used, and remove it unless the disk is to blame."""
+        if isinstance(error, OSError) and not isinstance(error, CacheError):
             _logger.warning("The cache entry %s cannot be read: %s", path, error)
-        else:
-            _logger.warning("Ignoring a damaged cache entry, %s: %s. It will be computed again", path, error)
+            return
+        _logger.warning("Removing a damaged cache entry, %s: %s. It will be computed again", path, error)
+        with suppress(OSError):
+            path.unlink()
 
     def write(
         self,
@@ -252,8 +244,3 @@ def digest_of(tensor: Tensor) -> str:
     digest = tensor_digest(TensorSpec.of(tensor))
     digest.update(bytes_of(tensor))
     return str(digest.hexdigest())
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -17,12 +17,11 @@ from torch import nn
 
 from timm_ghn.errors import ExportError
 from timm_ghn.initialize.provenance import provenance
-from timm_ghn.storage.atomic import leftovers, staged
+from timm_ghn.storage.atomic import staged, temporary_files
 from timm_ghn.storage.header import TensorSpec, specs_of
-from timm_ghn.storage.writer import INDEX_FILE, SINGLE_FILE, Shards, WeightFiles, split
+from timm_ghn.storage.writer import INDEX_FILE, SINGLE_FILE, WeightFiles, split
 from timm_ghn.text import format_size
 
-WEIGHTS_FILE = SINGLE_FILE
 CONFIG_FILE = "config.json"
 MAX_SHARD_SIZE = "50GB"
 """Up to what the Hub recommends for a file the weights stay in one, which is all that plain timm loads."""
@@ -42,7 +41,7 @@ def check_destination(directory: str | os.PathLike[str], *, overwrite: bool = Fa
             not enough room.
     """
     directory = Path(directory)
-    existing = [name for name in (WEIGHTS_FILE, INDEX_FILE, CONFIG_FILE) if (directory / name).exists()]
+    existing = [name for name in (SINGLE_FILE, INDEX_FILE, CONFIG_FILE) if (directory / name).exists()]
     if existing and not overwrite:
         raise ExportError(
             f"{directory} holds {' and '.join(existing)} already; choose another folder, or replace what is there "
@@ -133,10 +132,10 @@ def model_folder(
     """
     directory = Path(directory)
     check_destination(directory, overwrite=overwrite, num_bytes=sum(spec.num_bytes for spec in specs.values()))
-    shards = _split(specs, max_shard_size)
+    shards = split(specs, max_shard_size)
     try:
         with staged(directory) as place:
-            for path in leftovers(directory):
+            for path in temporary_files(directory):
                 path.unlink(missing_ok=True)
             _write_config(model, place(CONFIG_FILE), model_args)
             files = WeightFiles(shards, specs, _metadata(model), place)
@@ -146,19 +145,11 @@ def model_folder(
         raise
     except OSError as error:
         raise ExportError(f"{directory} cannot be written: {error.strerror or error}") from error
-    kept = {*shards.files, *(() if shards.index is None else (INDEX_FILE,))}
-    for path in (directory / WEIGHTS_FILE, directory / INDEX_FILE, *directory.glob(_SHARDS)):
+    kept = {*shards.filename_to_tensors, *([INDEX_FILE] if shards.is_sharded else [])}
+    for path in (directory / SINGLE_FILE, directory / INDEX_FILE, *directory.glob(_SHARDS)):
         if path.name not in kept:  # of a model that was there before
             with suppress(OSError):
                 path.unlink()
-
-
-def _split(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> Shards:
-    """Raises ExportError for a size that is none."""
-    try:
-        return split(specs, max_shard_size)
-    except ValueError as error:
-        raise ExportError(f"max_shard_size={max_shard_size!r}: expected bytes, or a size such as '5GB'") from error
 
 
 def _metadata(model: nn.Module) -> dict[str, str]:

@@ -103,11 +103,11 @@ class Header:
             OSError: If the file cannot be read.
         """
         size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(_read(file, 8), "little")
+        length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise TensorFileError("the length of its header cannot be right")
         try:
-            table = json.loads(_read(file, length), object_pairs_hook=_unique)
+            table = json.loads(file.read(length))
             metadata = table.pop(_METADATA, {})
             if not all(isinstance(value, str) for value in metadata.values()):
                 raise ValueError("the metadata are not texts")
@@ -154,20 +154,3 @@ def _spec(entry: Mapping[str, Any]) -> TensorSpec:
     if len(entry) != 3 or spec.num_bytes != offsets[1] - offsets[0]:
         raise ValueError("a tensor does not have the bytes of its shape")
     return spec
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return table
-
-
-def _read(file: BinaryIO | Any, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        part = file.read(count - len(data))
-        if not part:
-            raise TensorFileError("it ends inside of its header")
-        data += part
-    return data

@@ -1,10 +1,7 @@
 """Safetensors files, read without trust and without memory mapping.
 
-Two things are done differently from the readers of the safetensors package, for files that many machines share:
-
-- Nothing is mapped into memory. A mapped file that is truncated, or removed by another client of a network file
-  system, ends the process with SIGBUS; a read that fails raises.
-- A tensor is read straight into memory that exists already, by several threads if need be.
+The reader of the safetensors package maps files into memory. A mapped file that is truncated, or removed by another
+client of a network file system, ends the process with SIGBUS; a read that fails raises.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import torch
 from torch import Tensor
 
 from timm_ghn.errors import TensorFileError
-from timm_ghn.storage.header import Header, TensorSpec
+from timm_ghn.storage.header import Header
 
 
 class TensorReader:
@@ -57,7 +54,7 @@ class TensorReader:
         self._file.close()
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in new memory.
+        """A tensor, in new memory. Threads may read at once.
 
         Raises:
             TensorFileError: If the file has become shorter, or torch cannot have such a tensor.
@@ -68,24 +65,13 @@ class TensorReader:
             tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cpu")
         except (RuntimeError, OverflowError) as error:
             raise TensorFileError(f"tensor {name} of shape {spec.shape} cannot be made: {error}") from error
-        self.read_into(name, tensor)
-        return tensor
-
-    def read_into(self, name: str, tensor: Tensor) -> None:
-        """Read a tensor into a contiguous one on the CPU, of the same shape and type. Threads may do so at once.
-
-        Raises:
-            TensorFileError: If the tensor is another one, or the file has become shorter.
-            OSError: If the file cannot be read.
-        """
-        if TensorSpec.of(tensor) != self.specs[name] or not tensor.is_contiguous():
-            raise TensorFileError(f"tensor {name} is {self.specs[name]} in the file")
         buffer, offset = bytes_of(tensor), self.offsets[name]
         while len(buffer):
             count = self._read_at(buffer, offset)
             if count == 0:
                 raise TensorFileError(f"the file ends inside of tensor {name}")
             buffer, offset = buffer[count:], offset + count
+        return tensor
 
     def _read_at(self, buffer: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):

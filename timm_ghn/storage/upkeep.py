@@ -8,19 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
-from filelock import FileLock, Timeout
 
 from timm_ghn.errors import CacheError, TimmGhnError
-from timm_ghn.storage.atomic import leftovers
+from timm_ghn.storage.atomic import STALE_SECONDS, is_stale, temporary_files
 from timm_ghn.storage.header import Header, TensorSpec
 from timm_ghn.storage.paths import cache_directory
 
@@ -75,14 +72,14 @@ class Pruned:
 
     Attributes:
         removed: Entries.
-        in_use: Entries that should go, but are locked by a process or cannot be removed.
-        leftovers: Temporary files and locks of no entry.
+        failed: Entries that could not be removed.
+        leftovers: Temporary files, and locks of no entry.
         freed: Bytes of all that was removed.
         kept: Bytes of the entries that stay.
     """
 
     removed: tuple[EntryInfo, ...]
-    in_use: tuple[EntryInfo, ...]
+    failed: tuple[EntryInfo, ...]
     leftovers: tuple[Path, ...]
     freed: int
     kept: int
@@ -118,8 +115,7 @@ class CacheFolder:
 
     def entries(self) -> list[EntryInfo]:
         """All entries, the last used first. Tensors are not read."""
-        now = time.time()
-        found = [_info(path, now) for path in self._files() if path.suffix == ".safetensors" and path.name[0] != "."]
+        found = [_info(path) for path in self.weights.glob("[!.]*.safetensors")]
         return sorted((info for info in found if info is not None), key=lambda info: (-info.last_use, info.key))
 
     def verify(self) -> Iterator[EntryInfo]:
@@ -135,31 +131,28 @@ class CacheFolder:
                 yield info
 
     def leftovers(self) -> list[Path]:
-        """Temporary files that nobody writes any more."""
-        return leftovers(self.weights)
+        """Temporary files, and locks of no entry, that nobody has touched for an hour."""
+        locks = [path for path in self.weights.glob(".*.lock") if not self.path(path.name[1:-5]).exists()]
+        return sorted([*temporary_files(self.weights, STALE_SECONDS), *filter(is_stale, locks)])
 
     def prune(self, *, max_bytes: int | None = None, max_age: float | None = None, dry_run: bool = False) -> Pruned:
         """Remove what was not used for longest, and what killed processes left.
 
         Args:
             max_bytes: Size that all entries together may keep; None for any.
-            max_age: Seconds since the last use after which an entry goes; None for any. An entry whose last use lies
-                in the future, because a clock was wrong, counts as used now, and its time is corrected.
+            max_age: Seconds since the last use after which an entry goes; None for any.
             dry_run: Whether nothing is removed.
         """
-        now, infos = time.time(), self.entries()
+        now, infos, chosen = time.time(), self.entries(), []
         kept = sum(info.size for info in infos)
-        chosen = []
         for info in reversed(infos):
             if (max_age is not None and now - info.last_use > max_age) or (max_bytes is not None and kept > max_bytes):
                 chosen.append(info)
                 kept -= info.size
-            elif not dry_run:
-                _correct_time(info.path, now)
         return self._remove(chosen, infos, dry_run)
 
     def remove(self, keys: Collection[str], *, dry_run: bool = False) -> Pruned:
-        """Remove entries; those that are in use stay.
+        """Remove entries, and what killed processes left.
 
         Args:
             keys: Keys, or beginnings of at least 4 characters that belong to one entry.
@@ -173,58 +166,23 @@ class CacheFolder:
         return self._remove([info for info in infos if info.key in wanted], infos, dry_run)
 
     def _remove(self, chosen: Collection[EntryInfo], infos: Collection[EntryInfo], dry_run: bool) -> Pruned:
-        """Remove entries with their locks, and what belongs to no entry."""
-        removed = tuple(info for info in chosen if self._discard(info.key, info.path, dry_run))
-        others = [(path, size) for path, size in _sizes(self.leftovers()) if _discard(path, dry_run)]
-        keys = {info.key for info in infos}
-        for path, size in _sizes(self._files()):
-            key = path.name[1:].removesuffix(".lock")
-            if path.name == self.lock_path(key).name and key not in keys and self._discard(key, path, dry_run):
-                others.append((path, size))
-        freed = sum(info.size for info in removed) + sum(size for _, size in others)
-        kept = sum(info.size for info in infos if info not in removed)
-        in_use = tuple(info for info in chosen if info not in removed)
-        return Pruned(removed, in_use, tuple(path for path, _ in others), freed, kept)
+        """Remove entries with their locks, and leftovers.
 
-    def _discard(self, key: str, path: Path, dry_run: bool) -> bool:
-        """Remove a file and the lock of its entry, unless somebody else holds that; returns whether the file could go.
-
-        Somebody who waits for the lock meanwhile gets one that no longer excludes others, and computes again.
+        Whether a process holds the lock does not matter: who reads the entry has the file open, and who waits for the
+        lock computes once more than needed.
         """
-        with self._claimed(key) as is_free:
-            if not is_free or not _discard(path, dry_run):
-                return False
-            if self.lock_path(key).exists():
-                _discard(self.lock_path(key), dry_run)
-        return True
-
-    @contextmanager
-    def _claimed(self, key: str) -> Iterator[bool]:
-        """Whether nobody else holds the lock of an entry; it is held here then.
-
-        No lock file is created for the sake of asking, and where locks do not work, nobody holds any.
-        """
-        lock = FileLock(self.lock_path(key), mode=0o666)
-        is_free = True
-        if self.lock_path(key).exists():
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                is_free = False
-            except (OSError, NotImplementedError) as error:
-                _logger.debug("no lock for %s: %s", key, error)
-        try:
-            yield is_free
-        finally:
-            lock.release()
-
-    def _files(self) -> list[Path]:
-        """Files in the order of their names; none if the folder cannot be listed."""
-        try:
-            return sorted(path for path in self.weights.iterdir() if path.is_file())
-        except OSError as error:
-            _logger.debug("cannot list %s: %s", self.weights, error)
-            return []
+        leftovers = self.leftovers()
+        freed = {path: _discard(path, dry_run) for path in [*(info.path for info in chosen), *leftovers]}
+        removed = tuple(info for info in chosen if freed[info.path] is not None)
+        for info in removed:
+            _discard(self.lock_path(info.key), dry_run)
+        return Pruned(
+            removed=removed,
+            failed=tuple(info for info in chosen if freed[info.path] is None),
+            leftovers=tuple(path for path in leftovers if freed[path] is not None),
+            freed=sum(size or 0 for size in freed.values()),
+            kept=sum(info.size for info in infos if info not in removed),
+        )
 
 
 def read_description(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -270,7 +228,7 @@ def _verify(info: EntryInfo) -> None:
                 raise CacheError(f"the content of {name} does not match its hash")
 
 
-def _info(path: Path, now: float) -> EntryInfo | None:
+def _info(path: Path) -> EntryInfo | None:
     """Description of an entry; None if it is gone."""
     made: dict[str, Any] = {}
     problem = ""
@@ -284,23 +242,21 @@ def _info(path: Path, now: float) -> EntryInfo | None:
         return None
     except UNREADABLE as error:
         problem = _reason(error)
-    return EntryInfo(path.stem, path, status.st_size, min(status.st_mtime, now), made, problem)
+    return EntryInfo(path.stem, path, status.st_size, min(status.st_mtime, time.time()), made, problem)
 
 
-def _sizes(paths: Iterable[Path]) -> list[tuple[Path, int]]:
-    """Files with their sizes; what is gone has none."""
-    return [(path, path.stat().st_size if path.exists() else 0) for path in paths]
-
-
-def _discard(path: Path, dry_run: bool) -> bool:
-    """Remove a file; returns whether it is gone, or could go."""
+def _discard(path: Path, dry_run: bool) -> int | None:
+    """Remove a file. Returns its size, or None if it cannot be removed."""
     try:
+        size = path.lstat().st_size
         if not dry_run:
-            path.unlink(missing_ok=True)
+            path.unlink()
+    except FileNotFoundError:
+        return 0
     except OSError as error:
         _logger.warning("%s cannot be removed: %s", path, error.strerror or error)
-        return False
-    return True
+        return None
+    return size
 
 
 def _match(key: str, infos: Collection[EntryInfo]) -> EntryInfo:
@@ -315,15 +271,6 @@ def _match(key: str, infos: Collection[EntryInfo]) -> EntryInfo:
     if not found:
         raise CacheError(f"no entry has the key {key} (or begins with it, in 4 characters at least)")
     return found[0]
-
-
-def _correct_time(path: Path, now: float) -> None:
-    """Set a last use that lies in the future to now."""
-    try:
-        if path.lstat().st_mtime > now:
-            os.utime(path, (now, now))
-    except OSError as error:
-        _logger.debug("cannot touch %s: %s", path, error)
 
 
 def _reason(error: BaseException) -> str:

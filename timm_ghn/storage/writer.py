@@ -11,15 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from torch import Tensor
 
+from timm_ghn.errors import ExportError
 from timm_ghn.storage.header import Header, TensorSpec, specs_of
 from timm_ghn.storage.reader import bytes_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_PATTERN = "model{suffix}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -77,43 +77,29 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         file.write(name, tensor)
 
 
-@dataclass(frozen=True)
-class Shards:
-    """How the weights of a model are spread over files, in the format of the Hugging Face Hub.
-
-    Attributes:
-        files: Names of the tensors of each file, by its name; one file `model.safetensors` if they fit into it.
-        index: Content of `model.safetensors.index.json`; None for a single file.
-    """
-
-    files: Mapping[str, tuple[str, ...]]
-    index: str | None
-
-
-def split(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> Shards:
-    """Spread tensors over files, in their order.
+def split(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> StateDictSplit:
+    """Spread the tensors of a model over files, in their order and in the format of the Hugging Face Hub.
 
     Args:
         specs: The tensors by name.
         max_shard_size: Size that no file exceeds, unless a single tensor does: bytes, or text such as "5GB".
 
     Raises:
-        ValueError: If the size is not one.
+        ExportError: If the size is not one.
     """
-    found = split_state_dict_into_shards_factory(
-        dict(specs),
-        get_storage_size=lambda spec: spec.num_bytes,
-        filename_pattern=_PATTERN,
-        max_shard_size=max_shard_size,
-    )
-    files = {file: tuple(names) for file, names in found.filename_to_tensors.items()}
-    if not found.is_sharded:
-        return Shards(files, None)
-    return Shards(files, json.dumps({"metadata": found.metadata, "weight_map": found.tensor_to_filename}, indent=2))
+    try:
+        return split_state_dict_into_shards_factory(
+            dict(specs),
+            get_storage_size=lambda spec: spec.num_bytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ExportError(f"max_shard_size={max_shard_size!r}: expected bytes, or a size such as '5GB'") from error
 
 
 class WeightFiles:
-    """All files of a model's weights, under names that a caller chooses.
+    """All files of a model's weights: `model.safetensors`, or several and their index.
 
     Args:
         shards: What goes where.
@@ -127,17 +113,18 @@ class WeightFiles:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: StateDictSplit,
         specs: Mapping[str, TensorSpec],
         metadata: Mapping[str, str],
         place: Callable[[str], Path],
     ) -> None:
         self._files: dict[str, TensorFile] = {}
-        for file, names in shards.files.items():
+        for file, names in shards.filename_to_tensors.items():
             made = TensorFile.create(place(file), {name: specs[name] for name in names}, metadata)
             self._files.update(dict.fromkeys(names, made))
-        if shards.index is not None:
-            place(INDEX_FILE).write_text(shards.index)
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            place(INDEX_FILE).write_text(json.dumps(index, indent=2))
         self._missing = set(specs)
 
     def write(self, name: str, tensor: Tensor) -> None:
