@@ -69,7 +69,7 @@ class Architecture:
 
     def build(self, classes: int) -> nn.Module:
         """The network, on the current default device."""
-        return FAMILIES[self.family][0](Draw(self.seed, self.size, classes))
+        return FAMILIES[self.family][1](Draw(self.seed, self.size, classes))
 
 
 def draw_architecture(stream: str, index: int, shares: Mapping[str, float], bounds: Bounds) -> Architecture:
@@ -85,7 +85,8 @@ def draw_architecture(stream: str, index: int, shares: Mapping[str, float], boun
         TrainingError: If no network of the family is within the bounds.
     """
     rng = random.Random(f"{stream}/{index}")
-    family = rng.choices(list(shares), list(shares.values()))[0]
+    names = sorted(shares)
+    family = rng.choices(names, [shares[name] for name in names])[0]
     for attempt in range(_MAX_DRAWS):
         size = rng.choices(list(bounds.sizes), list(bounds.sizes.values()))[0]
         architecture = Architecture(family, f"{stream}/{index}/{attempt}", size)
@@ -227,7 +228,7 @@ class EvaluationNetworks(Iterable[Network]):
 
     def __init__(self, ghn: GHN, config: TrainConfig) -> None:
         def draw(index: int) -> Architecture:
-            return draw_architecture("evaluation", index, {list(FAMILIES)[index]: 1.0}, Bounds())
+            return draw_architecture("evaluation", index, {sorted(FAMILIES)[index]: 1.0}, Bounds())
 
         self._networks = Networks(draw, ghn, config)
 

@@ -81,7 +81,7 @@ class TrainConfig:
     fresh: float = 0.25
     kept: int = 1024
     families: Mapping[str, float] = field(
-        default_factory=lambda: {name: share for name, (_, share) in FAMILIES.items()}
+        default_factory=lambda: {name: share for name, (share, _) in FAMILIES.items()}
     )
     share: float = 0.5
     padding: int = 2

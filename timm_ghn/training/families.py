@@ -126,22 +126,6 @@ def _res2net(d: Draw) -> nn.Module:
     )
 
 
-def _resnest(d: Draw) -> nn.Module:
-    return models.resnet.ResNet(
-        models.resnest.ResNestBottleneck, d.depths(4, 2), num_classes=d.classes, stem_type=d.pick("", "deep"),
-        avg_down=True, stem_width=d.width(16, 32), channels=d.widths(4, 16, 40),
-        block_args={"radix": d.pick(1, 2), "avd": True, "avd_first": d.flag()},
-    )
-
-
-def _sknet(d: Draw) -> nn.Module:
-    return models.resnet.ResNet(
-        d.pick(models.sknet.SelectiveKernelBasic, models.sknet.SelectiveKernelBottleneck), d.depths(4, 2),
-        num_classes=d.classes, channels=d.widths(4, 16, 40),
-        block_args={"sk_kwargs": {"rd_ratio": d.pick(1 / 8, 1 / 16), "split_input": d.flag()}}, zero_init_last=False,
-    )
-
-
 def _regnet(d: Draw) -> nn.Module:
     cfg = models.regnet.RegNetCfg(
         depth=d.number(8, 18), w0=d.width(16, 48), wa=d.real(18, 40), wm=d.real(2.0, 2.6),
@@ -233,15 +217,6 @@ def _efficient_stages(d: Draw, first_stride: int, kinds: Sequence[str]) -> list[
     return stages
 
 
-def _efficientnet(d: Draw) -> nn.Module:
-    return models.efficientnet.EfficientNet(
-        decode_arch_def(_efficient_stages(d, d.pick(1, 1, 2), d.pick(("ir",), ("ir",), ("er", "ir"), ("cn", "ir")))),
-        num_classes=d.classes, num_features=d.pick(0, d.width(192, 768), d.width(512, 1280)),
-        stem_size=d.width(12, 32), act_layer=d.pick(nn.SiLU, nn.SiLU, nn.ReLU6, nn.ReLU),
-        round_chs_fn=round_channels,
-    )
-
-
 def _mobilenetv3(d: Draw) -> nn.Module:
     stages = _efficient_stages(d, d.pick(1, 2), ("ir",))
     stages = [[text + ("_nre" if index < 2 else "") for text in stage] for index, stage in enumerate(stages)]
@@ -292,33 +267,6 @@ def _ghost_stages(d: Draw) -> list[Any]:
     return stages
 
 
-def _ghostnet(d: Draw) -> nn.Module:
-    return models.ghostnet.GhostNet(
-        _ghost_stages(d), num_classes=d.classes, width=d.pick(0.5, 0.75, 1.0), drop_rate=0.0,
-        version=d.pick("v1", "v1", "v2"),
-    )
-
-
-def _repghost(d: Draw) -> nn.Module:
-    return models.repghost.RepGhostNet(
-        _ghost_stages(d), num_classes=d.classes, width=d.pick(0.5, 0.75, 1.0), drop_rate=0.0
-    )
-
-
-def _lcnetv2(d: Draw) -> nn.Module:
-    return models.lcnetv2.LCNetV2(
-        scale=d.width(16, 48) / 64, depths=d.depths(4), num_classes=d.classes,
-        head_hidden_size=d.pick(None, d.width(256, 1024)),
-    )
-
-
-def _rexnet(d: Draw) -> nn.Module:
-    return models.rexnet.RexNet(
-        num_classes=d.classes, initial_chs=d.width(8, 16, 4), final_chs=d.width(48, 140, 4),
-        depth_mult=d.pick(0.34, 0.5, 0.67, 1.0), se_ratio=d.pick(0, 1 / 12), ch_div=d.pick(1, 4), drop_rate=0.0,
-    )
-
-
 def _vgg(d: Draw) -> nn.Module:
     cfg: list[Any] = []
     for width, depth in zip(d.widths(5, 12, 32), d.depths(5, 2), strict=True):
@@ -327,13 +275,6 @@ def _vgg(d: Draw) -> nn.Module:
     return models.vgg.VGG(
         cfg, num_classes=d.classes, mlp_ratio=d.pick(1 / 64, 1 / 32, 1 / 16),
         norm_layer=d.pick(None, nn.BatchNorm2d, nn.BatchNorm2d),
-    )
-
-
-def _densenet(d: Draw) -> nn.Module:
-    return models.densenet.DenseNet(
-        growth_rate=d.width(8, 32, 4), block_config=tuple(d.number(2, 8) for _ in range(4)), num_classes=d.classes,
-        bn_size=d.pick(2, 4, 4), stem_type=d.pick("", "", "deep"),
     )
 
 
@@ -415,33 +356,6 @@ def _nfnet(d: Draw) -> nn.Module:
     return models.nfnet.NormFreeNet(cfg, num_classes=d.classes)
 
 
-def _fasternet(d: Draw) -> nn.Module:
-    return models.fasternet.FasterNet(
-        num_classes=d.classes, embed_dim=d.width(24, 64), depths=d.depths(4), mlp_ratio=d.pick(2.0, 3.0),
-        feature_dim=d.width(256, 1024), drop_path_rate=0.0, act_layer=d.pick(nn.ReLU, nn.GELU),
-    )
-
-
-def _starnet(d: Draw) -> nn.Module:
-    return models.starnet.StarNet(
-        num_classes=d.classes, base_dim=d.width(12, 32), depths=list(d.depths(4)), mlp_ratio=d.pick(3, 4)
-    )
-
-
-def _convmixer(d: Draw) -> nn.Module:
-    return models.convmixer.ConvMixer(
-        d.width(64, 256), d.number(4, 12), kernel_size=d.pick(3, 5, 7, 9), patch_size=d.pick(4, 7),
-        num_classes=d.classes, act_layer=d.pick(nn.GELU, nn.ReLU),
-    )
-
-
-def _repvit(d: Draw) -> nn.Module:
-    return models.repvit.RepVit(
-        img_size=d.size, embed_dim=d.widths(4, 24, 48), depth=d.depths(4), num_classes=d.classes,
-        distillation=d.flag(0.3), legacy=d.flag(0.3),
-    )
-
-
 # --- convolutional networks in the style of transformers ------------------------------------------------------------
 
 
@@ -477,14 +391,6 @@ def _metaformer(d: Draw) -> nn.Module:
     return models.metaformer.MetaFormer(**common)
 
 
-def _mambaout(d: Draw) -> nn.Module:
-    return models.mambaout.MambaOut(
-        num_classes=d.classes, depths=d.depths(4), dims=d.widths(4, 24, 64), conv_ratio=d.pick(1.0, 1.0, 1.25, 1.5),
-        expansion_ratio=d.pick(2.0, 8 / 3), kernel_size=d.pick(3, 5, 7, 7), stem_mid_norm=d.flag(),
-        ls_init_value=_scale(d) if d.flag(0.4) else None, downsample=d.pick("conv", "conv_nf"),
-    )
-
-
 def _inception_next(d: Draw) -> nn.Module:
     mixer = partial(
         models.inception_next.InceptionDWConv2d, band_kernel_size=d.pick(7, 9, 11), branch_ratio=d.pick(0.125, 0.25)
@@ -492,22 +398,6 @@ def _inception_next(d: Draw) -> nn.Module:
     return models.inception_next.MetaNeXt(
         num_classes=d.classes, depths=d.depths(4), dims=d.widths(4, 24, 64), token_mixers=mixer,
         mlp_ratios=d.pick((4, 4, 4, 3), (3, 3, 3, 3)), ls_init_value=_scale(d),
-    )
-
-
-def _edgenext(d: Draw) -> nn.Module:
-    return models.edgenext.EdgeNeXt(
-        num_classes=d.classes, dims=d.widths(4, 24, 48), depths=tuple(depth + 1 for depth in d.depths(4, 2)),
-        global_block_counts=(0, 1, 1, 1), heads=(4, 4, 4, 4) if d.flag() else (8, 8, 8, 8),
-        use_pos_emb=(False, d.flag(), False, False), ls_init_value=d.pick(1e-6, 0.1, 1.0), conv_bias=d.flag(0.8),
-        stem_type=d.pick("patch", "overlap"),
-    )
-
-
-def _focalnet(d: Draw) -> nn.Module:
-    return models.focalnet.FocalNet(
-        num_classes=d.classes, embed_dim=d.width(24, 64), depths=d.depths(4), focal_levels=(d.number(2, 3),) * 4,
-        use_overlap_down=d.flag(0.3), use_post_norm=d.flag(0.3), layerscale_value=_scale(d), drop_path_rate=0.0,
     )
 
 
@@ -531,34 +421,11 @@ def _shvit(d: Draw) -> nn.Module:
     )
 
 
-def _swiftformer(d: Draw) -> nn.Module:
-    return models.swiftformer.SwiftFormer(
-        layers=list(d.depths(4)), embed_dims=list(d.widths(4, 24, 48)), num_classes=d.classes,
-        layer_scale_init_value=d.pick(1e-5, 0.1, 1.0),
-    )
-
-
 def _efficientvit(d: Draw) -> nn.Module:
     head = d.pick(8, 16)
     return models.efficientvit_mit.EfficientVit(
         widths=d.widths(5, 8, 16, 8), depths=(1, *d.depths(4, 2)), head_dim=head,
         head_widths=(d.width(256, 768), d.width(256, 768)), num_classes=d.classes,
-    )
-
-
-def _efficientformer(d: Draw) -> nn.Module:
-    return models.efficientformer_v2.EfficientFormerV2(
-        tuple(depth + 1 for depth in d.depths(4, 2)), img_size=d.size, embed_dims=d.widths(4, 24, 40),
-        num_classes=d.classes, layer_scale_init_value=d.pick(1e-5, 0.1, 1.0), num_vit=d.number(0, 2),
-        distillation=d.flag(),
-    )
-
-
-def _iformer(d: Draw) -> nn.Module:
-    return models.iformer.IFormer(
-        num_classes=d.classes, dims=d.doubled(4, 16, 32, 16),
-        depths=(d.number(1, 2), d.number(1, 2), d.number(3, 9), d.number(2, 5)), attn_groups=(0, 0, d.number(1, 2), 1),
-        conv_ratio=d.pick(3, 4), ffn_ratio=d.pick(2, 3),
     )
 
 
@@ -729,28 +596,99 @@ def _visformer(d: Draw) -> nn.Module:
     )
 
 
-def _coat(d: Draw) -> nn.Module:
-    return models.coat.CoaT(
+FAMILIES: dict[str, tuple[float, Family]] = {
+    "resnet": (6, _resnet), "resnetv2": (2, _resnetv2), "res2net": (1, _res2net), "regnet": (3, _regnet),
+    "byobnet": (3, _byobnet), "mobileone": (1, _mobileone), "mobilevit": (2, _mobilevit),
+    "mobilenetv3": (3, _mobilenetv3), "mobilenetv4": (2, _mobilenetv4), "vgg": (2, _vgg), "rdnet": (1, _rdnet),
+    "dpn": (1, _dpn), "dla": (1, _dla), "cspnet": (2, _cspnet), "vovnet": (1, _vovnet), "hgnet": (1, _hgnet),
+    "nfnet": (2, _nfnet), "convnext": (6, _convnext), "metaformer": (3, _metaformer),
+    "inception_next": (2, _inception_next), "fastvit": (1, _fastvit), "shvit": (1, _shvit),
+    "efficientvit": (2, _efficientvit), "vit": (6, _vit), "eva": (1, _eva), "cait": (1, _cait), "xcit": (1, _xcit),
+    "pit": (1, _pit), "swin": (3, _swin), "maxxvit": (2, _maxxvit), "mixer": (3, _mixer), "levit": (1, _levit),
+    "pvt": (1, _pvt), "twins": (1, _twins), "davit": (1, _davit), "tiny_vit": (1, _tiny_vit),
+    "visformer": (1, _visformer), "efficientvit_msra": (1, _efficientvit_msra),
+    "resnest": (1, lambda d: models.resnet.ResNet(
+        models.resnest.ResNestBottleneck, d.depths(4, 2), num_classes=d.classes, stem_type=d.pick("", "deep"),
+        avg_down=True, stem_width=d.width(16, 32), channels=d.widths(4, 16, 40),
+        block_args={"radix": d.pick(1, 2), "avd": True, "avd_first": d.flag()},
+    )),
+    "sknet": (1, lambda d: models.resnet.ResNet(
+        d.pick(models.sknet.SelectiveKernelBasic, models.sknet.SelectiveKernelBottleneck), d.depths(4, 2),
+        num_classes=d.classes, channels=d.widths(4, 16, 40),
+        block_args={"sk_kwargs": {"rd_ratio": d.pick(1 / 8, 1 / 16), "split_input": d.flag()}}, zero_init_last=False,
+    )),
+    "efficientnet": (5, lambda d: models.efficientnet.EfficientNet(
+        decode_arch_def(_efficient_stages(d, d.pick(1, 1, 2), d.pick(("ir",), ("ir",), ("er", "ir"), ("cn", "ir")))),
+        num_classes=d.classes, num_features=d.pick(0, d.width(192, 768), d.width(512, 1280)),
+        stem_size=d.width(12, 32), act_layer=d.pick(nn.SiLU, nn.SiLU, nn.ReLU6, nn.ReLU),
+        round_chs_fn=round_channels,
+    )),
+    "ghostnet": (2, lambda d: models.ghostnet.GhostNet(
+        _ghost_stages(d), num_classes=d.classes, width=d.pick(0.5, 0.75, 1.0), drop_rate=0.0,
+        version=d.pick("v1", "v1", "v2"),
+    )),
+    "rexnet": (1, lambda d: models.rexnet.RexNet(
+        num_classes=d.classes, initial_chs=d.width(8, 16, 4), final_chs=d.width(48, 140, 4),
+        depth_mult=d.pick(0.34, 0.5, 0.67, 1.0), se_ratio=d.pick(0, 1 / 12), ch_div=d.pick(1, 4), drop_rate=0.0,
+    )),
+    "densenet": (2, lambda d: models.densenet.DenseNet(
+        growth_rate=d.width(8, 32, 4), block_config=tuple(d.number(2, 8) for _ in range(4)), num_classes=d.classes,
+        bn_size=d.pick(2, 4, 4), stem_type=d.pick("", "", "deep"),
+    )),
+    "fasternet": (1, lambda d: models.fasternet.FasterNet(
+        num_classes=d.classes, embed_dim=d.width(24, 64), depths=d.depths(4), mlp_ratio=d.pick(2.0, 3.0),
+        feature_dim=d.width(256, 1024), drop_path_rate=0.0, act_layer=d.pick(nn.ReLU, nn.GELU),
+    )),
+    "starnet": (1, lambda d: models.starnet.StarNet(
+        num_classes=d.classes, base_dim=d.width(12, 32), depths=list(d.depths(4)), mlp_ratio=d.pick(3, 4)
+    )),
+    "convmixer": (1, lambda d: models.convmixer.ConvMixer(
+        d.width(64, 256), d.number(4, 12), kernel_size=d.pick(3, 5, 7, 9), patch_size=d.pick(4, 7),
+        num_classes=d.classes, act_layer=d.pick(nn.GELU, nn.ReLU),
+    )),
+    "repvit": (1, lambda d: models.repvit.RepVit(
+        img_size=d.size, embed_dim=d.widths(4, 24, 48), depth=d.depths(4), num_classes=d.classes,
+        distillation=d.flag(0.3), legacy=d.flag(0.3),
+    )),
+    "mambaout": (2, lambda d: models.mambaout.MambaOut(
+        num_classes=d.classes, depths=d.depths(4), dims=d.widths(4, 24, 64), conv_ratio=d.pick(1.0, 1.0, 1.25, 1.5),
+        expansion_ratio=d.pick(2.0, 8 / 3), kernel_size=d.pick(3, 5, 7, 7), stem_mid_norm=d.flag(),
+        ls_init_value=_scale(d) if d.flag(0.4) else None, downsample=d.pick("conv", "conv_nf"),
+    )),
+    "edgenext": (1, lambda d: models.edgenext.EdgeNeXt(
+        num_classes=d.classes, dims=d.widths(4, 24, 48), depths=tuple(depth + 1 for depth in d.depths(4, 2)),
+        global_block_counts=(0, 1, 1, 1), heads=(4, 4, 4, 4) if d.flag() else (8, 8, 8, 8),
+        use_pos_emb=(False, d.flag(), False, False), ls_init_value=d.pick(1e-6, 0.1, 1.0), conv_bias=d.flag(0.8),
+        stem_type=d.pick("patch", "overlap"),
+    )),
+    "focalnet": (1, lambda d: models.focalnet.FocalNet(
+        num_classes=d.classes, embed_dim=d.width(24, 64), depths=d.depths(4), focal_levels=(d.number(2, 3),) * 4,
+        use_overlap_down=d.flag(0.3), use_post_norm=d.flag(0.3), layerscale_value=_scale(d), drop_path_rate=0.0,
+    )),
+    "swiftformer": (1, lambda d: models.swiftformer.SwiftFormer(
+        layers=list(d.depths(4)), embed_dims=list(d.widths(4, 24, 48)), num_classes=d.classes,
+        layer_scale_init_value=d.pick(1e-5, 0.1, 1.0),
+    )),
+    "efficientformer": (1, lambda d: models.efficientformer_v2.EfficientFormerV2(
+        tuple(depth + 1 for depth in d.depths(4, 2)), img_size=d.size, embed_dims=d.widths(4, 24, 40),
+        num_classes=d.classes, layer_scale_init_value=d.pick(1e-5, 0.1, 1.0), num_vit=d.number(0, 2),
+        distillation=d.flag(),
+    )),
+    "repghost": (1, lambda d: models.repghost.RepGhostNet(
+        _ghost_stages(d), num_classes=d.classes, width=d.pick(0.5, 0.75, 1.0), drop_rate=0.0
+    )),
+    "lcnetv2": (1, lambda d: models.lcnetv2.LCNetV2(
+        scale=d.width(16, 48) / 64, depths=d.depths(4), num_classes=d.classes,
+        head_hidden_size=d.pick(None, d.width(256, 1024)),
+    )),
+    "iformer": (1, lambda d: models.iformer.IFormer(
+        num_classes=d.classes, dims=d.doubled(4, 16, 32, 16),
+        depths=(d.number(1, 2), d.number(1, 2), d.number(3, 9), d.number(2, 5)), attn_groups=(0, 0, d.number(1, 2), 1),
+        conv_ratio=d.pick(3, 4), ffn_ratio=d.pick(2, 3),
+    )),
+    "coat": (1, lambda d: models.coat.CoaT(
         img_size=d.size, patch_size=4, num_classes=d.classes, embed_dims=d.widths(4, 24, 56),
         serial_depths=d.depths(4, 1), mlp_ratios=d.pick((8, 8, 4, 4), (4, 4, 4, 4)),
-    )
-
-
-FAMILIES: dict[str, tuple[Family, float]] = {
-    "resnet": (_resnet, 6), "resnetv2": (_resnetv2, 2), "res2net": (_res2net, 1), "resnest": (_resnest, 1),
-    "sknet": (_sknet, 1), "regnet": (_regnet, 3), "byobnet": (_byobnet, 3), "mobileone": (_mobileone, 1),
-    "mobilevit": (_mobilevit, 2), "efficientnet": (_efficientnet, 5), "mobilenetv3": (_mobilenetv3, 3),
-    "mobilenetv4": (_mobilenetv4, 2), "ghostnet": (_ghostnet, 2), "rexnet": (_rexnet, 1), "vgg": (_vgg, 2),
-    "densenet": (_densenet, 2), "rdnet": (_rdnet, 1), "dpn": (_dpn, 1), "dla": (_dla, 1), "cspnet": (_cspnet, 2),
-    "vovnet": (_vovnet, 1), "hgnet": (_hgnet, 1), "nfnet": (_nfnet, 2), "fasternet": (_fasternet, 1),
-    "starnet": (_starnet, 1), "convmixer": (_convmixer, 1), "repvit": (_repvit, 1), "convnext": (_convnext, 6),
-    "metaformer": (_metaformer, 3), "mambaout": (_mambaout, 2), "inception_next": (_inception_next, 2),
-    "edgenext": (_edgenext, 1), "focalnet": (_focalnet, 1), "fastvit": (_fastvit, 1), "shvit": (_shvit, 1),
-    "swiftformer": (_swiftformer, 1), "efficientvit": (_efficientvit, 2), "efficientformer": (_efficientformer, 1),
-    "vit": (_vit, 6), "eva": (_eva, 1), "cait": (_cait, 1), "xcit": (_xcit, 1), "pit": (_pit, 1), "swin": (_swin, 3),
-    "maxxvit": (_maxxvit, 2), "mixer": (_mixer, 3), "levit": (_levit, 1), "pvt": (_pvt, 1), "twins": (_twins, 1),
-    "davit": (_davit, 1), "tiny_vit": (_tiny_vit, 1), "visformer": (_visformer, 1), "repghost": (_repghost, 1),
-    "lcnetv2": (_lcnetv2, 1), "iformer": (_iformer, 1), "efficientvit_msra": (_efficientvit_msra, 1),
-    "coat": (_coat, 1),
+    )),
 }
-"""Families by name: how a network is drawn, and how often relative to the others."""
+"""Families by name: how often one is drawn relative to the others, and how."""
