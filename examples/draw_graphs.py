@@ -2,8 +2,8 @@
 
     python examples/draw_graphs.py [--out FILE] [MODEL ...]
 
-The models are built on the meta device, so that even the largest takes no memory. FILE ends in .svg or .png, which
-needs the extra `plot`; give `--out` again for a second file.
+The models are built on the meta device, so that even the largest takes no memory. FILE ends in .svg, .png or .pdf;
+give `--out` again for a second file. Needs the extra `plot`: pip install 'timm-ghn[plot]'.
 """
 
 import argparse

@@ -360,7 +360,7 @@ def test_graph_of_a_model_that_does_not_fit_in_memory(capsys: pytest.CaptureFixt
     assert "can be predicted" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("suffix", [".svg", ".png", ".json", ".txt"])
+@pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf", ".json", ".txt"])
 def test_graph_files(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / "new" / f"graph{suffix}"
     assert main(["graph", "test_resnet", "--out", str(path)]) == 0
@@ -368,7 +368,7 @@ def test_graph_files(suffix: str, tmp_path: Path) -> None:
     if suffix == ".json":
         assert "conv" in timm_ghn.Graph.from_json(content.decode()).operators
     else:
-        assert {".svg": b"<svg", ".png": b"PNG", ".txt": b"max_pool"}[suffix] in content
+        assert {".svg": b"<svg", ".png": b"PNG", ".pdf": b"%PDF", ".txt": b"max_pool"}[suffix] in content
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 

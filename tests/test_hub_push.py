@@ -68,6 +68,13 @@ def test_what_a_repository_holds(hub: Hub, client: Client) -> None:
     assert not hub.repositories[NAME].private
 
 
+def test_without_matplotlib_there_is_no_picture(hub: Hub, client: Client) -> None:
+    client.run(f"import sys\nsys.modules['matplotlib'] = None\nresult = {PUSH}.detail")
+    files = hub.repositories[NAME].files
+    assert files.keys() == {".gitattributes", "README.md", "config.json", WEIGHTS, "timm_ghn.json"}
+    assert b"graph.png" not in files["README.md"].data
+
+
 def test_the_card_says_what_was_computed(hub: Hub, client: Client, ghn: dict[str, str | None]) -> None:
     done = client.command(
         "push", "test_resnet", "--org", "lab", "--seed", "3", "--start-layer", "9", "--noise", "0.001",

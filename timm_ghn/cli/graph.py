@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HELP = "show the graph that a GHN reads of a model"
 _TORCHVISION = "torchvision:"
-_SUFFIXES = (".svg", ".png", ".json", ".txt")
+_SUFFIXES = (".svg", ".png", ".pdf", ".json", ".txt")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from timm_ghn.drawing import save as save_picture
+from timm_ghn.errors import MissingDependencyError
 from timm_ghn.graph import to_graph
 from timm_ghn.hub.card import model_card
 from timm_ghn.hub.manifest import FILE, WEIGHTS, FileRecord, Manifest, dtype_of, versions
@@ -22,7 +22,7 @@ from timm_ghn.storage.reader import TensorReader
 _logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-PICTURES = ("graph.png", "graph.svg")
+PICTURE = "graph.png"
 
 
 def make_folder(
@@ -79,13 +79,12 @@ def first_difference(model: nn.Module, folder: Path) -> str | None:
 
 
 def _draw(skeleton: nn.Module, request: Request, folder: Path) -> str | None:
-    """Draw the graph that a GHN reads; PNG if there is matplotlib, since the Hub shows no SVG in every place."""
-    name = PICTURES[0 if importlib.util.find_spec("matplotlib") else 1]
+    """Draw the graph that a GHN reads; None without matplotlib, or if the model has no graph (`orth` needs none)."""
     try:
         size = request.input_size(skeleton)
         graph = to_graph(skeleton, input_size=size, reading=request.init.reading)
-        save_picture(graph, folder / name, titles=request.name)
-    except (ValueError, RuntimeError) as error:  # models that `orth` initializes without a graph
+        save_picture(graph, folder / PICTURE, titles=request.name)
+    except (ValueError, RuntimeError, MissingDependencyError) as error:
         _logger.info("no picture of %s: %s", request.name, error)
         return None
-    return name
+    return PICTURE

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from timm_ghn.errors import CheckpointError, DownloadError, InitError, PushError
 from timm_ghn.hub.client import HubSource, Snapshot, api, bounded_silence, fetch, hub_errors, look_up
-from timm_ghn.hub.folder import CARD, PICTURES, first_difference, make_folder
+from timm_ghn.hub.folder import CARD, PICTURE, first_difference, make_folder
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, WEIGHTS, Manifest, dtype_of, settings_of, versions
 from timm_ghn.initialize.plan import expected_origin
 from timm_ghn.initialize.provenance import provenance
@@ -339,4 +339,4 @@ def upload(
 
 def _is_ours(name: str) -> bool:
     """Whether a file is one that an earlier push may have left and that would now be wrong."""
-    return bool(WEIGHTS.fullmatch(name)) or name in (INDEX_FILE, *PICTURES)
+    return bool(WEIGHTS.fullmatch(name)) or name in (INDEX_FILE, PICTURE)
