@@ -32,6 +32,10 @@ from typing import Any
 
 import torch
 from class_parts import part_of
+from cuda_graphs import CapturedStep
+from fashion_mnist import load_dataset
+from paired import sign_flip_p
+from processes import grid, run_together, tune_together
 from safetensors.torch import save
 
 import timm_ghn
@@ -41,16 +45,13 @@ from timm_ghn.finetune import (
     Benchmark,
     Execution,
     FineTuneConfig,
-    Grid,
     Job,
     ResultStore,
     RunResult,
-    compare,
-    load_benchmark,
+    differences,
     run_jobs,
     spread,
     summarize,
-    tune,
 )
 from timm_ghn.finetune.network import build_network
 from timm_ghn.ghn import content_hash, load_ghn
@@ -117,16 +118,16 @@ class Bench:
         self.args = args
         self.store = ResultStore(args.out)
         self.images: dict[str, Benchmark] = {}
-        self.execution = Execution(device=args.device, evaluate_every=0, evaluate_at=marks(args.epochs))
+        self.execution = Execution(args.device, evaluate_every=0, evaluate_at=marks(args.epochs), capture=CapturedStep)
 
     def data(self, task: str) -> Benchmark:
         """Images of a task; "oracle" for those of the classes that the GHN was trained on."""
         if task not in self.images:
             if task in ("held-out", "oracle"):
-                tiny = load_benchmark("shards", self.args.data / _SHARDS, progress=False)
+                tiny = load_dataset("shards", self.args.data / _SHARDS, progress=False)
                 self.images[task] = part_of(tiny, "held-out" if task == "held-out" else "trained")
             else:
-                self.images[task] = load_benchmark(task, self.args.data, progress=False)
+                self.images[task] = load_dataset(task, self.args.data, progress=False)
         return self.images[task]
 
     def config(self, task: str, model: str, init: str) -> FineTuneConfig:
@@ -160,7 +161,7 @@ class Bench:
         config = replace(
             MODELS[model], init="rand", labels_per_class=None, epochs=self.args.oracle_epochs, batch_size=64
         )
-        execution = Execution(device=self.args.device, evaluate_every=0, keep_weights=True)
+        execution = Execution(device=self.args.device, evaluate_every=0, keep_weights=True, capture=CapturedStep)
         (result,) = run_jobs([Job(config, 0)], self.data("oracle"), self.store, execution)
         return self.store.weights(result.key)
 
@@ -178,11 +179,10 @@ class Bench:
             The line, and its runs: none with `--tune-only`, not all if other processes work on some.
         """
         args, data = self.args, self.data(task)
-        grid = Grid(tuple(args.lrs or LRS[model]), tuple(args.weight_decays), tuple(args.tune_seeds))
-        config = self.config(task, model, init)
-        config = tune(config, grid, data, self.store, self.execution, together=args.together)
+        candidates = grid(self.config(task, model, init), args.lrs or LRS[model], args.weight_decays)
+        config = tune_together(candidates, args.tune_seeds, data, self.store, self.execution, args.together)
         jobs = [] if args.tune_only else [Job(config, seed) for seed in range(args.seeds)]
-        results = run_jobs(jobs, data, self.store, self.execution, together=args.together)
+        results = run_together(jobs, data, self.store, self.execution, args.together)
         line = Line(task, model, init, ghn_label(config.ghn), tuple(result.key for result in results))
         if results and len(results) == len(jobs):
             self.keep(line)
@@ -247,8 +247,8 @@ def row(line: Line, done: Mapping[str, Sequence[RunResult]]) -> str:
         if reference == line.init or reference not in done:
             compared.append("-")
         else:
-            found = compare(summarize(results)[0], summarize(done[reference])[0])
-            compared.append(f"{100 * found.difference:+.1f} (p = {found.p_value:.2g})")
+            gains = differences(summarize(results)[0], summarize(done[reference])[0])
+            compared.append(f"{100 * statistics.fmean(gains):+.1f} (p = {sign_flip_p(gains):.2g})")
     chosen = (f"{results[0].config.lr:g}", f"{results[0].config.weight_decay:g}")
     cells = (line.task, line.model, line.init, line.ghn or "-", *chosen, *measured, *compared)
     return f"| {' | '.join(cells)} |"
@@ -358,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jsonl", type=Path, metavar="FILE", help="with --table: write the runs of the lines there")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--together", type=int, default=1, help="runs that take turns on the GPU")
+    parser.add_argument("--together", type=int, default=1, help="runs at a time, each in its own process")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     torch.set_num_threads(args.threads)

@@ -27,6 +27,7 @@ from typing import Any
 
 import timm
 import torch
+from paired import sign_flip_p
 from presets import PRESETS
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ import timm_ghn
 from timm_ghn import drawing
 from timm_ghn.cli.common import exit_status
 from timm_ghn.errors import FineTuneError, MissingDependencyError
-from timm_ghn.finetune import ResultStore, RunResult, Summary, compare, load_benchmark, spread, summarize
+from timm_ghn.finetune import ResultStore, RunResult, Summary, differences, load_benchmark, spread, summarize
 from timm_ghn.ghn import GHN, default_ghn, load_ghn
 from timm_ghn.graph import to_graph
 from timm_ghn.orthogonalization import weight_layers
@@ -126,9 +127,8 @@ def _cell(row: Summary | None, reference: Summary | None) -> str:
     if row is None:
         return "-"
     text = f"{100 * row.mean:.1f} ± {100 * row.std:.1f} (n = {len(row.accuracies)})"
-    if reference is not None and reference is not row and row.accuracies.keys() & reference.accuracies.keys():
-        paired = compare(row, reference)
-        text += f", {100 * paired.difference:+.1f} to rand (p = {paired.p_value:.3g})"
+    if reference is not None and reference is not row and (gains := differences(row, reference)):
+        text += f", {100 * statistics.fmean(gains):+.1f} to rand (p = {sign_flip_p(gains):.3g})"
     return text
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import logging
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -24,24 +25,19 @@ from typing import Any
 
 import torch
 from class_parts import part_of
+from cuda_graphs import CapturedStep
+from fashion_mnist import load_dataset
+from paired import sign_flip_p
 from presets import PRESETS
+from processes import grid, run_together, tune_together
 from throughput import measure_throughput
 
 from timm_ghn.cli.common import add_model_kwargs, exit_status
-from timm_ghn.finetune import (
-    Execution,
-    FineTuneConfig,
-    Grid,
-    Job,
-    ResultStore,
-    load_benchmark,
-    run_jobs,
-    tune,
-)
+from timm_ghn.finetune import Execution, FineTuneConfig, Job, ResultStore, differences, spread, summarize
 from timm_ghn.finetune.data import DATASETS, make_task
 from timm_ghn.finetune.experiment import explained_memory
 from timm_ghn.finetune.network import check_init
-from timm_ghn.finetune.results import accuracy_table, compare, summarize
+from timm_ghn.finetune.verdict import comparison_table
 
 INITS = ("rand", "orth", "ghn", "ghn-orth")
 _SETTINGS: tuple[tuple[str, type, str], ...] = (
@@ -97,13 +93,12 @@ def make_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("execution")
     run.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: results)")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument("--together", type=int, default=1, help="runs that take turns on the GPU, each on its own stream")
+    run.add_argument("--together", type=int, default=1, help="runs at a time, each in its own process")
     run.add_argument("--threads", type=int, help="threads of a CPU; the last digits depend on them")
     run.add_argument("--evaluate-every", type=int, default=10, metavar="EPOCHS", help="0: after the last one only")
     run.add_argument("--evaluate-at", type=int, nargs="+", default=[], metavar="EPOCH", help="further epochs")
     run.add_argument("--keep-weights", action="store_true", help="keep what runs have learned, for --init-file")
     run.add_argument("--no-capture", action="store_true", help="launch kernels one by one instead of CUDA graphs")
-    run.add_argument("--compile", action="store_true", help="compile the network")
     run.add_argument("--measure", action="store_true", help="only measure images/s of the loop and of the bare step")
     return parser
 
@@ -146,19 +141,18 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     stored = args.stored_size or (configs[0].image_size if args.dataset == "folder" else 32)
-    data = load_benchmark(args.dataset, args.data, size=stored, download=args.download, progress=sys.stderr.isatty())
+    data = load_dataset(args.dataset, args.data, size=stored, download=args.download, progress=sys.stderr.isatty())
     data = part_of(data, args.classes)
     execution = Execution(
         device=args.device,
-        capture=not args.no_capture,
-        compile=args.compile,
         evaluate_every=args.evaluate_every,
         evaluate_at=tuple(args.evaluate_at),
         keep_weights=args.keep_weights,
+        capture=None if args.no_capture else CapturedStep,
     )
     if args.measure:
         for config in configs[:1]:
-            with explained_memory(config, 1):
+            with explained_memory(config):
                 found = measure_throughput(config, make_task(data, config), execution)
             print(
                 f"{config.model}, batches of {found.batch_size}: loop {found.loop:.1f} images/s, resident batch "
@@ -167,18 +161,17 @@ def run(args: argparse.Namespace) -> None:
             )
         return
     store = ResultStore(args.out)
-    grid = Grid(tuple(args.tune_lr), tuple(args.tune_weight_decay), tuple(args.tune_seeds))
-    seeds = args.seeds or range(args.num_seeds)
-    tuned = [tune(config, grid, data, store, execution, together=args.together) for config in configs]
-    jobs = [Job(config, seed) for config in tuned for seed in seeds]
-    summaries = summarize(run_jobs(jobs, data, store, execution, together=args.together))
-    print(accuracy_table(summaries))
+    grids = [grid(config, args.tune_lr, args.tune_weight_decay) for config in configs]
+    tuned = [tune_together(each, args.tune_seeds, data, store, execution, args.together) for each in grids]
+    jobs = [Job(config, seed) for config in tuned for seed in args.seeds or range(args.num_seeds)]
+    summaries = summarize(run_together(jobs, data, store, execution, args.together))
+    if summaries:
+        print("\n".join(comparison_table(summaries)))
     for other in summaries[:-1]:
-        if other.accuracies.keys() & summaries[-1].accuracies.keys():
-            found = compare(summaries[-1], other)
+        if gains := differences(summaries[-1], other):
             print(
-                f"{summaries[-1].config.starts_from} - {other.config.starts_from}: {100 * found.difference:+.2f} ± "
-                f"{100 * found.std:.2f} points, better on {found.wins} of {found.pairs} seeds, p = {found.p_value:.3g}"
+                f"{summaries[-1].config.starts_from} - {other.config.starts_from}: {100 * statistics.fmean(gains):+.2f}"
+                f" ± {100 * spread(gains):.2f} points, p = {sign_flip_p(gains):.3g}"
             )
 
 

@@ -163,17 +163,16 @@ def train(trial: Trial, ghn: str, quick: bool) -> Outcome:
         Execution(evaluate_every=0),
     )
     while not run.is_done:
-        for _ in run.epoch():
-            pass
+        run.train_epoch()
     test = None
     if not quick:
         test = 100 * run.evaluate(DeviceImages.of(_images["test"], task, run.config, run.device))[1]
     return Outcome(
-        100 * (run.progress.curve[-1].accuracy or 0.0),
+        100 * (run.curve[-1].accuracy or 0.0),
         test,
-        run.progress.diverged,
+        run.diverged,
         sum(parameter.numel() for parameter in run.module.parameters()),
-        run.progress.seconds,
+        run.seconds,
     )
 
 

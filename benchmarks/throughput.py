@@ -5,16 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from timm_ghn.finetune.batches import DeviceImages, epoch_picks
+from timm_ghn.finetune.batches import epoch_picks
 from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.data import Task
 from timm_ghn.finetune.network import build_network
-from timm_ghn.finetune.run import Execution, Run
-from timm_ghn.finetune.steps import CapturedStep, EagerStep, Step
+from timm_ghn.finetune.run import Execution, Run, Step
 
 
 @dataclass(frozen=True)
@@ -72,36 +72,24 @@ def measure_throughput(
 
 def _resident_step(run: Run, picks: Tensor) -> Step:
     """A step that trains on the same batch whatever it is asked for."""
-    with run.on_stream():
-        batch = run.images.augmented(picks)
-    eager = EagerStep(run.module, run.optimizer, _Resident(run.images, batch), run.config, run.totals)
-    return CapturedStep(eager, run.stream) if isinstance(run.step, CapturedStep) and run.stream else eager
+    batch, capture = run.images.augmented(picks), run.execution.capture
 
+    def step(_: Tensor) -> None:
+        run.update(*batch)
 
-class _Resident(DeviceImages):
-    """Images of which always the same batch is taken."""
-
-    def __init__(self, images: DeviceImages, batch: tuple[Tensor, Tensor]) -> None:
-        super().__init__(**{entry.name: getattr(images, entry.name) for entry in fields(images)})
-        object.__setattr__(self, "_batch", batch)
-
-    def augmented(self, picks: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch."""
-        batch: tuple[Tensor, Tensor] = vars(self)["_batch"]
-        return batch
+    return step if capture is None or run.device.type != "cuda" else capture(run, step)
 
 
 def _seconds(run: Run, step: Callable[[int], None], steps: int) -> float:
     """Time of some steps."""
-    with run.on_stream():
-        _synchronize(run)
-        started = time.perf_counter()
-        for index in range(steps):
-            step(index)
-        _synchronize(run)
-        return time.perf_counter() - started
+    _synchronize(run)
+    started = time.perf_counter()
+    for index in range(steps):
+        step(index)
+    _synchronize(run)
+    return time.perf_counter() - started
 
 
 def _synchronize(run: Run) -> None:
-    if run.stream is not None:
-        run.stream.synchronize()
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def summary(init: str, *accuracies: float, diverged: int = 0) -> Summary:
     config = FineTuneConfig("resnet18", init, epochs=10)
-    return Summary(config, dict(enumerate(accuracies)), diverged, 1.0)
+    return Summary(config, dict(enumerate(accuracies)), diverged)
 
 
 # --- what is said ---------------------------------------------------------------------------------------------------

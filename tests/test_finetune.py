@@ -6,6 +6,7 @@ import gzip
 import importlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,16 +14,21 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import fashion_mnist
 import numpy as np
 import pytest
 import timm
 import torch
 from class_parts import part_of
+from cuda_graphs import CapturedStep
+from fashion_mnist import load_dataset
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paired import sign_flip_p
 from PIL import Image
 from presets import PRESETS
+from processes import grid, run_together
 from safetensors.torch import save_file
 from shards import noisy_images as images
 from shards import write_shard
@@ -32,8 +38,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from timm_ghn.errors import FineTuneError, InitError
-from timm_ghn.finetune import Execution, FineTuneConfig, Grid, Job, ResultStore, compare, load_benchmark, run_jobs, tune
-from timm_ghn.finetune import data as data_module
+from timm_ghn.finetune import Execution, FineTuneConfig, Job, ResultStore, differences, load_benchmark, run_jobs, tune
 from timm_ghn.finetune.batches import DeviceImages, epoch_picks
 from timm_ghn.finetune.config import learning_rate
 from timm_ghn.finetune.data import (
@@ -47,8 +52,9 @@ from timm_ghn.finetune.data import (
 )
 from timm_ghn.finetune.experiment import best_of, explained_memory
 from timm_ghn.finetune.network import build_network
-from timm_ghn.finetune.results import Summary, accuracy_table, summarize
+from timm_ghn.finetune.results import Summary, summarize
 from timm_ghn.finetune.run import Run
+from timm_ghn.finetune.verdict import comparison_table
 from timm_ghn.training.data import ImageSet, split
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "finetune.py"
@@ -88,8 +94,7 @@ def new_run(config: FineTuneConfig, task: Task, seed: int = 0, execution: Execut
 
 def train(run: Run, epochs: int) -> None:
     for _ in range(epochs):
-        for _ in run.epoch():
-            pass
+        run.train_epoch()
 
 
 def state(run: Run) -> dict[str, Tensor]:
@@ -240,7 +245,7 @@ def test_steps_agree_with_a_plain_loop(benchmark: Benchmark, optimizer: str) -> 
     """The reference: textbook updates, gradients clipped by hand, contiguous float32, images one by one."""
     config = replace(CONFIG, optimizer=optimizer, clip=0.5, weight_decay=0.05, smoothing=0.1, epochs=2)
     task = make_task(benchmark, config)
-    run = new_run(config, task, execution=Execution(channels_last=True))
+    run = new_run(config, task, execution=Execution())
     network = build_network(config, 3, 0).module.train()
     parameters = list(network.parameters())
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
@@ -272,7 +277,7 @@ def test_steps_agree_with_a_plain_loop(benchmark: Benchmark, optimizer: str) -> 
                         v.mul_(0.999).add_(0.001 * g * g)
                         p -= rate * (m / (1 - 0.9**number)) / ((v / (1 - 0.999**number)).sqrt() + 1e-8)
     train(run, 2)
-    assert run.progress.curve[1].lr == pytest.approx(0.01)
+    assert run.curve[1].lr == pytest.approx(0.01)
     expected = dict(network.named_parameters())
     far = [
         (value - expected[name]).abs() > 2e-5 + 2e-4 * expected[name].abs()
@@ -280,8 +285,8 @@ def test_steps_agree_with_a_plain_loop(benchmark: Benchmark, optimizer: str) -> 
     ]
     # AdamW divides by the gradient's size, so entries whose gradient is nothing but rounding go anywhere.
     assert float(torch.cat([part.flatten() for part in far]).double().mean()) <= (0.01 if optimizer == "adamw" else 0)
-    assert run.progress.curve[0].train_loss == pytest.approx((10 * losses[0] + 11 * losses[1]) / 21, rel=1e-5)
-    assert run.progress.curve[1].train_loss == pytest.approx((10 * losses[2] + 11 * losses[3]) / 21, rel=1e-4)
+    assert run.curve[0].train_loss == pytest.approx((10 * losses[0] + 11 * losses[1]) / 21, rel=1e-5)
+    assert run.curve[1].train_loss == pytest.approx((10 * losses[2] + 11 * losses[3]) / 21, rel=1e-4)
 
 
 def test_bfloat16_is_close_to_float32() -> None:
@@ -292,7 +297,7 @@ def test_bfloat16_is_close_to_float32() -> None:
     for precision in ("float32", "bfloat16"):
         run = new_run(replace(config, precision=precision), task)
         train(run, 1)
-        losses.append(run.progress.curve[0].train_loss)
+        losses.append(run.curve[0].train_loss)
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
@@ -310,12 +315,12 @@ def test_it_learns_and_the_accuracy_is_that_of_timms_own_forward(benchmark: Benc
     task = make_task(benchmark, replace(CONFIG, labels_per_class=None))
     run = new_run(replace(CONFIG, labels_per_class=None, epochs=6, normalization="data"), task)
     train(run, 6)
-    assert run.progress.curve[-1].accuracy is not None
-    assert run.progress.curve[-1].accuracy > 0.8
+    assert run.curve[-1].accuracy is not None
+    assert run.curve[-1].accuracy > 0.8
     with torch.no_grad():
         inputs = TF.normalize(task.test.images.float(), task.mean, task.std)
         right = (run.module.eval()(inputs).argmax(1) == task.test.labels).float().mean()
-    assert run.progress.curve[-1].accuracy == pytest.approx(float(right))
+    assert run.curve[-1].accuracy == pytest.approx(float(right))
 
 
 def test_a_run_that_diverges_ends_and_does_not_count(
@@ -330,7 +335,7 @@ def test_a_run_that_diverges_ends_and_does_not_count(
     assert "diverged in epoch 1: its loss is not finite, and it does not count" in caplog.text
     (summary,) = summarize([result])
     assert (dict(summary.accuracies), summary.diverged) == ({}, 1)
-    assert "| 0 (1 diverged) | - |" in accuracy_table([summary])
+    assert "0 (1 diverged)  -" in comparison_table([summary])[1]
     (sound,) = summarize(run_jobs([Job(CONFIG, 0)], benchmark, ResultStore(tmp_path), CPU))
     assert best_of([summary, sound]) == CONFIG
 
@@ -375,18 +380,18 @@ def test_a_resumed_run_ends_with_the_same_bits(benchmark: Benchmark, tmp_path: P
     torch.manual_seed(99)
     resumed = new_run(config, task)
     resumed.load(tmp_path / "run.pt")
-    assert resumed.progress.epoch == 1
+    assert len(resumed.curve) == 1
     train(resumed, 3)
     assert_same(state(straight), state(resumed))
-    assert straight.progress.curve == resumed.progress.curve
+    assert straight.curve == resumed.curve
     assert straight.is_done
     assert resumed.is_done
 
 
-def test_runs_in_turns_end_with_the_same_bits_as_alone(benchmark: Benchmark, tmp_path: Path) -> None:
+def test_runs_at_the_same_time_end_with_the_same_bits_as_alone(benchmark: Benchmark, tmp_path: Path) -> None:
     jobs = [Job(WITH_DROPS, 0), Job(WITH_DROPS, 1), Job(replace(CONFIG, epochs=2), 0)]
     alone = run_jobs(jobs, benchmark, ResultStore(tmp_path / "alone"), CPU)
-    together = run_jobs(jobs, benchmark, ResultStore(tmp_path / "together"), CPU, together=3)
+    together = run_together(jobs, benchmark, ResultStore(tmp_path / "together"), CPU, together=2)
     for first, second in zip(alone, together, strict=True):
         assert first.curve == second.curve
         assert first.accuracy == second.accuracy
@@ -436,12 +441,12 @@ def test_a_run_of_another_process_is_left_to_it(benchmark: Benchmark, tmp_path: 
     with FileLock(store.folder / "checkpoints" / f"{first.key}.lock"):
         assert run_jobs([Job(CONFIG, 0)], benchmark, store, CPU) == ()
         with pytest.raises(FineTuneError, match="1 of 2 trials are left to other processes"):
-            tune(CONFIG, Grid(lrs=(0.02, 0.1), seeds=(0,)), benchmark, _store_with_claim(store, benchmark), CPU)
+            tune(grid(CONFIG, (0.02, 0.1), ()), (0,), benchmark, _store_with_claim(store, benchmark), CPU)
 
 
 def _store_with_claim(store: ResultStore, benchmark: Benchmark) -> ResultStore:
     """A store in which a trial of the grid is claimed."""
-    trial = Grid(lrs=(0.02,)).of(CONFIG)[0]
+    trial = replace(CONFIG, split="validation")
     key = trial.key(0, make_task(benchmark, trial).digest)
     lock = FileLock(store.folder / "checkpoints" / f"{key}.lock")
     lock.acquire()
@@ -490,10 +495,10 @@ def test_a_killed_process_loses_no_finished_run(benchmark: Benchmark, tmp_path: 
 def test_tuning_chooses_by_validation_images(benchmark: Benchmark, tmp_path: Path) -> None:
     store = ResultStore(tmp_path)
     config = replace(CONFIG, labels_per_class=15, epochs=5)
-    tuned = tune(config, Grid(lrs=(1e-7, 0.03), seeds=(5,)), benchmark, store, CPU)
+    tuned = tune(grid(config, (1e-7, 0.03), ()), (5,), benchmark, store, CPU)
     assert tuned == replace(config, lr=0.03)
     assert {result.config.split for result in store.all()} == {"validation"}
-    assert tune(config, Grid(lrs=(0.7,)), benchmark, store, CPU).lr == 0.7
+    assert tune(grid(config, (0.7,), ()), (5,), benchmark, store, CPU).lr == 0.7
     assert len(store.all()) == 2
 
 
@@ -510,26 +515,25 @@ def test_results_survive_a_round_trip(benchmark: Benchmark, tmp_path: Path) -> N
 
 
 def summary(init: str, values: dict[int, float]) -> Summary:
-    return Summary(replace(CONFIG, init=init), values, 0, 1.0)
+    return Summary(replace(CONFIG, init=init), values, 0)
 
 
 def test_comparison_is_paired_by_seed() -> None:
     first = summary("ghn", {0: 0.5, 1: 0.6, 2: 0.7, 3: 0.8, 4: 0.9})
-    found = compare(first, summary("rand", {0: 0.4, 1: 0.55, 2: 0.6, 3: 0.7, 4: 0.8, 9: 0.0}))
-    assert (found.wins, found.pairs) == (5, 5)
-    assert found.difference == pytest.approx(0.09)
-    assert found.p_value == 2 / 32
-    assert compare(first, first).p_value == 1
-    with pytest.raises(FineTuneError, match="no seed in common"):
-        compare(first, summary("rand", {7: 0.1}))
+    found = differences(first, summary("rand", {0: 0.4, 1: 0.55, 2: 0.6, 3: 0.7, 4: 0.8, 9: 0.0}))
+    assert found == pytest.approx([0.1, 0.05, 0.1, 0.1, 0.1])
+    assert sign_flip_p(found) == 2 / 32
+    assert sign_flip_p(differences(first, first)) == 1
+    assert differences(first, summary("rand", {7: 0.1})) == []
 
 
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=7))
 def test_p_values_do_not_depend_on_who_is_first(values: list[float]) -> None:
     one = summary("ghn", dict(enumerate(values)))
     other = summary("rand", dict.fromkeys(range(len(values)), 0.0))
-    assert compare(one, other).p_value == compare(other, one).p_value
-    assert 2 / 2 ** len(values) <= compare(one, other).p_value <= 1
+    p_value = sign_flip_p(differences(one, other))
+    assert p_value == sign_flip_p(differences(other, one))
+    assert 2 / 2 ** len(values) <= p_value <= 1
 
 
 def test_measuring(benchmark: Benchmark) -> None:
@@ -559,22 +563,23 @@ def write_fashion(folder: Path, *, compress: bool) -> np.ndarray:
 
 
 def test_fashion_mnist_from_debian_and_from_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_module, "DEBIAN_FASHION", tmp_path / "debian")
-    with pytest.raises(FineTuneError, match=r"fashion-mnist is not in .*apt-get install dataset-fashion-mnist.*--data"):
-        load_benchmark("fashion-mnist", tmp_path)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FASHION", tmp_path / "debian")
+    with pytest.raises(FineTuneError, match=r"fashion-mnist is not in .*--download gets it.*--data"):
+        load_dataset("fashion-mnist", tmp_path)
     pixels = write_fashion(tmp_path / "debian", compress=True)
-    debian = load_benchmark("fashion-mnist", tmp_path)
+    debian = load_dataset("fashion-mnist", tmp_path)
     assert debian.copy == "Debian package dataset-fashion-mnist"
     assert debian.train.images.shape == (30, 3, 32, 32)
     assert np.array_equal(debian.train.images[3, 1, 2:30, 2:30].numpy(), pixels[3])
     assert int(debian.train.images[:, :, :2].max()) == 0
     assert debian.train.classes[9] == "Ankle boot"
-    assert load_benchmark("fashion-mnist", tmp_path, size=14).test.images.shape == (30, 3, 14, 14)
+    assert load_dataset("fashion-mnist", tmp_path, size=14).test.images.shape == (30, 3, 14, 14)
     write_fashion(tmp_path / "FashionMNIST" / "raw", compress=False)
-    assert load_benchmark("fashion-mnist", tmp_path).copy == "original files, torchvision"
+    assert load_dataset("fashion-mnist", tmp_path).copy == "original files, torchvision"
+    shutil.rmtree(tmp_path / "FashionMNIST")
     (tmp_path / "debian" / "t10k-images-idx3-ubyte.gz").write_bytes(b"no")
     with pytest.raises(FineTuneError, match=r"t10k-images.*is damaged"):
-        data_module._from_debian(32)
+        load_dataset("fashion-mnist", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
@@ -706,9 +711,9 @@ def test_no_gpu(benchmark: Benchmark) -> None:
 def test_out_of_memory_says_what_to_change() -> None:
     with (
         pytest.raises(
-            FineTuneError, match=r"test_resnet .*try fewer runs at a time than --together 4, a smaller --batch"
+            FineTuneError, match=r"test_resnet .*try a smaller --batch-size than 10, .*, fewer runs at a time"
         ),
-        explained_memory(CONFIG, 4),
+        explained_memory(CONFIG),
     ):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
@@ -742,8 +747,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("config", [CONFIG, WITH_DROPS], ids=["sgd", "adamw, dropout"])
 def test_captured_steps_agree_with_eager_ones(benchmark: Benchmark, config: FineTuneConfig) -> None:
     task = make_task(benchmark, config)
-    eager = new_run(config, task, execution=Execution("cuda", capture=False))
-    captured = new_run(config, task, execution=Execution("cuda"))
+    eager = new_run(config, task, execution=Execution("cuda"))
+    captured = new_run(config, task, execution=Execution("cuda", capture=CapturedStep))
     train(eager, 3)
     train(captured, 3)
     second = state(captured)
@@ -751,7 +756,7 @@ def test_captured_steps_agree_with_eager_ones(benchmark: Benchmark, config: Fine
         torch.testing.assert_close(
             second[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
-    assert captured.progress.curve[-1].train_loss == pytest.approx(eager.progress.curve[-1].train_loss, rel=1e-3)
+    assert captured.curve[-1].train_loss == pytest.approx(eager.curve[-1].train_loss, rel=1e-3)
 
 
 @needs_cuda
@@ -760,17 +765,19 @@ def test_cuda_agrees_with_the_cpu(benchmark: Benchmark) -> None:
     runs = [new_run(CONFIG, task, execution=Execution(device, evaluate_every=1)) for device in ("cpu", "cuda")]
     for run in runs:
         train(run, 2)
-    first, second = (run.progress.curve for run in runs)
+    first, second = (run.curve for run in runs)
     assert [p.train_loss for p in second] == pytest.approx([p.train_loss for p in first], rel=1e-2)
 
 
 @needs_cuda
 @pytest.mark.parametrize("config", [CONFIG, WITH_DROPS], ids=["sgd", "adamw, dropout"])
-def test_runs_on_streams_agree_with_runs_alone(benchmark: Benchmark, config: FineTuneConfig, tmp_path: Path) -> None:
+def test_runs_at_the_same_time_on_a_gpu_agree_with_runs_alone(
+    benchmark: Benchmark, config: FineTuneConfig, tmp_path: Path
+) -> None:
     jobs = [Job(config, seed) for seed in range(3)]
-    execution = Execution("cuda", evaluate_every=1)
+    execution = Execution("cuda", evaluate_every=1, capture=CapturedStep)
     alone = run_jobs(jobs, benchmark, ResultStore(tmp_path / "alone"), execution)
-    together = run_jobs(jobs, benchmark, ResultStore(tmp_path / "together"), execution, together=3)
+    together = run_together(jobs, benchmark, ResultStore(tmp_path / "together"), execution, together=3)
     for first, second in zip(alone, together, strict=True):
         assert second.curve[-1].train_loss == pytest.approx(first.curve[-1].train_loss, rel=1e-3)
 
@@ -778,14 +785,14 @@ def test_runs_on_streams_agree_with_runs_alone(benchmark: Benchmark, config: Fin
 @needs_cuda
 def test_a_run_resumed_on_cuda(benchmark: Benchmark, tmp_path: Path) -> None:
     task = make_task(benchmark, WITH_DROPS)
-    execution = Execution("cuda")
+    execution = Execution("cuda", capture=CapturedStep)
     straight, stopped, resumed = (new_run(WITH_DROPS, task, execution=execution) for _ in range(3))
     train(straight, 4)
     train(stopped, 2)
     stopped.save(tmp_path / "run.pt")
     resumed.load(tmp_path / "run.pt")
     train(resumed, 2)
-    assert resumed.progress.curve[-1].train_loss == pytest.approx(straight.progress.curve[-1].train_loss, rel=1e-3)
+    assert resumed.curve[-1].train_loss == pytest.approx(straight.curve[-1].train_loss, rel=1e-3)
 
 
 @needs_cuda
@@ -794,5 +801,7 @@ def test_the_data_path_is_not_the_bottleneck_on_cuda(benchmark: Benchmark) -> No
         CONFIG, model="resnet50", image_size=32, batch_size=96, labels_per_class=None, precision="bfloat16"
     )
     data = replace(benchmark, train=images(1000, 0, 32), test=images(100, 1, 32))
-    found = measure_throughput(config, make_task(data, config), Execution("cuda"), rounds=5, steps=20)
+    found = measure_throughput(
+        config, make_task(data, config), Execution("cuda", capture=CapturedStep), rounds=5, steps=20
+    )
     assert found.ratio >= 0.95

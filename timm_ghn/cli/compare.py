@@ -50,10 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, print the table and the sentence, draw the curves."""
+    from dataclasses import replace
+
     import torch
 
     from timm_ghn.errors import MissingDependencyError
-    from timm_ghn.finetune import Execution, Grid, Job, ResultStore, find_benchmark, run_jobs, summarize, tune
+    from timm_ghn.finetune import Execution, Job, ResultStore, find_benchmark, run_jobs, summarize, tune
     from timm_ghn.finetune.verdict import comparison_table, draw_curves, verdict
 
     check_name(args.model)
@@ -68,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     length = f"{steps} steps a run, in {configs[0].epochs} epoch{'s' * (configs[0].epochs > 1)}"
     sizes = f"{len(data.train)} images of {data.num_classes} classes to train on, {len(data.test)} to measure on"
     print(f"{sizes}; {length}", flush=True)
-    tuned = [tune(config, Grid(tuple(args.lrs)), data, store, execution) for config in configs]
+    grids = [[replace(config, lr=lr) for lr in args.lrs] for config in configs]
+    tuned = [tune(grid, (1000,), data, store, execution) for grid in grids]
     results = run_jobs([Job(config, seed) for config in tuned for seed in range(args.seeds)], data, store, execution)
     summaries = summarize(results)
     if not summaries:

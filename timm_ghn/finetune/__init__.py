@@ -2,23 +2,21 @@
 
 from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.data import Benchmark, find_benchmark, load_benchmark
-from timm_ghn.finetune.experiment import Grid, Job, run_jobs, tune
-from timm_ghn.finetune.results import Comparison, ResultStore, RunResult, Summary, compare, spread, summarize
+from timm_ghn.finetune.experiment import Job, run_jobs, tune
+from timm_ghn.finetune.results import ResultStore, RunResult, Summary, differences, spread, summarize
 from timm_ghn.finetune.run import Execution
 from timm_ghn.finetune.stem import adjust_stem
 
 __all__ = [
     "Benchmark",
-    "Comparison",
     "Execution",
     "FineTuneConfig",
-    "Grid",
     "Job",
     "ResultStore",
     "RunResult",
     "Summary",
     "adjust_stem",
-    "compare",
+    "differences",
     "find_benchmark",
     "load_benchmark",
     "run_jobs",

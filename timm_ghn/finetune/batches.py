@@ -46,9 +46,8 @@ class DeviceImages:
         labels: int64 (N,).
         padding: P.
         side: Side of the network's input; crops of S pixels are enlarged or reduced to it.
-        mean: (1, 3, 1, 1), in units of a byte.
-        std: Likewise.
-        channels_last: Whether batches have this memory format.
+        mean: float32 (1, 3, 1, 1), in units of a byte.
+        std: float32 (1, 3, 1, 1), in units of a byte.
     """
 
     images: Tensor
@@ -57,31 +56,29 @@ class DeviceImages:
     side: int
     mean: Tensor
     std: Tensor
-    channels_last: bool
 
     @classmethod
     def of(
-        cls,
-        data: ImageSet,
-        task: Task,
-        config: FineTuneConfig,
-        device: torch.device,
-        *,
-        padding: int = 0,
-        channels_last: bool = True,
+        cls, data: ImageSet, task: Task, config: FineTuneConfig, device: torch.device, padding: int = 0
     ) -> DeviceImages:
-        """Move images to a device."""
+        """Move images to a device.
+
+        Args:
+            data: The images.
+            task: The task whose statistics they may be normalized with.
+            config: Settings of the run.
+            device: Where they go.
+            padding: Width of their black border in pixels.
+        """
+        enlarged = config.image_size != data.size
+        statistics = task.mean, task.std
+        if config.normalization == "imagenet" or (
+            config.normalization == "auto" and (config.init == "pretrained" or enlarged)
+        ):
+            statistics = tuple(255 * x for x in IMAGENET_DEFAULT_MEAN), tuple(255 * x for x in IMAGENET_DEFAULT_STD)
+        mean, std = (torch.tensor(x, dtype=torch.float32, device=device).view(1, 3, 1, 1) for x in statistics)
         images = F.pad(data.images, (padding,) * 4).to(device)
-        mean, std = normalization(config, task, data.size)
-        return cls(
-            images,
-            data.labels.to(device),
-            padding,
-            config.image_size,
-            torch.tensor(mean, dtype=torch.float32, device=device).view(1, 3, 1, 1),
-            torch.tensor(std, dtype=torch.float32, device=device).view(1, 3, 1, 1),
-            channels_last,
-        )
+        return cls(images, data.labels.to(device), padding, config.image_size, mean, std)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -115,14 +112,4 @@ class DeviceImages:
         batch = (images.float() - self.mean) / self.std
         if batch.shape[-1] != self.side:
             batch = F.interpolate(batch, (self.side, self.side), mode="bilinear", antialias=batch.shape[-1] > self.side)
-        return batch.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
-
-
-def normalization(config: FineTuneConfig, task: Task, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that images are normalized with, in units of a byte."""
-    imagenet = config.normalization == "imagenet" or (
-        config.normalization == "auto" and (config.init == "pretrained" or config.image_size != size)
-    )
-    if not imagenet:
-        return task.mean, task.std
-    return tuple(255 * value for value in IMAGENET_DEFAULT_MEAN), tuple(255 * value for value in IMAGENET_DEFAULT_STD)
+        return batch.contiguous(memory_format=torch.channels_last)

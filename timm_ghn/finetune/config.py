@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -137,7 +138,7 @@ class FineTuneConfig:
         text = json.dumps({**self.to_dict(), "seed": seed, "data": data, "weights": weights}, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         init = "file" if self.init_file else self.init
-        return f"{_plain(self.model)}-{_plain(init)}-s{seed}-{digest}"
+        return f"{re.sub(_SPECIAL, '-', self.model)}-{re.sub(_SPECIAL, '-', init)}-s{seed}-{digest}"
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -152,11 +153,8 @@ _LEAST: dict[str, float] = {
     "image_size": 8, "weight_decay": 0, "momentum": 0, "epochs": 1, "batch_size": 2, "clip": 1e-9, "smoothing": 0,
     "padding": 0, "labels_per_class": 1,
 }  # fmt: skip
-
-
-def _plain(text: str) -> str:
-    """Letters, digits, dots and dashes of a name, for a file."""
-    return "".join(letter if letter.isalnum() or letter in ".-_" else "-" for letter in text)
+_SPECIAL = r"[^\w.-]"
+"""Letters that the name of a file should not have."""
 
 
 def learning_rate(config: FineTuneConfig, epoch: int) -> float:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import logging
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision import datasets
 
 from timm_ghn.errors import FineTuneError, TrainingError
@@ -24,7 +19,7 @@ from timm_ghn.finetune.config import VALIDATION_IMAGES, FineTuneConfig
 from timm_ghn.seeding import derived_seed
 from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.storage.paths import cache_directory
-from timm_ghn.training.data import ImageSet, from_dataset, load_folder, load_shards
+from timm_ghn.training.data import ImageSet, MapDataset, from_dataset, load_folder, load_shards
 
 _logger = logging.getLogger(__name__)
 
@@ -59,9 +54,8 @@ class Task:
         train: Images to train on.
         test: Images to measure accuracy on.
         mean: Of the training set, (3,), in units of a byte.
-        std: Likewise.
+        std: Standard deviation of the training set, (3,), in units of a byte.
         digest: Of all of these; part of a run's identity.
-        copy: Which copy of the data it is.
     """
 
     train: ImageSet
@@ -69,7 +63,6 @@ class Task:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str
-    copy: str
 
 
 def make_task(data: Benchmark, config: FineTuneConfig) -> Task:
@@ -91,7 +84,7 @@ def make_task(data: Benchmark, config: FineTuneConfig) -> Task:
     digest = hashlib.sha256(data.name.encode())
     for tensor in (train.images, train.labels, test.images, test.labels):
         digest.update(tensor.contiguous().numpy().tobytes())
-    return Task(train, test, mean, std, digest.hexdigest()[:16], data.copy)
+    return Task(train, test, mean, std, digest.hexdigest()[:16])
 
 
 def stratified(labels: Tensor, share: float, purpose: str) -> Tensor:
@@ -159,10 +152,13 @@ def statistics_of(data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 # --- loading --------------------------------------------------------------------------------------------------------
 
-DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
-"""Where the Debian package dataset-fashion-mnist puts its files."""
-
-DATASETS = ("cifar10", "cifar100", "svhn", "fashion-mnist", "folder", "shards")
+_TORCHVISION: dict[str, Callable[[Path, bool, bool], MapDataset]] = {
+    "cifar10": lambda root, train, download: datasets.CIFAR10(root, train, download=download),
+    "cifar100": lambda root, train, download: datasets.CIFAR100(root, train, download=download),
+    "svhn": lambda root, train, download: datasets.SVHN(root, "train" if train else "test", download=download),
+    "fashion-mnist": lambda root, train, download: datasets.FashionMNIST(root, train, download=download),
+}
+DATASETS = (*_TORCHVISION, "folder", "shards")
 """What `load_benchmark` knows."""
 
 
@@ -172,7 +168,7 @@ def load_benchmark(
     """Load a data set.
 
     - "cifar10", "cifar100", "svhn", "fashion-mnist": torchvision's files in `path`, or JPEG shards named
-      `NAME-train*.safetensors` and `NAME-test*.safetensors` there. Fashion-MNIST is also taken from Debian's package.
+      `NAME-train*.safetensors` and `NAME-test*.safetensors` there.
     - "folder": `path` with `train` and `test` (or `val`), each with a folder a class; or with the classes themselves,
       of which a fifth of the images of every class are then test images.
     - "shards": `path` is a prefix such as `data/tinyimagenet32`, for `PREFIX-train*.safetensors` and
@@ -228,98 +224,20 @@ def find_benchmark(text: str, *, size: int | None = None, download: bool = False
 
 
 def _named(name: str, root: Path, size: int, download: bool, progress: bool) -> Benchmark:
-    """torchvision's copy if it is there, else shards, else Debian's, else a download."""
-    make, how = _TORCHVISION[name]
-    copies: list[Callable[[], Benchmark]] = [lambda: _from_torchvision(name, make, root, size, False, progress)]
-    if _shard_files(root / name, "train"):
-        copies.append(lambda: _from_shards(name, root / name, size, progress))
-    if name == "fashion-mnist" and DEBIAN_FASHION.is_dir():
-        copies.append(lambda: _from_debian(size))
-    if download:
-        copies.append(lambda: _from_torchvision(name, make, root, size, True, progress))
-    for copy in copies:
+    """torchvision's copy if it is there, else shards, else a download."""
+    for fetch in (False, True) if download else (False,):
         try:
-            return copy()
-        except _MissingCopyError:
+            parts = [_TORCHVISION[name](root, train, fetch) for train in (True, False)]
+        except RuntimeError:  # torchvision's word for missing and for damaged files
+            if _shard_files(root / name, "train"):
+                return _from_shards(name, root / name, size, progress)
             continue
-    raise FineTuneError(f"{name} is not in {root}: {how}, or name its folder with --data")
-
-
-class _MissingCopyError(FineTuneError):
-    """A copy of a data set is not there."""
-
-
-def _from_torchvision(
-    name: str, make: Callable[[Path, bool, bool], Any], root: Path, size: int, download: bool, progress: bool
-) -> Benchmark:
-    try:
-        train, test = make(root, True, download), make(root, False, download)
-    except RuntimeError as error:  # torchvision's word for missing and for damaged files
-        raise _MissingCopyError(f"{name} in {root}: {error}") from error
-    except OSError as error:
-        raise FineTuneError(f"{name} could not be read from or downloaded to {root}: {error}") from error
-    return Benchmark(name, _images(train, size, progress), _images(test, size, progress), "original files, torchvision")
-
-
-def _images(dataset: Any, size: int, progress: bool) -> ImageSet:
-    """All images of a torchvision data set; without PIL where its array has the right size."""
-    array = torch.as_tensor(dataset.data)
-    labels = torch.as_tensor(getattr(dataset, "targets", getattr(dataset, "labels", None))).long()
-    if array.ndim == 4 and array.shape[-1] == 3:
-        array = array.permute(0, 3, 1, 2)
-    if array.ndim != 4 or array.shape[-1] != size:
-        return from_dataset(dataset, size, progress=progress)
-    names = getattr(dataset, "classes", None) or [str(label) for label in range(int(labels.max()) + 1)]
-    return ImageSet(array.contiguous(), labels, tuple(map(str, names)))
-
-
-_DOWNLOAD = "--download gets it"
-_TORCHVISION: dict[str, tuple[Callable[[Path, bool, bool], Any], str]] = {
-    "cifar10": (lambda root, train, download: datasets.CIFAR10(root, train, download=download), _DOWNLOAD),
-    "cifar100": (lambda root, train, download: datasets.CIFAR100(root, train, download=download), _DOWNLOAD),
-    "svhn": (
-        lambda root, train, download: datasets.SVHN(root, "train" if train else "test", download=download),
-        f"{_DOWNLOAD} (it needs scipy)",
-    ),
-    "fashion-mnist": (
-        lambda root, train, download: datasets.FashionMNIST(root, train, download=download),
-        f"{_DOWNLOAD}, as does `apt-get install dataset-fashion-mnist`",
-    ),
-}
-
-
-def _from_debian(size: int) -> Benchmark:
-    """Fashion-MNIST from the gzipped IDX files of Debian's package."""
-
-    def part(prefix: str) -> ImageSet:
-        images = _read_idx(DEBIAN_FASHION / f"{prefix}-images-idx3-ubyte.gz")
-        labels = _read_idx(DEBIAN_FASHION / f"{prefix}-labels-idx1-ubyte.gz").long()
-        return ImageSet(_grey(images, size), labels, tuple(datasets.FashionMNIST.classes))
-
-    return Benchmark("fashion-mnist", part("train"), part("t10k"), "Debian package dataset-fashion-mnist")
-
-
-def _read_idx(path: Path) -> Tensor:
-    """An array of bytes in the format of MNIST."""
-    try:
-        data = gzip.decompress(path.read_bytes())
-        shape = struct.unpack_from(f">{data[3]}I", data, 4)
-        array = np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy()
-        return torch.from_numpy(array)
-    except (OSError, EOFError, ValueError, IndexError, struct.error) as error:
-        raise FineTuneError(f"{path} is damaged: {error}; reinstall dataset-fashion-mnist") from error
-
-
-def _grey(images: Tensor, size: int) -> Tensor:
-    """Bytes (N, H, W) as (N, 3, size, size): centered on black if they are smaller, resized otherwise."""
-    border = size - images.shape[-1]
-    if border >= 0:
-        pads = (border // 2, border - border // 2) * 2
-        images = F.pad(images, pads)
-    else:
-        resized = F.interpolate(images[:, None].float(), (size, size), mode="bilinear", antialias=True)
-        images = resized[:, 0].round().clamp(0, 255).to(torch.uint8)
-    return images[:, None].expand(-1, 3, -1, -1).contiguous()
+        except OSError as error:
+            raise FineTuneError(f"{name} could not be read from or downloaded to {root}: {error}") from error
+        train, test = (from_dataset(part, size, progress=progress) for part in parts)
+        return Benchmark(name, train, test, "original files, torchvision")
+    needs = " (it needs scipy)" * (name == "svhn")
+    raise FineTuneError(f"{name} is not in {root}: --download gets it{needs}, or name its folder with --data")
 
 
 def _from_folder(root: Path, size: int, progress: bool) -> Benchmark:

@@ -1,16 +1,15 @@
-"""Many runs: which are left, several at a time, tuned learning rates."""
+"""Many runs: which are left, and which settings are best on held-out images."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from timm_ghn.errors import FineTuneError
@@ -39,13 +38,7 @@ class Job:
 
 
 def run_jobs(
-    jobs: Sequence[Job],
-    data: Benchmark,
-    store: ResultStore,
-    execution: Execution,
-    *,
-    together: int = 1,
-    report: Reporter | None = None,
+    jobs: Sequence[Job], data: Benchmark, store: ResultStore, execution: Execution, *, report: Reporter | None = None
 ) -> tuple[RunResult, ...]:
     """Make the runs that are not in the store, and return the results of all that are by then.
 
@@ -56,25 +49,25 @@ def run_jobs(
         data: The images.
         store: Where results are.
         execution: How to compute.
-        together: Runs that take turns on a device, each on its own CUDA stream.
         report: Called after every epoch of every run.
 
     Raises:
         FineTuneError: If a run cannot be made, or memory does not suffice (the message says what to change).
     """
     named = _named(jobs, data)
-    todo = [item for item in named if store.read(item[0]) is None]
-    steps = sum(job.config.epochs * steps_per_epoch(job.config, task) for _, job, task in todo)
-    with tqdm(total=steps, unit="step", delay=2, smoothing=0.01, disable=None) as bar:
-        for start in range(0, len(todo), together):
-            _run_group(todo[start : start + together], data, store, execution, bar, report)
+    todo = {key: (job, task) for key, job, task in named if store.read(key) is None}
+    total = sum(_steps(job.config, task) for job, task in todo.values())
+    with tqdm(total=total, unit="step", delay=2, smoothing=0.01, disable=None) as bar:
+        for key, (job, task) in todo.items():
+            # Another process may have finished it since the store was read.
+            with store.claimed(key) as is_ours, explained_memory(job.config):
+                if is_ours and store.read(key) is None:
+                    _make(key, job, task, data, store, execution, bar, report)
+                else:
+                    _logger.info("%s is left to the process that works on it", key)
+                    bar.update(_steps(job.config, task))
     found = (store.read(key) for key in dict.fromkeys(key for key, _, _ in named))
     return tuple(result for result in found if result is not None)
-
-
-def steps_per_epoch(config: FineTuneConfig, task: Task) -> int:
-    """Steps in which all training images come once."""
-    return -(-len(task.train) // config.batch_size)
 
 
 def _named(jobs: Sequence[Job], data: Benchmark) -> list[tuple[str, Job, Task]]:
@@ -93,79 +86,49 @@ def _named(jobs: Sequence[Job], data: Benchmark) -> list[tuple[str, Job, Task]]:
     return named
 
 
-def _run_group(
-    group: Sequence[tuple[str, Job, Task]],
+def _steps(config: FineTuneConfig, task: Task) -> int:
+    """Steps of all epochs of a run."""
+    return config.epochs * -(-len(task.train) // config.batch_size)
+
+
+def _make(
+    key: str,
+    job: Job,
+    task: Task,
     data: Benchmark,
     store: ResultStore,
     execution: Execution,
     bar: Any,
     report: Reporter | None,
 ) -> None:
-    """Make a few runs in turns; the bar counts their steps."""
-    with ExitStack() as stack, explained_memory(group[0][1].config, len(group)):
-        active: list[tuple[str, Run, Task]] = []
-        for key, job, task in group:
-            steps = job.config.epochs * steps_per_epoch(job.config, task)
-            # Another process may have finished it since the store was read.
-            if stack.enter_context(store.claimed(key)) and store.read(key) is None:
-                run = _start(key, job, task, store, execution)
-                steps = run.progress.epoch * steps_per_epoch(job.config, task)
-                active.append((key, run, task))
-            else:
-                _logger.info("%s is left to the process that works on it", key)
-            bar.update(steps)
-        bar.set_postfix_str(", ".join(f"{run.config.starts_from}, seed {run.seed}" for _, run, _ in active))
-        _train(active, store, execution, bar, report)
-        for key, run, task in active:
-            store.write(_result(key, run, task, data), run.module.state_dict() if execution.keep_weights else None)
-
-
-def _start(key: str, job: Job, task: Task, store: ResultStore, execution: Execution) -> Run:
-    """A new run, or one that goes on."""
-    images = _initial_images(job.config, task)
-    network = build_network(job.config, len(task.train.classes), job.seed, images)
-    run = Run(job.config, job.seed, task, network, execution)
-    path = store.checkpoint(key)
+    """Train a network to the end, and write down the result."""
+    config, path = job.config, store.checkpoint(key)
+    first = task.train.subset(classes_in_turn(task.train.labels, _INITIAL_IMAGES))
+    images = DeviceImages.of(first, task, config, torch.device("cpu")).plain(0, len(first))[0].contiguous()
+    run = Run(config, job.seed, task, build_network(config, len(task.train.classes), job.seed, images), execution)
     if path.exists():
         run.load(path)
-        _logger.info("%s goes on after %d epochs", key, run.progress.epoch)
-    return run
-
-
-def _initial_images(config: FineTuneConfig, task: Task) -> Tensor:
-    """A few training images of every class, normalized, on the CPU."""
-    first = task.train.subset(classes_in_turn(task.train.labels, _INITIAL_IMAGES))
-    images = DeviceImages.of(first, task, config, torch.device("cpu"), padding=0, channels_last=False)
-    return images.plain(0, len(first))[0]
-
-
-def _train(
-    active: Sequence[tuple[str, Run, Task]], store: ResultStore, execution: Execution, bar: Any, report: Reporter | None
-) -> None:
-    """Train all to their ends, step by step in turns."""
-    saved = monotonic()
-    while running := [item for item in active if not item[1].is_done]:
-        epochs = [run.epoch() for _, run, _ in running]
-        while epochs := [epoch for epoch in epochs if next(epoch, True) is None]:
-            bar.update(len(epochs))
-        for key, run, task in running:
-            if run.progress.diverged:
-                left = run.config.epochs - run.progress.epoch
-                bar.update(left * steps_per_epoch(run.config, task))
-                _logger.warning("%s diverged in epoch %d: its loss is not finite, and it does not count; a learning "
-                    "rate below %g may help", key, run.progress.epoch, run.config.lr)  # fmt: skip
-            if report is not None:
-                report(run.progress.curve[-1])
+        _logger.info("%s goes on after %d epochs", key, len(run.curve))
+    start, saved = bar.n, monotonic()
+    bar.set_postfix_str(f"{config.starts_from}, seed {job.seed}")
+    bar.update(len(run.curve) * _steps(config, task) // config.epochs)
+    while not run.is_done:
+        run.train_epoch(bar.update)
+        if report is not None:
+            report(run.curve[-1])
         if monotonic() - saved >= execution.save_seconds:
-            for key, run, _ in active:
-                run.save(store.checkpoint(key))
+            run.save(path)
             saved = monotonic()
+    bar.update(start + _steps(config, task) - bar.n)
+    if run.diverged:
+        _logger.warning("%s diverged in epoch %d: its loss is not finite, and it does not count; a learning rate below "
+            "%g may help", key, len(run.curve), config.lr)  # fmt: skip
+    store.write(_result(key, run, task, data), run.module.state_dict() if execution.keep_weights else None)
 
 
 def _result(key: str, run: Run, task: Task, data: Benchmark) -> RunResult:
     """The record of a finished run."""
-    progress = run.progress
-    last = progress.curve[-1]
+    last = run.curve[-1]
     if last.accuracy is None or last.loss is None:
         raise FineTuneError(f"{key} was not measured after its last epoch")
     return RunResult(
@@ -174,17 +137,17 @@ def _result(key: str, run: Run, task: Task, data: Benchmark) -> RunResult:
         seed=run.seed,
         accuracy=last.accuracy,
         loss=last.loss,
-        diverged=progress.diverged,
-        seconds=progress.seconds,
-        images_per_second=progress.epoch * len(task.train) / max(progress.seconds, 1e-9),
-        curve=tuple(progress.curve),
+        diverged=run.diverged,
+        seconds=run.seconds,
+        images_per_second=len(run.curve) * len(task.train) / max(run.seconds, 1e-9),
+        curve=tuple(run.curve),
         data={
             "name": data.name,
-            "copy": task.copy,
+            "copy": data.copy,
             "digest": task.digest,
             "train": len(task.train),
             run.config.split: len(task.test),
-            "classes": len(task.train.classes),
+            "classes": data.num_classes,
         },
         network={
             "parameters": sum(parameter.numel() for parameter in run.module.parameters()),
@@ -196,7 +159,7 @@ def _result(key: str, run: Run, task: Task, data: Benchmark) -> RunResult:
 
 
 @contextmanager
-def explained_memory(config: FineTuneConfig, together: int) -> Iterator[None]:
+def explained_memory(config: FineTuneConfig) -> Iterator[None]:
     """Say what to change where memory does not suffice.
 
     Raises:
@@ -205,9 +168,7 @@ def explained_memory(config: FineTuneConfig, together: int) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        ways = [f"a smaller --batch-size than {config.batch_size}", "--precision bfloat16"]
-        if together > 1:
-            ways.insert(0, f"fewer runs at a time than --together {together}")
+        ways = [f"a smaller --batch-size than {config.batch_size}", "--precision bfloat16", "fewer runs at a time"]
         if config.adjusts_stem:
             ways.append("--stem original")
         raise FineTuneError(
@@ -216,52 +177,36 @@ def explained_memory(config: FineTuneConfig, together: int) -> Iterator[None]:
         ) from error
 
 
-# --- tuning ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Values to try on the held-out training images.
-
-    Attributes:
-        lrs: Learning rates; empty for the configuration's.
-        weight_decays: Weight decays; likewise.
-        seeds: Seeds of every trial.
-    """
-
-    lrs: tuple[float, ...] = ()
-    weight_decays: tuple[float, ...] = ()
-    seeds: tuple[int, ...] = (1000,)
-
-    def of(self, config: FineTuneConfig) -> tuple[FineTuneConfig, ...]:
-        """The configurations to try, which measure on the validation images."""
-        return tuple(
-            replace(config, lr=lr, weight_decay=decay, split="validation")
-            for lr in self.lrs or (config.lr,)
-            for decay in self.weight_decays or (config.weight_decay,)
-        )
-
-
 def tune(
-    config: FineTuneConfig, grid: Grid, data: Benchmark, store: ResultStore, execution: Execution, *, together: int = 1
+    candidates: Sequence[FineTuneConfig],
+    seeds: Sequence[int],
+    data: Benchmark,
+    store: ResultStore,
+    execution: Execution,
 ) -> FineTuneConfig:
-    """The configuration with the learning rate and weight decay that are best on held-out training images.
+    """The settings that are best on held-out training images; a single candidate is not tried.
+
+    Args:
+        candidates: Settings to choose from, which differ in learning rate or weight decay.
+        seeds: Seeds of the trials of each candidate.
+        data: The images.
+        store: Where results are.
+        execution: How to compute.
 
     Raises:
         FineTuneError: As `run_jobs`, or if other processes still work on some of the trials.
     """
-    trials = grid.of(config)
-    if len(trials) < 2:
-        return replace(config, lr=trials[0].lr, weight_decay=trials[0].weight_decay)
-    jobs = [Job(trial, seed) for trial in trials for seed in grid.seeds]
-    results = run_jobs(jobs, data, store, execution, together=together)
+    if len(candidates) == 1:
+        return candidates[0]
+    jobs = [Job(replace(config, split="validation"), seed) for config in candidates for seed in seeds]
+    results = run_jobs(jobs, data, store, execution)
     if len(results) < len(jobs):
         raise FineTuneError(
             f"{len(jobs) - len(results)} of {len(jobs)} trials are left to other processes: run this again later"
         )
     best = best_of(summarize(results))
-    _logger.info("%s, %s: lr %g, weight decay %g", config.model, config.starts_from, best.lr, best.weight_decay)
-    return replace(config, lr=best.lr, weight_decay=best.weight_decay)
+    _logger.info("%s, %s: lr %g, weight decay %g", best.model, best.starts_from, best.lr, best.weight_decay)
+    return replace(best, split=candidates[0].split)
 
 
 def best_of(summaries: Sequence[Summary]) -> FineTuneConfig:

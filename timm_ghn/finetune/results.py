@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -10,9 +9,9 @@ import platform
 import statistics
 import subprocess
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.run import Point
 from timm_ghn.storage.atomic import write_atomically
-from timm_ghn.text import markdown_table
 
 _logger = logging.getLogger(__name__)
 
@@ -66,11 +64,7 @@ class RunResult:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible form."""
-        return {
-            **{entry.name: getattr(self, entry.name) for entry in fields(self)},
-            "config": self.config.to_dict(),
-            "curve": [asdict(point) for point in self.curve],
-        }
+        return {**vars(self), "config": self.config.to_dict(), "curve": [asdict(point) for point in self.curve]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunResult:
@@ -165,13 +159,11 @@ class Summary:
         config: The settings.
         accuracies: Accuracy by seed, of runs that did not diverge.
         diverged: How many runs diverged.
-        seconds: Median time of a run.
     """
 
     config: FineTuneConfig
     accuracies: Mapping[int, float]
     diverged: int
-    seconds: float
 
     @property
     def mean(self) -> float:
@@ -199,78 +191,24 @@ def summarize(results: Iterable[RunResult]) -> tuple[Summary, ...]:
             group[0].config,
             {run.seed: run.accuracy for run in sorted(group, key=lambda run: run.seed) if not run.diverged},
             sum(result.diverged for result in group),
-            statistics.median(result.seconds for result in group),
         )
         for group in groups.values()
     )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two initializations, paired by seed.
-
-    Attributes:
-        difference: Mean of the differences of accuracy, first minus second.
-        std: Their sample standard deviation.
-        wins: Seeds on which the first is better.
-        pairs: Number of seeds that both have.
-        p_value: Share of all choices of signs that give a mean at least as far from 0 (exact, two-sided). With 5 seeds
-            it cannot be smaller than 0.0625.
-    """
-
-    difference: float
-    std: float
-    wins: int
-    pairs: int
-    p_value: float
-
-
-def compare(first: Summary, second: Summary) -> Comparison:
-    """Compare on the seeds that both have.
-
-    Raises:
-        FineTuneError: If there are none.
-    """
-    seeds = sorted(first.accuracies.keys() & second.accuracies.keys())
-    if not seeds:
-        raise FineTuneError(f"{first.config.starts_from} and {second.config.starts_from} have no seed in common")
-    differences = [first.accuracies[seed] - second.accuracies[seed] for seed in seeds]
-    return Comparison(
-        statistics.fmean(differences),
-        spread(differences),
-        sum(value > 0 for value in differences),
-        len(seeds),
-        _sign_flip_p(differences),
-    )
-
-
-def _sign_flip_p(differences: Sequence[float]) -> float:
-    observed = abs(sum(differences)) - 1e-12
-    sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in _signs(len(differences))]
-    return sum(value >= observed for value in sums) / len(sums)
-
-
-def _signs(count: int) -> Iterator[tuple[int, ...]]:
-    return itertools.product((1, -1), repeat=count)
-
-
-def accuracy_table(summaries: Sequence[Summary]) -> str:
-    """Accuracies in percent as a Markdown table, a row for each initialization."""
-    rows = []
-    for row in summaries:
-        config = row.config
-        runs = f"{len(row.accuracies)}{f' ({row.diverged} diverged)' if row.diverged else ''}"
-        split = "" if config.split == "test" else f" ({config.split})"
-        accuracy = f"{100 * row.mean:.2f} ± {100 * row.std:.2f}{split}" if row.accuracies else "-"
-        rates = f"{config.lr:g}", f"{config.weight_decay:g}"
-        rows.append((config.model, config.starts_from, *rates, runs, accuracy, f"{row.seconds:.0f}"))
-    header = ("model", "init", "lr", "weight decay", "runs", "accuracy, %", "s a run")
-    return "\n".join(markdown_table(header, rows))
+def differences(first: Summary, second: Summary) -> list[float]:
+    """Accuracy of the first less that of the second, for every seed that both have; there may be none."""
+    return [first.accuracies[seed] - second.accuracies[seed] for seed in first.accuracies if seed in second.accuracies]
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Where a run takes place."""
+    """Where a run takes place, with the commit of this package if it runs from a clone of git."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "unknown"
     return {
         "timm_ghn": __version__,
         "torch": torch.__version__,
@@ -278,14 +216,5 @@ def environment(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "device": f"{device.type}: {name}",
         "threads": str(torch.get_num_threads()),
-        "commit": _commit(),
+        "commit": commit,
     }
-
-
-def _commit() -> str:
-    """Commit of this package, if it runs from a clone of git."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import math
 import pickle
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,11 @@ from timm_ghn.finetune.batches import DeviceImages, epoch_picks
 from timm_ghn.finetune.config import FineTuneConfig, learning_rate
 from timm_ghn.finetune.data import Task, classes_in_turn
 from timm_ghn.finetune.network import Network
-from timm_ghn.finetune.steps import CapturedStep, EagerStep, Step, forward, make_optimizer, set_learning_rate
 from timm_ghn.seeding import derived_seed, seeded
-from timm_ghn.storage.atomic import write_atomically
+from timm_ghn.storage.atomic import save_atomically
+
+Step = Callable[[Tensor], None]
+"""Takes columns (4, B) of `epoch_picks`, on the device, and updates the network."""
 
 _EVALUATION_BATCH = 500
 _SETTLING_IMAGES = 2048
@@ -38,40 +38,19 @@ class Execution:
 
     Attributes:
         device: Where.
-        channels_last: Whether images and weights have this memory format.
-        capture: Whether steps are replayed as CUDA graphs; only on CUDA.
-        compile: Whether the network goes through `torch.compile`.
         evaluate_every: Epochs between two measurements; 0 for none. The last epoch is always measured.
         evaluate_at: Further epochs after which to measure.
         keep_weights: Whether the weights of a finished run are kept beside its result.
         save_seconds: Seconds between two checkpoints.
+        capture: What makes a faster step on CUDA of the step of a run; None to launch its kernels one by one.
     """
 
     device: str = "cpu"
-    channels_last: bool = True
-    capture: bool = True
-    compile: bool = False
     evaluate_every: int = 10
     evaluate_at: tuple[int, ...] = ()
     keep_weights: bool = False
     save_seconds: float = 60.0
-
-
-def _find_device(name: str) -> torch.device:
-    """The device of a name; "cuda" is the current one.
-
-    Raises:
-        FineTuneError: If there is none.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise FineTuneError(f"device {name!r}: {error}") from error
-    if device.type != "cuda":
-        return device
-    if not torch.cuda.is_available():
-        raise FineTuneError(f"device {name!r}: there is no CUDA device, or torch was built without CUDA; use 'cpu'")
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    capture: Callable[[Run, Step], Step] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +63,7 @@ class Point:
         train_loss: Mean loss over its augmented training images.
         train_accuracy: Share of them that was right.
         loss: Mean loss over the test images; None where it was not measured.
-        accuracy: Share of them that was right; likewise.
+        accuracy: Share of the test images that was right; None where it was not measured.
     """
 
     epoch: int
@@ -93,23 +72,6 @@ class Point:
     train_accuracy: float
     loss: float | None = None
     accuracy: float | None = None
-
-
-@dataclass
-class Progress:
-    """What a run has come to.
-
-    Attributes:
-        epoch: Finished epochs.
-        seconds: Time of training, without measurements.
-        curve: One point an epoch.
-        diverged: Whether the loss stopped being a number; the run then ended.
-    """
-
-    epoch: int = 0
-    seconds: float = 0.0
-    curve: list[Point] = field(default_factory=list)
-    diverged: bool = False
 
 
 class Run:
@@ -121,6 +83,14 @@ class Run:
         task: Images.
         network: What to train; moved to the device.
         execution: How to compute.
+
+    Attributes:
+        curve: One point for each finished epoch.
+        seconds: Time of training, without measurements.
+        diverged: Whether the loss stopped being a number; the run then ended.
+
+    Raises:
+        FineTuneError: If the device cannot be used.
     """
 
     def __init__(
@@ -129,88 +99,83 @@ class Run:
         self.config, self.seed, self.network = config, seed, network
         self.execution = execution or Execution()
         self.device = _find_device(self.execution.device)
-        last = self.execution.channels_last
-        self.module: nn.Module = network.module.to(self.device)
-        if last:
-            self.module = self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.images = DeviceImages.of(task.train, task, config, self.device, padding=config.padding, channels_last=last)
-        self.test = DeviceImages.of(task.test, task, config, self.device, padding=0, channels_last=last)
+        self.module: nn.Module = network.module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.images = DeviceImages.of(task.train, task, config, self.device, config.padding)
+        self.test = DeviceImages.of(task.test, task, config, self.device)
         self._settling: DeviceImages | None = None
         if config.settle and any(isinstance(module, _BatchNorm) for module in self.module.modules()):
             some = task.train.subset(classes_in_turn(task.train.labels, _SETTLING_IMAGES))
-            self._settling = DeviceImages.of(some, task, config, self.device, padding=0, channels_last=last)
-        self.optimizer = make_optimizer(config, self.module, self.device)
+            self._settling = DeviceImages.of(some, task, config, self.device)
+        self.optimizer = _make_optimizer(config, self.module, self.device)
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self.stream: torch.cuda.Stream | None = None
-        if self.device.type == "cuda":
-            self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self.progress = Progress()
-        self._wait_for_transfers()
-        trained: Any = torch.compile(self.module) if self.execution.compile else self.module
-        eager = EagerStep(trained, self.optimizer, self.images, config, self.totals)
-        captured = self.stream is not None and self.execution.capture
-        self.step: Step = CapturedStep(eager, self.stream) if captured and self.stream is not None else eager
+        self.curve: list[Point] = []
+        self.seconds, self.diverged = 0.0, False
+        self.step: Step = lambda picks: self.update(*self.images.augmented(picks))
+        if self.execution.capture is not None and self.device.type == "cuda":
+            self.step = self.execution.capture(self, self.step)
 
     @property
     def is_done(self) -> bool:
         """Whether nothing is left to train."""
-        return self.progress.diverged or self.progress.epoch >= self.config.epochs
+        return self.diverged or len(self.curve) >= self.config.epochs
 
     # Training
 
-    def epoch(self) -> Iterator[None]:
-        """Train for an epoch; yields after every step, so that several runs can take turns."""
-        epoch = self.progress.epoch
-        with self.on_stream():
-            picks = epoch_picks(self.config, len(self.images), self.seed, epoch).to(self.device, non_blocking=True)
-            set_learning_rate(self.optimizer, learning_rate(self.config, epoch))
-            self.totals.zero_()
+    def train_epoch(self, after_step: Callable[[], object] = lambda: None) -> None:
+        """Train for an epoch, and measure the network if it is time.
+
+        Args:
+            after_step: Called after every step.
+        """
+        epoch, started = len(self.curve), time.perf_counter()
+        picks = epoch_picks(self.config, len(self.images), self.seed, epoch).to(self.device, non_blocking=True)
+        rate = learning_rate(self.config, epoch)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self.totals.zero_()
         self.module.train()
-        started = time.perf_counter()
-        away = 0.0
-        for index, part in enumerate(self._parts(picks)):
+        parts = list(torch.split(picks, self.config.batch_size, dim=1))
+        if len(parts) > 1 and parts[-1].shape[1] == 1:  # batch norms need two images
+            parts[-2:] = [torch.cat(parts[-2:], dim=1)]
+        for index, part in enumerate(parts):
             self.train_on(part, epoch, index)
-            left = time.perf_counter()
-            yield
-            away += time.perf_counter() - left
-        self._finish_epoch(started + away)
+            after_step()
+        loss, right = (float(value) / len(self.images) for value in self.totals.cpu())
+        self.seconds += time.perf_counter() - started
+        self.diverged = not math.isfinite(loss)
+        self.curve.append(Point(epoch + 1, rate, loss, right))
+        every = self.execution.evaluate_every
+        if self.is_done or epoch + 1 in self.execution.evaluate_at or (every > 0 and (epoch + 1) % every == 0):
+            test_loss, accuracy = self.evaluate()
+            self.diverged = self.diverged or not math.isfinite(test_loss)
+            self.curve[-1] = replace(self.curve[-1], loss=test_loss, accuracy=accuracy)
 
     def train_on(self, picks: Tensor, epoch: int, index: int) -> None:
         """One step, the `index`-th of an epoch.
 
         Args:
             picks: Columns (4, B) of `epoch_picks`, on the device.
+            epoch: Epoch, from 0.
+            index: Number of the step in the epoch, from 0.
         """
         # What dropout and stochastic depth draw depends on seed, epoch and step alone.
-        with self.on_stream(), seeded(derived_seed("fine-tuning step", self.seed, epoch, index), self.device):
+        with seeded(derived_seed("fine-tuning step", self.seed, epoch, index), self.device):
             self.step(picks)
 
-    def _parts(self, picks: Tensor) -> list[Tensor]:
-        """The table of an epoch in batches; a last image alone joins the batch before (batch norms need two)."""
-        parts = list(torch.split(picks, self.config.batch_size, dim=1))
-        if len(parts) > 1 and parts[-1].shape[1] == 1:
-            parts[-2:] = [torch.cat(parts[-2:], dim=1)]
-        return parts
-
-    def _finish_epoch(self, started: float) -> None:
-        """Read what the epoch came to, and measure if it is time."""
-        with self.on_stream():
-            loss, right = (float(value) / len(self.images) for value in self.totals.cpu())
-        progress = self.progress
-        progress.seconds += time.perf_counter() - started
-        progress.epoch += 1
-        progress.diverged = not math.isfinite(loss)
-        measured: tuple[float, float] | tuple[None, None] = (None, None)
-        if self._is_measured():
-            measured = self.evaluate()
-            progress.diverged = progress.diverged or not math.isfinite(measured[0])
-        rate = learning_rate(self.config, progress.epoch - 1)
-        progress.curve.append(Point(progress.epoch, rate, loss, right, *measured))
-
-    def _is_measured(self) -> bool:
-        """Whether accuracy is measured after the epoch that has just ended."""
-        epoch, every = self.progress.epoch, self.execution.evaluate_every
-        return self.is_done or epoch in self.execution.evaluate_at or (every > 0 and epoch % every == 0)
+    def update(self, inputs: Tensor, labels: Tensor) -> None:
+        """Forward, backward, clipping, update; losses and right answers are added to `totals`, float64 (2,)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self._forward(self.module, inputs)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip)
+        self.optimizer.step()
+        with torch.no_grad():
+            right = (logits.argmax(1) == labels).sum()
+            self.totals.add_(torch.stack([loss.detach().double() * len(labels), right.double()]))
 
     @torch.no_grad()
     def evaluate(self, images: DeviceImages | None = None) -> tuple[float, float]:
@@ -218,15 +183,23 @@ class Run:
         test = self.test if images is None else images
         module = self._settled().eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        with self.on_stream():
-            for start in range(0, len(test), _EVALUATION_BATCH):
-                inputs, labels = test.plain(start, start + _EVALUATION_BATCH)
-                logits = forward(module, inputs, self.config)
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-                sums += torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()])
-            loss_sum, right = (float(value) for value in sums.cpu())
+        for start in range(0, len(test), _EVALUATION_BATCH):
+            inputs, labels = test.plain(start, start + _EVALUATION_BATCH)
+            logits = self._forward(module, inputs)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()])
+        loss_sum, right = (float(value) for value in sums.cpu())
         self.module.train()
         return loss_sum / len(test), right / len(test)
+
+    def _forward(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits in float32."""
+        with self._autocast():
+            logits: Tensor = module(inputs)
+        return logits.float()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def _settled(self) -> nn.Module:
         """The network, or a copy of it whose batch norms have the statistics of training images."""
@@ -235,38 +208,24 @@ class Run:
         module, size = copy.deepcopy(self.module), self.config.batch_size
         whole = max(len(self._settling) // size * size, 1)  # a last batch of one image has no variance
         batches = (self._settling.plain(start, start + size)[0] for start in range(0, whole, size))
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
-        seed = derived_seed("fine-tuning statistics", self.seed, self.progress.epoch)
-        with self.on_stream(), seeded(seed, self.device), autocast:
+        seed = derived_seed("fine-tuning statistics", self.seed, len(self.curve))
+        with seeded(seed, self.device), self._autocast():
             update_bn(batches, module)
         return module
-
-    def _wait_for_transfers(self) -> None:
-        """Let the run's own stream begin after what was put on the device before."""
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-
-    def on_stream(self) -> contextlib.AbstractContextManager[Any]:
-        """Let what follows run on this run's own CUDA stream, if it has one."""
-        return torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext()
 
     # Checkpoints
 
     def save(self, path: Path) -> None:
         """Write everything that a run needs to go on, atomically."""
-        buffer = io.BytesIO()
-        progress = self.progress
         state = {
             "network": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "epoch": progress.epoch,
-            "seconds": progress.seconds,
-            "curve": [asdict(point) for point in progress.curve],
+            "seconds": self.seconds,
+            "curve": [asdict(point) for point in self.curve],
             "config": self.config.to_dict(),
             "seed": self.seed,
         }
-        torch.save(state, buffer)
-        write_atomically(path, buffer.getvalue())
+        save_atomically(path, lambda place: torch.save(state, place))
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -280,10 +239,33 @@ class Run:
                 raise FineTuneError(f"{path} is the checkpoint of a run with other settings")
             self.module.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self._wait_for_transfers()
-            curve = [Point(**point) for point in state["curve"]]
-            self.progress = Progress(int(state["epoch"]), float(state["seconds"]), curve)
+            self.curve, self.seconds = [Point(**point) for point in state["curve"]], float(state["seconds"])
         except FineTuneError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise FineTuneError(f"{path} is damaged: {error}; delete it to start this run again") from error
+
+
+def _find_device(name: str) -> torch.device:
+    """The device of a name; "cuda" is the current one.
+
+    Raises:
+        FineTuneError: If there is none.
+    """
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise FineTuneError(f"device {name!r}: there is no CUDA device, or torch was built without CUDA; use 'cpu'")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise FineTuneError(f"device {name!r}: {error}") from error
+
+
+def _make_optimizer(config: FineTuneConfig, network: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of a run. On CUDA the learning rate is a tensor, so that a captured step can read it."""
+    on_cuda = device.type == "cuda"
+    kwargs: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if on_cuda:
+        kwargs |= {"lr": torch.tensor(config.lr, device=device), "fused": True}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(network.parameters(), capturable=on_cuda, **kwargs)
+    return torch.optim.SGD(network.parameters(), momentum=config.momentum, **kwargs)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from timm_ghn.errors import MissingDependencyError
-from timm_ghn.finetune.results import RunResult, Summary, compare
+from timm_ghn.finetune.results import RunResult, Summary, differences, spread
 from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.text import table
 
@@ -30,12 +30,15 @@ def _row(summary: Summary, first: Summary) -> tuple[str, ...]:
     name, rate, runs = summary.config.starts_from, f"{summary.config.lr:g}", f"{len(summary.accuracies)}{note}"
     if not summary.accuracies:
         return (name, rate, runs, *["-"] * 5)
-    own = f"{100 * summary.mean:.1f}", f"{100 * summary.std:.1f}"
-    if summary is first or not summary.accuracies.keys() & first.accuracies.keys():
+    own, gains = (f"{100 * summary.mean:.1f}", f"{100 * summary.std:.1f}"), differences(summary, first)
+    if summary is first or not gains:
         return (name, rate, runs, *own, *["-"] * 3)
-    paired = compare(summary, first)
-    wins = f"{paired.wins} of {paired.pairs} seeds"
-    return (name, rate, runs, *own, f"{100 * paired.difference:+.1f}", f"{100 * paired.std:.1f}", wins)
+    paired = f"{100 * statistics.fmean(gains):+.1f}", f"{100 * spread(gains):.1f}"
+    return (name, rate, runs, *own, *paired, f"{_wins(gains)} of {len(gains)} seeds")
+
+
+def _wins(gains: Sequence[float]) -> int:
+    return sum(gain > 0 for gain in gains)
 
 
 def verdict(summaries: Sequence[Summary], steps: int) -> str:
@@ -46,27 +49,24 @@ def verdict(summaries: Sequence[Summary], steps: int) -> str:
         steps: Steps of training of every run.
     """
     ranked = sorted((row for row in summaries if row.accuracies), key=lambda row: row.mean, reverse=True)
-    pairs = [(ranked[0], row) for row in ranked[1:] if row.accuracies.keys() & ranked[0].accuracies.keys()]
+    pairs = [(row, gains) for row in ranked[1:] if (gains := differences(ranked[0], row))]
     if not pairs:
         return "There is nothing to compare: no two initializations have a run with the same seed that did not diverge."
-    best, second = pairs[0]
+    best, (second, gains) = ranked[0], pairs[0]
     names = f"{best.config.starts_from} and {second.config.starts_from}"
     if steps < ENOUGH_STEPS:
         epochs = math.ceil(best.config.epochs * ENOUGH_STEPS / steps)
         return f"Too short to tell {names} apart: {steps} steps of training; --epochs {epochs} or more would do."
-    paired = compare(best, second)
-    lead = f"{100 * paired.difference:.1f} points"
-    if paired.pairs == 1:
+    mean, wins = statistics.fmean(gains), f"{_wins(gains)} of {len(gains)} seeds"
+    lead = f"{100 * mean:.1f} points"
+    if len(gains) == 1:
         return f"One seed does not tell {names} apart: the first is {lead} ahead; use --seeds 3 or more."
-    if paired.wins < paired.pairs or paired.difference <= paired.std:
+    if _wins(gains) < len(gains) or mean <= spread(gains):
         return (
-            f"No clear difference between {names}: {lead} ± {100 * paired.std:.1f}, the first is better on "
-            f"{paired.wins} of {paired.pairs} seeds; more --seeds or --epochs may tell them apart."
+            f"No clear difference between {names}: {lead} ± {100 * spread(gains):.1f}, the first is better on "
+            f"{wins}; more --seeds or --epochs may tell them apart."
         )
-    return (
-        f"{best.config.starts_from} is ahead of {second.config.starts_from} on {paired.wins} of {paired.pairs} seeds, "
-        f"by {lead}."
-    )
+    return f"{best.config.starts_from} is ahead of {second.config.starts_from} on {wins}, by {lead}."
 
 
 def draw_curves(results: Iterable[RunResult], path: Path) -> None:
