@@ -69,7 +69,15 @@ def test_what_a_repository_holds(hub: Hub, client: Client) -> None:
 
 
 def test_without_matplotlib_there_is_no_picture(hub: Hub, client: Client) -> None:
-    client.run(f"import sys\nsys.modules['matplotlib'] = None\nresult = {PUSH}.detail")
+    client.run(
+        f"""
+        import sys
+        before, sys.modules["matplotlib"] = sys.modules.pop("matplotlib", None), None
+        result = {PUSH}.detail
+        del sys.modules["matplotlib"]
+        sys.modules.update({{}} if before is None else {{"matplotlib": before}})
+        """
+    )
     files = hub.repositories[NAME].files
     assert files.keys() == {".gitattributes", "README.md", "config.json", WEIGHTS, "timm_ghn.json"}
     assert b"graph.png" not in files["README.md"].data
