@@ -15,7 +15,6 @@ from timm_ghn.hub.card import model_card
 from timm_ghn.hub.manifest import FILE, WEIGHTS, FileRecord, Manifest, dtype_of, versions
 from timm_ghn.initialize.to_folder import init_to_folder
 from timm_ghn.request import Request
-from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.storage.paths import file_sha256
 from timm_ghn.storage.reader import TensorReader
 
@@ -25,9 +24,7 @@ CARD = "README.md"
 PICTURE = "graph.png"
 
 
-def make_folder(
-    request: Request, folder: Path, *, repository: str, license: str, max_shard_size: int | str
-) -> Manifest:
+def make_folder(request: Request, folder: Path, *, repository: str, license: str, max_shard_size: int | str) -> None:
     """Compute the weights and write the files of a repository.
 
     Args:
@@ -59,9 +56,8 @@ def make_folder(
         },
     )
     picture = _draw(skeleton, request, folder)
-    write_atomically(folder / FILE, manifest.to_json().encode())
-    write_atomically(folder / CARD, model_card(manifest, repository, picture).encode())
-    return manifest
+    (folder / FILE).write_bytes(manifest.to_json().encode())
+    (folder / CARD).write_bytes(model_card(manifest, repository, picture).encode())
 
 
 def first_difference(model: nn.Module, folder: Path) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.resources
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from timm_ghn.errors import PushError
@@ -15,12 +14,9 @@ from timm_ghn.ghn.config import HUB_FILE
 from timm_ghn.ghn.model import GHN
 from timm_ghn.ghn.registry import find_named, load_ghn
 from timm_ghn.hub.card import ghn_card
-from timm_ghn.hub.client import HubSource, Snapshot, bounded_silence
 from timm_ghn.hub.folder import CARD
-from timm_ghn.hub.push import Outcome, Pushed, PushOptions, find_repository, upload
-from timm_ghn.storage.atomic import write_atomically
-
-CONFIG_FILE = "config.json"
+from timm_ghn.hub.push import Outcome, Pushed, PushOptions, destination, find_repository, upload
+from timm_ghn.storage.folder import CONFIG_FILE
 
 
 def push_ghn(
@@ -56,25 +52,20 @@ def push_ghn(
     if entry is not None:
         description = description or f"{entry.description}; trained on {entry.trained_on}."
         notes = notes or _known_notes(entry)
-    destination = replace(HubSource.parse(repository), revision=options.revision)
-    with bounded_silence():
-        remote = find_repository(destination, options, mark=HUB_FILE)
-        if options.dry_run:
-            return _planned(name, repository, ghn, remote)
-        with tempfile.TemporaryDirectory(prefix="timm-ghn-") as folder:
-            root = Path(folder)
-            checkpoint.write_safetensors(ghn, root / HUB_FILE, dict(ghn.info.metadata) if ghn.info else None)
-            facts = {"model_type": "timm-ghn", "hash": checkpoint.content_hash(ghn), "ghn": ghn.config.to_dict()}
-            write_atomically(root / CONFIG_FILE, f"{json.dumps(facts, indent=2)}\n".encode())
-            card = ghn_card(ghn, repository, license=license, description=description or "", notes=notes)
-            write_atomically(root / CARD, card.encode())
-            return upload(name, root, destination, remote, options, f"GHN {name}")
-
-
-def _planned(name: str, repository: str, ghn: GHN, remote: Snapshot | None) -> Pushed:
-    size = sum(tensor.numel() * tensor.element_size() for tensor in ghn.state_dict().values())
-    known = "replaces what is there" if remote is not None and HUB_FILE in remote.files else "new"
-    return Pushed(name, repository, Outcome.PLANNED, f"{size / 1e6:,.1f} MB, {known}")
+    target = destination(repository, options)
+    remote = find_repository(target, options, mark=HUB_FILE)
+    if options.dry_run:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in ghn.state_dict().values())
+        known = "replaces what is there" if remote is not None and HUB_FILE in remote.files else "new"
+        return Pushed(name, repository, Outcome.PLANNED, f"{size / 1e6:,.1f} MB, {known}")
+    with tempfile.TemporaryDirectory(prefix="timm-ghn-") as folder:
+        root = Path(folder)
+        checkpoint.write_safetensors(ghn, root / HUB_FILE, dict(ghn.info.metadata) if ghn.info else None)
+        facts = {"model_type": "timm-ghn", "hash": checkpoint.content_hash(ghn), "ghn": ghn.config.to_dict()}
+        (root / CONFIG_FILE).write_bytes(f"{json.dumps(facts, indent=2)}\n".encode())
+        card = ghn_card(ghn, repository, license=license, description=description or "", notes=notes)
+        (root / CARD).write_bytes(card.encode())
+        return upload(name, root, target, remote, options, f"GHN {name}")
 
 
 def _known_notes(entry: NamedGHN) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -15,14 +14,7 @@ from torch import Tensor, nn
 
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import CheckpointError, DownloadError, HubUnreachableError, InitError, TensorFileError
-from timm_ghn.hub.client import (
-    PREFIX,
-    HubSource,
-    Snapshot,
-    fetch,
-    look_up,
-    look_up_or_cached,
-)
+from timm_ghn.hub.client import PREFIX, HubSource, Snapshot, fetch, look_up_or_cached
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, Manifest, dtype_of
 from timm_ghn.initialize.plan import expected_origin
 from timm_ghn.initialize.provenance import record_
@@ -30,75 +22,29 @@ from timm_ghn.initialize.report import ParameterReport, Report, Status
 from timm_ghn.orthogonalization import weight_layers
 from timm_ghn.request import Request
 from timm_ghn.settings import Init, Source
-from timm_ghn.storage.header import TensorSpec, specs_of
-from timm_ghn.storage.paths import file_sha256, is_offline
+from timm_ghn.storage.header import specs_of
+from timm_ghn.storage.paths import file_sha256
 from timm_ghn.storage.reader import TensorReader
 
 _logger = logging.getLogger(__name__)
 
 ORGANIZATION_VARIABLE = "TIMM_GHN_HUB_ORG"
 """Environment variable that names an organization of the Hub, where weights are looked for before they are computed."""
-_RETRY_SECONDS = 300.0
-"""How long a Hub that could not be reached is not asked again by the same process."""
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """Weights on disk that are what their repository describes.
+    """Weights that are what their repository describes.
 
     Attributes:
         source: Where they come from, with the commit.
         manifest: What they are.
-        paths: Files of weights.
-        specs: Type and shape of every tensor by name, from the headers of the files.
+        tensors: The weights by name.
     """
 
     source: str
     manifest: Manifest
-    paths: tuple[Path, ...]
-    specs: Mapping[str, TensorSpec]
-
-    @classmethod
-    def of(cls, source: str, manifest: Manifest, paths: tuple[Path, ...]) -> Pulled:
-        """Read all tensors once, before a model gets any of them.
-
-        Raises:
-            CheckpointError: If a file is damaged, a parameter of the report is missing or of another shape, or a value
-                is not a number.
-        """
-        specs = {}
-        for name, tensor in _tensors(source, paths):
-            specs[name] = TensorSpec.of(tensor)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"{source}: {name} has values that are not finite")
-        for row in manifest.report.parameters:
-            found = specs[row.name].shape if row.name in specs else "missing"
-            if found != row.shape:
-                raise CheckpointError(
-                    f"{source}: {row.name} is {found} in the files of weights, and {row.shape} in their description"
-                )
-        return cls(source, manifest, paths, specs)
-
-    def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the weights into existing tensors of their shapes.
-
-        Raises:
-            CheckpointError: If a file cannot be read any more.
-        """
-        for name, tensor in _tensors(self.source, self.paths):
-            if name in tensors:
-                tensors[name].copy_(tensor)
-
-
-def _tensors(source: str, paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of some files, one after the other. Raises CheckpointError if a file cannot be read."""
-    for path in paths:
-        try:
-            with TensorReader(path) as file:
-                for name in file.specs:
-                    yield name, file.read(name)
-        except (TensorFileError, OSError) as error:
-            raise CheckpointError(f"{source}: {path.name} cannot be read: {error}") from error
+    tensors: Mapping[str, Tensor]
 
 
 # --- init="hf-hub:..." ----------------------------------------------------------------------------------------------
@@ -152,21 +98,34 @@ def read_manifest(snapshot: Snapshot) -> Manifest:
 
 
 def pull(snapshot: Snapshot, manifest: Manifest) -> Pulled:
-    """Fetch and verify the weights.
+    """Fetch and verify the weights, before a model gets any of them.
 
     Raises:
         DownloadError: If they cannot be fetched.
-        CheckpointError: If they are not what is described.
+        CheckpointError: If they are not what is described, or a value is not a number.
     """
-    paths = []
+    tensors: dict[str, Tensor] = {}
     for name, record in sorted(manifest.files.items()):
         path = fetch(snapshot, name, limit=record.size)
         # What the Hub describes was compared with its hash already.
         found = snapshot.files[name].sha256 if snapshot.is_online else None
         if path.stat().st_size != record.size or (found or file_sha256(path)) != record.sha256:
             raise CheckpointError(f"{name} of {snapshot} does not have the size and hash that {FILE} gives")
-        paths.append(path)
-    return Pulled.of(str(snapshot), manifest, tuple(paths))
+        try:
+            with TensorReader(path) as file:
+                tensors.update({key: file.read(key) for key in file.specs})
+        except (TensorFileError, OSError) as error:
+            raise CheckpointError(f"{snapshot}: {name} cannot be read: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{snapshot}: {name} has values that are not finite")
+    for row in manifest.report.parameters:
+        shape = tuple(tensors[row.name].shape) if row.name in tensors else "missing"
+        if shape != row.shape:
+            raise CheckpointError(
+                f"{snapshot}: {row.name} is {shape} in the files of weights, and {row.shape} in their description"
+            )
+    return Pulled(str(snapshot), manifest, tensors)
 
 
 def _check_fit(model: nn.Module, pulled: Pulled) -> frozenset[str]:
@@ -175,13 +134,12 @@ def _check_fit(model: nn.Module, pulled: Pulled) -> frozenset[str]:
     Raises:
         InitError: If any other tensor is different.
     """
-    here = specs_of(model.state_dict())
-    there = pulled.specs
+    here, there = model.state_dict(), pulled.tensors
     resized = getattr(model, "num_classes", None) != pulled.manifest.num_classes
     prefixes = tuple(f"{layer.module}." for layer in weight_layers(model) if layer.is_classifier and resized)
     head = frozenset(name for name in {*here, *there} if name.startswith(prefixes))
     for name in sorted({*here, *there} - head):
-        ours, theirs = (specs[name].shape if name in specs else "missing" for specs in (here, there))
+        ours, theirs = (tuple(side[name].shape) if name in side else "missing" for side in (here, there))
         if ours != theirs:
             raise InitError(
                 f"{pulled.source} does not fit the model: {name} is {theirs} there and {ours} here. "
@@ -192,13 +150,14 @@ def _check_fit(model: nn.Module, pulled: Pulled) -> frozenset[str]:
 
 def fill(model: nn.Module, pulled: Pulled, deferred: DeferredRandom, *, skip: frozenset[str] = frozenset()) -> None:
     """Give a model the weights, and what they do not cover the initialization that was put off."""
-    tensors = {name: tensor.data for name, tensor in model.state_dict(keep_vars=True).items() if name not in skip}
-    parameters = dict(model.named_parameters())
+    state = model.state_dict(keep_vars=True)
+    tensors = {name: state[name].data for name in pulled.tensors if name not in skip}
     deferred.drop(tensors.values())
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         deferred.replay(parameter, name)
     with torch.no_grad():
-        pulled.copy_to(tensors)
+        for name, tensor in tensors.items():
+            tensor.copy_(pulled.tensors[name])
 
 
 def _report(pulled: Pulled, seconds: float, kept: frozenset[str] = frozenset()) -> Report:
@@ -210,16 +169,6 @@ def _report(pulled: Pulled, seconds: float, kept: frozenset[str] = frozenset()) 
 
 
 # --- an organization that is looked into first ----------------------------------------------------------------------
-
-
-@dataclass
-class _Pause:
-    """Until when, by `time.monotonic`, a Hub that could not be reached is not asked again."""
-
-    until: float = 0.0
-
-
-_unreachable = _Pause()
 
 
 def organization_repository(architecture: str, init: Init) -> HubSource | None:
@@ -255,7 +204,7 @@ def from_organization(request: Request, model: nn.Module, deferred: DeferredRand
         return None
     start = time.perf_counter()
     try:
-        snapshot = _look_up_patiently(source)
+        snapshot = look_up_or_cached(source)
         manifest = read_manifest(snapshot)
         origin = expected_origin(model, request.init)
         difference = manifest.difference(request, origin, dtype_of(model))
@@ -265,32 +214,15 @@ def from_organization(request: Request, model: nn.Module, deferred: DeferredRand
             )
             return None
         pulled = pull(snapshot, manifest)
-        if pulled.specs != specs_of(model.state_dict()):
+        if specs_of(pulled.tensors) != specs_of(model.state_dict()):
             raise CheckpointError(f"{snapshot} has tensors of other names, types or shapes than the model")
     except (DownloadError, CheckpointError) as error:
-        _tell(source, error)
+        # Loudly if something is wrong, not if there are just none.
+        harmless = isinstance(error, HubUnreachableError) or isinstance(error.__cause__, RepositoryNotFoundError)
+        level = logging.INFO if harmless else logging.WARNING
+        _logger.log(level, "Computing weights that %s may have: %s", source, error)
         return None
     fill(model, pulled, deferred)
     report = replace(_report(pulled, time.perf_counter() - start), provenance=origin)
     record_(model, report)
     return report
-
-
-def _look_up_patiently(source: HubSource) -> Snapshot:
-    """The repository; what is on disk of it while the Hub cannot be reached, which is found out once in a while."""
-    cached = Snapshot(source, None, {})
-    if time.monotonic() < _unreachable.until:
-        return cached
-    try:
-        return look_up(source)
-    except HubUnreachableError as error:
-        if not is_offline():
-            _unreachable.until = time.monotonic() + _RETRY_SECONDS
-            _logger.warning("%s. Weights that are not on disk are computed", error)
-        return cached
-
-
-def _tell(source: HubSource, error: DownloadError | CheckpointError) -> None:
-    """That weights are computed, and why; loudly if something is wrong, not if there are just none."""
-    harmless = isinstance(error, HubUnreachableError) or isinstance(error.__cause__, RepositoryNotFoundError)
-    _logger.log(logging.INFO if harmless else logging.WARNING, "Computing weights that %s may have: %s", source, error)

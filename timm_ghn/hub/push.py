@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 from tqdm import tqdm
 
 from timm_ghn.errors import CheckpointError, DownloadError, InitError, PushError
-from timm_ghn.hub.client import HubSource, Snapshot, api, bounded_silence, fetch, hub_errors, look_up
+from timm_ghn.hub.client import HubSource, Snapshot, api, fetch, hub_errors, look_up
 from timm_ghn.hub.folder import CARD, PICTURE, first_difference, make_folder
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, WEIGHTS, Manifest, dtype_of, settings_of, versions
 from timm_ghn.initialize.plan import expected_origin
@@ -118,27 +118,27 @@ def push(
     """
     given = {entry.name: arguments.pop(entry.name) for entry in fields(PushOptions) if entry.name in arguments}
     options = replace(options or PushOptions(), **given)
-    source = _destination(repository, options)
+    source = destination(repository, options)
     request = _request_of(model, init, arguments) if isinstance(model, nn.Module) else _request(model, init, arguments)
-    with bounded_silence():
-        remote = find_repository(source, options)
-        unchanged = _unchanged(request, remote, options)
-        if unchanged:
-            return Pushed(request.name, repository, Outcome.SKIPPED, unchanged)
-        if options.dry_run:
-            size = sum(p.numel() * p.element_size() for p in request.skeleton().state_dict().values())
-            return Pushed(request.name, repository, Outcome.PLANNED, f"about {size / 1e6:,.1f} MB")
-        with tempfile.TemporaryDirectory(prefix="timm-ghn-") as folder:
-            make_folder(
-                request,
-                Path(folder),
-                repository=repository,
-                license=options.license,
-                max_shard_size=options.max_shard_size,
+    remote = find_repository(source, options)
+    unchanged = _unchanged(request, remote, options)
+    if unchanged:
+        return Pushed(request.name, repository, Outcome.SKIPPED, unchanged)
+    if options.dry_run:
+        size = sum(p.numel() * p.element_size() for p in request.skeleton().state_dict().values())
+        return Pushed(request.name, repository, Outcome.PLANNED, f"about {size / 1e6:,.1f} MB")
+    with tempfile.TemporaryDirectory(prefix="timm-ghn-") as name:
+        folder = Path(name)
+        make_folder(
+            request, folder, repository=repository, license=options.license, max_shard_size=options.max_shard_size
+        )
+        changed = first_difference(model, folder) if isinstance(model, nn.Module) else None
+        if changed is not None:
+            raise PushError(
+                f"{changed} is not what the provenance of this model leads to: it was changed since, for example by "
+                "training. Push it with timm's own push_to_hf_hub, or push the initialization by its name"
             )
-            if isinstance(model, nn.Module):
-                _check_same(model, Path(folder))
-            return upload(request.name, Path(folder), source, remote, options, f"{request.init.method} weights")
+        return upload(request.name, folder, source, remote, options, f"{request.init.method} weights")
 
 
 def push_all(
@@ -165,7 +165,7 @@ def push_all(
     settings = Init.of(init)
     options = options or PushOptions()
     if not options.dry_run:
-        with hub_errors("nothing was pushed", PushError), bounded_silence():
+        with hub_errors("nothing was pushed", PushError):
             api(options.token).whoami()
     names = list(names)
     for name in tqdm(names, "pushing", unit="model", delay=2, leave=False, disable=None):
@@ -181,7 +181,12 @@ def push_all(
 # --- what is pushed -------------------------------------------------------------------------------------------------
 
 
-def _destination(repository: str, options: PushOptions) -> HubSource:
+def destination(repository: str, options: PushOptions) -> HubSource:
+    """The repository and the branch to push to.
+
+    Raises:
+        PushError: If there can be no such repository, or a pull request is wanted against another branch.
+    """
     if options.create_pr and options.revision not in (None, "main"):
         raise PushError(f"{repository}: a pull request is made against the default branch; leave `revision` out")
     try:
@@ -216,27 +221,12 @@ def _request_of(model: nn.Module, init: str | Mapping[str, Any] | Init | None, a
         )
     if arguments:
         raise PushError(f"arguments of the model ({', '.join(arguments)}) go with a name, not with a model")
-    settings = Init.of({**settings_of(found), **({} if init is None else _given(init)), "cache": False})
+    settings = Init.of(settings_of(found) if init is None else init, cache=False)
     dtype = next(parameter.dtype for parameter in model.parameters())
     kept = {key: value for key, value in dict(getattr(model, "_model_args", {})).items() if value is not None}
     types = {} if dtype == torch.float32 else {"dtype": dtype}
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     return Request(str(config["architecture"]), settings, arguments={**kept, **types})
-
-
-def _given(init: str | Mapping[str, Any] | Init) -> dict[str, Any]:
-    settings = Init.of(init)
-    return {entry.name: getattr(settings, entry.name) for entry in fields(Init)}
-
-
-def _check_same(model: nn.Module, folder: Path) -> None:
-    """Raises PushError unless a model in memory has the weights of the files, bit for bit."""
-    name = first_difference(model, folder)
-    if name is not None:
-        raise PushError(
-            f"{name} is not what the provenance of this model leads to: it was changed since, for example by "
-            "training. Push it with timm's own push_to_hf_hub, or push the initialization by its name"
-        )
 
 
 # --- what is there --------------------------------------------------------------------------------------------------
@@ -302,22 +292,15 @@ def _unchanged(request: Request, remote: Snapshot | None, options: PushOptions) 
 def upload(
     name: str, folder: Path, source: HubSource, remote: Snapshot | None, options: PushOptions, what: str
 ) -> Pushed:
-    """Send the files of a folder that are new, in one commit.
+    """Send the files of a folder in one commit; huggingface_hub leaves out those that are there already.
 
     Raises:
         PushError: If the Hub cannot be reached or refuses.
     """
     repository = source.repository
-    known = remote.files if remote else {}
-    files = {path.name: path for path in sorted(folder.iterdir())}
-    new = {key: path for key, path in files.items() if key not in known or not known[key].matches(path)}
-    obsolete = [key for key in known if key not in files and _is_ours(key)] if FILE in known else []
-    if not new and not obsolete:
-        return Pushed(name, repository, Outcome.SKIPPED, "the repository has these files already")
-    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
-        *(CommitOperationDelete(key) for key in obsolete),
-        *(CommitOperationAdd(key, path) for key, path in new.items()),
-    ]
+    files = sorted(folder.iterdir())
+    earlier = remote.files.keys() if remote and FILE in remote.files else set()
+    obsolete = sorted(name for name in earlier - {path.name for path in files} if _is_ours(name))
     client = api(options.token)
     with hub_errors(repository, PushError):
         client.create_repo(repository, private=options.private, exist_ok=True)
@@ -325,15 +308,17 @@ def upload(
             client.create_branch(repository, branch=source.revision, exist_ok=True)
         commit = client.create_commit(
             repository,
-            operations,
+            [*map(CommitOperationDelete, obsolete), *(CommitOperationAdd(path.name, path) for path in files)],
             commit_message=f"{what} of {name}",
             revision=source.revision,
             create_pr=options.create_pr,
             parent_commit=remote.commit if remote else None,
         )
-    size = sum(path.stat().st_size for path in new.values())
-    detail = f"{len(new)} of {len(files)} files, {size / 1e6:,.1f} MB"
+    if remote is not None and commit.oid == remote.commit:
+        return Pushed(name, repository, Outcome.SKIPPED, "the repository has these files already")
+    size = sum(path.stat().st_size for path in files)
     outcome = Outcome.PROPOSED if options.create_pr else Outcome.PUSHED
+    detail = f"{len(files)} files, {size / 1e6:,.1f} MB"
     return Pushed(name, repository, outcome, detail, commit.pr_url or str(commit.commit_url))
 
 
