@@ -240,7 +240,7 @@ def _build(config: GHNConfig, tensors: Mapping[str, Tensor], name: str, metadata
     """A GHN that owns the tensors, which are checked first; they are copied where their type or layout is another."""
     _check_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, name)
     for key, tensor in tensors.items():
-        if not all(bool(part.isfinite().all()) for part in tensor.flatten().split(2**22)):  # little memory
+        if not all(bool(part.isfinite().all()) for part in torch.split(tensor.flatten(), 2**22)):  # little memory
             raise CheckpointError(f"{name}: tensor {key} has NaN or infinite values; {ADVICE}")
     ghn = _empty(config)
     owned = {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}

@@ -2,16 +2,13 @@
 
 A pickle is a program. torch's restricted unpickler runs no foreign code, but it believes what it is told: a few bytes
 can make it hash a nested tuple for years, overflow the stack, or ask for memory without end. Checkpoints of GHNs are
-tables of plain values and tensors. What they consist of is a small language, so every program is first followed
-operation by operation, and refused if it does anything else. Nothing is built, imported or allocated for that. What
-passes is then read with `weights_only=True`, or for joblib's files by an unpickler that knows four names.
+tables of plain values and tensors. What they consist of is a small language, and this module carries out that language
+and nothing else: an operation or a name outside of it refuses the file. Memory is taken for data that the file has.
 """
 
 from __future__ import annotations
 
-import argparse
 import bz2
-import collections
 import gzip
 import io
 import lzma
@@ -20,7 +17,6 @@ import pickletools
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, BinaryIO, cast
 
 import torch
@@ -37,8 +33,14 @@ MAX_RATIO = 32
 _ZIP, _PICKLE = b"PK", b"\x80"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """The number with which torch before 1.6 begins a file."""
-_LEGACY_PICKLES = 5
-"""Pickles in such a file: that number, protocol, system, content, keys of the storages."""
+
+
+class UnsafePickleError(ValueError):
+    """A pickle that does more than put plain values and tensors into tables."""
+
+
+class _TooLargeError(ValueError):
+    """A file that is not what torch or joblib write: it would need more memory than it should."""
 
 
 def is_known(start: bytes) -> bool:
@@ -50,7 +52,7 @@ def load(file: BinaryIO, name: str) -> Any:
     """What a pickled checkpoint holds: tables of plain values and tensors, on the CPU.
 
     Args:
-        file: The open file. It is read from its begin, twice.
+        file: The open file. It is read from its begin.
         name: What errors call it.
 
     Raises:
@@ -62,17 +64,16 @@ def load(file: BinaryIO, name: str) -> Any:
             raise CheckpointError(f"{name} was refused: {size:,} bytes are more than any GHN has")
         file.seek(0)
         start = file.read(len(_LEGACY))
-        if start.startswith(_ZIP) or start == _LEGACY:
-            return _load_torch(file, size)
+        file.seek(0)
+        if start.startswith(_ZIP):
+            return _load_archive(file, size)
+        if start == _LEGACY:
+            return _load_legacy(_Bounded(file, size), size)
         open_ = next((unpack for magic, unpack in _UNPACKERS.items() if start.startswith(magic)), None)
-        limit = size if open_ is None else min(MAX_BYTES, 2**20 + MAX_RATIO * size)
-        for read in (
-            lambda stream: _Check(stream, _no_storage, nested=True).run(),
-            lambda stream: _Joblib(stream).load(),
-        ):
-            file.seek(0)
-            found = read(_Bounded(file if open_ is None else open_(file), limit))
-        return found
+        if open_ is None:
+            return _Tables(_Bounded(file, size), _JOBLIB).load()
+        limit = min(MAX_BYTES, 2**20 + MAX_RATIO * size)
+        return _Tables(_Bounded(open_(file), limit), _JOBLIB).load()
     except (CheckpointError, MemoryError):
         raise
     except UnsafePickleError as error:
@@ -80,70 +81,63 @@ def load(file: BinaryIO, name: str) -> Any:
         raise CheckpointError(f"{name} was refused: {reason}") from error
     except _TooLargeError as error:
         raise CheckpointError(f"{name} was refused: {error}") from error
-    except Exception as error:  # damaged files make zipfile, zlib, pickle and torch raise almost anything
+    except Exception as error:  # damaged files make zipfile, zlib, pickletools and torch raise almost anything
         raise CheckpointError(f"{name} is truncated or damaged; {ADVICE}") from error
 
 
-def _load_torch(file: BinaryIO, size: int) -> Any:
-    """The content of a file that `torch.save` wrote, checked first."""
-    file.seek(0)
-    if file.read(2) == _ZIP:
-        with zipfile.ZipFile(file) as archive:
-            _check_archive(archive, size)
-    else:
-        file.seek(0)
-        for _ in range(_LEGACY_PICKLES):
-            _Check(file, lambda _, count: count <= size).run()
-    file.seek(0)
-    # ghn3 saves the arguments of its command beside the weights; torch before 2.5 has no way to allow that.
-    allow = getattr(torch.serialization, "safe_globals", None)
-    with allow([argparse.Namespace]) if allow else nullcontext():
-        return torch.load(file, map_location="cpu", weights_only=True)
+# --- the two formats of torch: the data of tensors stand beside the pickle -------------------------------------------
 
 
-def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    """Check the records of an archive; torch itself never compresses, and finds names whatever their case is."""
-    records = archive.infolist()
-    unpacked = sum(record.file_size for record in records)
-    if unpacked > size or any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise _TooLargeError(f"it would unpack to {unpacked:,} bytes; torch does not compress GHNs")
-    sizes = {record.filename.lower(): record.file_size for record in records}
-    if len(sizes) != len(records):
-        raise _TooLargeError("two of its records have the same name")
-    for record in records:
-        if record.filename.lower().endswith(".pkl"):
-            folder = record.filename.lower().rpartition("/")[0]
-
-            def is_possible(key: str, count: int, folder: str = folder) -> bool:
-                return count <= sizes[f"{folder}/data/{key}".lower()]
-
-            _Check(io.BytesIO(archive.read(record)), is_possible).run()
-
-
-# --- joblib: one pickle, compressed or not, in which the data of every tensor is a file of torch before 1.6 ----------
-
-
-class _Joblib(pickle.Unpickler):
-    """Builds tables and tensors, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-            ("torch._utils", "_rebuild_parameter"): _first,
-            _NESTED: _load_storage,
-        }.get((module, name))
-        if found is None:
-            raise UnsafePickleError(f"{module}.{name}")
-        return found
+def _load_archive(file: BinaryIO, size: int) -> Any:
+    """The content of an archive of torch: a pickle, and a record for the data of each tensor."""
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        unpacked = sum(record.file_size for record in records)
+        if unpacked > size or any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise _TooLargeError(f"it would unpack to {unpacked:,} bytes; torch does not compress GHNs")
+        names = [record.filename for record in records]
+        if len({name.lower() for name in names}) != len(names):
+            raise _TooLargeError("two of its records have the same name")
+        folder = next(name for name in names if name.endswith("/data.pkl")).removesuffix("/data.pkl")
+        if f"{folder}/byteorder" in names and archive.read(f"{folder}/byteorder") != b"little":
+            raise ValueError("the numbers begin with their most significant byte")
+        tables = _Tables(io.BytesIO(archive.read(f"{folder}/data.pkl")), _TORCH, size)
+        content = tables.load()
+        for key, data in tables.data.items():
+            with archive.open(f"{folder}/data/{key}") as record:
+                _fill(data, cast(BinaryIO, record).read)
+        return content
 
 
-def _first(tensor: Tensor, *_: Any) -> Tensor:
-    return tensor
+def _load_legacy(stream: BinaryIO | _Bounded, size: int) -> Any:
+    """The content of a file of torch before 1.6: pickles of a number, a version, the system, the content, and keys.
+
+    The data of the tensors follow, in the order of the keys. joblib keeps the data of each tensor as such a file.
+    """
+    for _ in range(3):
+        _Tables(stream, _TORCH).load()
+    tables = _Tables(stream, _TORCH, size)
+    content, keys = tables.load(), _Tables(stream, _TORCH).load()
+    if not all(isinstance(key, str) for key in keys) or set(keys) != set(tables.data):
+        raise ValueError("data of tensors are missing")
+    for key in keys:
+        data = tables.data[key]
+        if int.from_bytes(stream.read(8), "little") != len(data):
+            raise ValueError("a tensor's data have another length")
+        _fill(data, stream.read)
+    return content
 
 
-def _load_storage(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+def _fill(data: Tensor, read: Callable[[int], bytes]) -> None:
+    """Read the values of a flat tensor, which the file holds as they are in memory."""
+    found = read(data.nbytes)
+    if len(found) < data.nbytes:
+        raise ValueError("a tensor is longer than its data")
+    if found:
+        data.view(torch.uint8).copy_(torch.frombuffer(bytearray(found), dtype=torch.uint8))
+
+
+# --- joblib: one pickle, compressed or not ---------------------------------------------------------------------------
 
 
 class _Bounded:
@@ -152,15 +146,17 @@ class _Bounded:
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self._file, self._left, self._limit = file, limit, limit
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int) -> bytes:
+        """Up to so many bytes."""
         return self._count(self._file.read, size)
 
-    def readline(self, size: int = -1) -> bytes:
-        return self._count(self._file.readline, size)
+    def readline(self) -> bytes:
+        """A line."""
+        return self._count(self._file.readline, self._limit)
 
     def _count(self, read: Callable[[int], bytes], size: int) -> bytes:
         # One byte more than there may be tells a file that is too large from one that is cut short.
-        data = read(self._left + 1 if size < 0 else min(size, self._left + 1))
+        data = read(min(size, self._left + 1))
         if len(data) > self._left:
             raise _TooLargeError(f"it would unpack to more than {self._limit:,} bytes")
         self._left -= len(data)
@@ -187,10 +183,6 @@ class _ZlibFile(io.RawIOBase):
         return len(data)
 
 
-def _open_lzma(file: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, lzma.LZMAFile(file))
-
-
 def _open_lz4(file: BinaryIO) -> BinaryIO:
     try:
         from lz4.frame import LZ4FrameFile
@@ -199,219 +191,136 @@ def _open_lz4(file: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, LZ4FrameFile(file))
 
 
-_UNPACKERS: Mapping[bytes, Callable[[BinaryIO], BinaryIO]] = {
-    b"\x78": lambda file: cast(BinaryIO, io.BufferedReader(_ZlibFile(file), 1 << 20)),
-    b"\x1f\x8b": lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file)),
-    b"BZ": lambda file: cast(BinaryIO, bz2.BZ2File(file)),
-    b"\xfd7zXZ": _open_lzma,
-    b"\x5d\x00": _open_lzma,
+_UNPACKERS: Mapping[bytes, Callable[[BinaryIO], Any]] = {
+    b"\x78": lambda file: io.BufferedReader(_ZlibFile(file), 1 << 20),
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZ": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
+    b"\x5d\x00": lzma.LZMAFile,
     b"\x04\x22\x4d\x18": _open_lz4,
 }
 """What unpacks a compressed file, by its first bytes."""
 
 
-# --- following a pickle without running it --------------------------------------------------------------------------
+# --- the language ----------------------------------------------------------------------------------------------------
 
 
-_STORAGE_BYTES: Mapping[str, int] = {
-    "DoubleStorage": 8,
-    "FloatStorage": 4,
-    "HalfStorage": 2,
-    "BFloat16Storage": 2,
-    "LongStorage": 8,
-    "IntStorage": 4,
-    "ShortStorage": 2,
-    "CharStorage": 1,
-    "ByteStorage": 1,
-    "BoolStorage": 1,
+_NAMESPACE = object()
+"""Stands for the type of ghn3's command line arguments, which it saves beside the weights."""
+_NAMES: Mapping[str, Any] = {
+    "collections.OrderedDict": lambda: {},  # noqa: PIE807 - dict would take arguments
+    "torch._utils._rebuild_tensor_v2": lambda data, offset, size, stride, *_: data.as_strided(size, stride, offset),
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch.Size": lambda sizes: sizes,
+    "torch.device": lambda *place: place,
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
 }
-_ORDERED_DICT, _NAMESPACE = ("collections", "OrderedDict"), ("argparse", "Namespace")
-_NESTED = ("torch.storage", "_load_from_bytes")
-"""What joblib's files call with the data of a tensor."""
-_GLOBALS = {
-    _ORDERED_DICT,
-    _NAMESPACE,
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    *(("torch", name) for name in _STORAGE_BYTES),
-}
-_CONSTANTS = {"NONE", "NEWTRUE", "NEWFALSE", "BINFLOAT"}
-_VALUES = {
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING",
+"""Names that a pickle may look up, and what they mean here: functions, types of a tensor's data, or a marker."""
+_TORCH = {**_NAMES, "argparse.Namespace": _NAMESPACE}
+_JOBLIB = {**_NAMES, "torch.storage._load_from_bytes": lambda data: _load_legacy(io.BytesIO(data), len(data))}
+
+_OPERATIONS = {
+    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4",
+    "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
+    "BINBYTES8", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE",
+    "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL",
+    "REDUCE", "NEWOBJ", "BUILD", "BINPERSID",
 }  # fmt: skip
-_BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
-_PUTS = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}
-_GETS = {"BINGET", "LONG_BINGET"}
-_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_IGNORED = {"PROTO", "FRAME", "STOP"}
-_PROTOCOLS = range(2, 6)
-
 _MAX_OPERATIONS = 300_000
-"""A GHN and its optimizer's state take some thousands."""
-
-StorageCheck = Callable[[str, int], bool]
-"""Whether the storage of that key can have so many bytes."""
+"""Operations of a pickle; a GHN and its optimizer's state take some thousands."""
 
 
-class UnsafePickleError(ValueError):
-    """A pickle that does more than put plain values and tensors into tables."""
+class _Dispatch(dict[int, Callable[[Any], None]]):
+    """What carries out each operation; the others are refused, and too many."""
+
+    left = _MAX_OPERATIONS
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self.left -= 1
+        if self.left < 0:
+            raise UnsafePickleError("more operations than any GHN needs")
+        if code not in self:
+            names = [operation.name for operation in pickletools.opcodes if ord(operation.code) == code]
+            raise UnsafePickleError(f"operation {names[0]}")
+        return super().__getitem__(code)
 
 
-class _TooLargeError(ValueError):
-    """A file that is not what torch or joblib write: it would need more memory than it should."""
-
-
-class _Other:
-    """A value that nothing depends on."""
-
-
-class _Mark:
-    """Begin of the arguments of an operation."""
-
-
-class _Global(tuple[str, str]):
-    """A name that is looked up: module and attribute."""
-
-
-_OTHER, _MARK = _Other(), _Mark()
-
-
-def _no_storage(_: str, __: int) -> bool:
-    return False
-
-
-class _Check:
-    """Follows what a pickle puts on its stack, as far as it matters: integers, texts, tuples, names.
+class _Tables(pickle._Unpickler):
+    """The unpickler in Python, less all that does more than put plain values and tensors into tables.
 
     Args:
         stream: At the begin of the pickle.
-        is_possible: What a tensor's data may be.
-        nested: Whether the data of tensors are files of torch within the pickle, as in joblib's.
+        names: What the pickle may look up.
+        limit: How many bytes the data of its tensors may have that stand beside the pickle.
+
+    Attributes:
+        data: Flat tensors by key, whose values stand beside the pickle and are still to be read.
     """
 
-    def __init__(self, stream: BinaryIO | _Bounded, is_possible: StorageCheck, nested: bool = False) -> None:
-        self._stream, self._is_possible, self._nested = stream, is_possible, nested
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
+    stack: list[Any]
 
-    def run(self) -> None:
-        """Read the pickle to its end.
+    def __init__(self, stream: BinaryIO | _Bounded, names: Mapping[str, Any], limit: int = 0) -> None:
+        super().__init__(cast(BinaryIO, stream), encoding="utf-8")
+        self.data: dict[str, Tensor] = {}
+        self._names, self._left = names, limit
+        own = {"SETITEM": _Tables._set_item, "SETITEMS": _Tables._set_items, "REDUCE": _Tables._reduce}
+        own |= {"NEWOBJ": _Tables._new, "BUILD": lambda self: self.stack.pop()}  # the attributes of an object
+        codes = {op.name: ord(op.code) for op in pickletools.opcodes if op.name in _OPERATIONS}
+        every = pickle._Unpickler.dispatch
+        self.dispatch = _Dispatch({code: own.get(name, every[code]) for name, code in codes.items()})  # type: ignore[misc]
 
-        Raises:
-            UnsafePickleError: If it does anything but build tables of plain values and tensors.
-            ValueError, IndexError, KeyError: If it is damaged.
-        """
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(cast(Any, self._stream))):
-            if number > _MAX_OPERATIONS:
-                raise UnsafePickleError("more operations than any GHN needs")
-            self._step(opcode.name, argument)
+    def find_class(self, module: str, name: str) -> Any:
+        if (found := self._names.get(f"{module}.{name}")) is None:
+            raise UnsafePickleError(f"{module}.{name}")
+        return found
 
-    def _step(self, name: str, argument: Any) -> None:
-        stack = self._stack
-        if name in _IGNORED:
-            if name == "PROTO" and argument not in _PROTOCOLS:
-                raise UnsafePickleError(f"protocol {argument}")
-            return
-        if name in _VALUES:
-            stack.append(argument)
-        elif name in _BYTES and self._nested:
-            self._check_nested(argument)
-            stack.append(_OTHER)
-        elif name in _CONSTANTS or name in ("EMPTY_DICT", "EMPTY_LIST"):
-            stack.append(_OTHER)
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name in _PUTS:
-            self._memo[len(self._memo) if name == "MEMOIZE" else argument] = stack[-1]
-        elif name in _GETS:
-            stack.append(self._memo[argument])
-        elif name in _TUPLES:
-            count = _TUPLES[name]
-            items = tuple(stack[len(stack) - count :])
-            del stack[len(stack) - count :]
-            stack.append(items)
-        elif name == "TUPLE":
-            stack.append(tuple(self._pop_mark()))
-        else:
-            self._act(name, argument)
+    def _reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        try:
+            self.stack.append(function(*arguments))
+        except TypeError as error:
+            raise UnsafePickleError("a call") from error
 
-    def _act(self, name: str, argument: Any) -> None:
-        """Operations that build tables, or that look up and call."""
-        stack = self._stack
-        if name == "GLOBAL":
-            stack.append(self._global(*argument.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            stack.append(self._global(module, attribute))
-        elif name == "SETITEM":
-            stack.pop()
-            self._check_key(stack.pop())
-        elif name == "SETITEMS":
-            for key in self._pop_mark()[::2]:
-                self._check_key(key)
-        elif name == "APPEND":
-            stack.pop()
-        elif name == "BUILD":
-            stack.pop()
-            if isinstance(stack[-1], _Global):
-                raise UnsafePickleError("a change of what it names")
-        elif name == "APPENDS":
-            self._pop_mark()
-        elif name == "REDUCE":
-            self._call(arguments=stack.pop(), function=stack.pop())
-        elif name == "NEWOBJ":
-            arguments, kind = stack.pop(), stack.pop()
-            if kind != _NAMESPACE or arguments != ():
-                raise UnsafePickleError("an object")
-            stack.append(_OTHER)
-        elif name == "BINPERSID":
-            self._check_storage(stack.pop())
-            stack.append(_OTHER)
-        else:
-            raise UnsafePickleError(f"operation {name}")
+    def _new(self) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if kind is not _NAMESPACE or arguments != ():
+            raise UnsafePickleError("an object")
+        self.stack.append({})
 
-    def _pop_mark(self) -> list[Any]:
-        """What has been put on the stack since the last mark."""
-        items: list[Any] = []
-        while (item := self._stack.pop()) is not _MARK:
-            items.append(item)
-        return items[::-1]
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
 
-    def _global(self, module: Any, attribute: Any) -> _Global:
-        known = {*_GLOBALS, _NESTED} if self._nested else _GLOBALS
-        if not isinstance(module, str) or not isinstance(attribute, str) or (module, attribute) not in known:
-            raise UnsafePickleError(f"{module}.{attribute}" if isinstance(module, str) else "a computed name")
-        return _Global((module, attribute))
+    def _set_items(self) -> None:
+        self._set(self.pop_mark())  # type: ignore[attr-defined]
 
-    def _call(self, arguments: Any, function: Any) -> None:
-        is_known = isinstance(function, _Global) and function[1] not in (*_STORAGE_BYTES, _NAMESPACE[1])
-        if not is_known or not isinstance(arguments, tuple) or (function == _ORDERED_DICT and arguments):
-            raise UnsafePickleError("a call")
-        self._stack.append(_OTHER)
-
-    @staticmethod
-    def _check_nested(data: bytes) -> None:
-        """Check the data of a tensor in a file of joblib's."""
-        stream = io.BytesIO(data)
-        for _ in range(_LEGACY_PICKLES):
-            _Check(stream, lambda _, count: count <= len(data)).run()
-
-    @staticmethod
-    def _check_key(key: Any) -> None:
-        """Texts and integers only: the hash of a tuple may take years, or overflow the stack."""
-        if not isinstance(key, (str, int)):
+    def _set(self, items: list[Any]) -> None:
+        """Put keys and values into a table. The hash of other keys may take years, or overflow the stack."""
+        if not isinstance(self.stack[-1], dict) or not all(isinstance(key, (str, int)) for key in items[::2]):
             raise UnsafePickleError("a table with other keys than texts and numbers")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
-    def _check_storage(self, reference: Any) -> None:
-        """Check that a tensor's data are as long as it says: ("storage", type, key, location, number of elements)."""
-        if not isinstance(reference, tuple) or len(reference) not in (5, 6) or reference[0] != "storage":
+    def persistent_load(self, reference: Any) -> Tensor:
+        """The data of a tensor: ("storage", type, key, location, number of elements)."""
+        try:
+            word, dtype, key, _, count, *view = reference
+        except (TypeError, ValueError):
+            word = dtype = key = count = view = None
+        is_known = word == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)
+        if not is_known or type(count) is not int or view not in ([], [None]):
             raise UnsafePickleError("a reference to something else than a tensor's data")
-        kind, key, count = reference[1], reference[2], reference[4]
-        if not isinstance(kind, _Global) or kind[1] not in _STORAGE_BYTES:
-            raise UnsafePickleError("tensors of an unknown type")
-        if not isinstance(key, str) or not isinstance(count, int):
-            raise UnsafePickleError("a reference to something else than a tensor's data")
-        if count < 0 or not self._is_possible(key, count * _STORAGE_BYTES[kind[1]]):
-            raise ValueError("a tensor is longer than its data")
+        if key not in self.data:
+            self._left -= count * dtype.itemsize
+            if count < 0 or self._left < 0:
+                raise ValueError("a tensor is longer than its data")
+            self.data[key] = torch.empty(count, dtype=dtype, device="cpu")
+        return self.data[key].view(dtype)
