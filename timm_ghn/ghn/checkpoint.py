@@ -6,6 +6,7 @@ file is executed (see `timm_ghn.ghn.pickles`).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -68,7 +69,7 @@ def read(path: str | os.PathLike[str], *, shared: bool = False) -> GHN:
     if start[8:9] != b"{":
         raise CheckpointError(f"{path} is not a GHN checkpoint: it is neither a safetensors nor a pickled file")
     ghn = _read_safetensors(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
-    return ghn if shared else _copy(ghn)
+    return ghn if shared else copy.deepcopy(ghn)
 
 
 def parse(file: BinaryIO, name: str) -> GHN:
@@ -249,14 +250,6 @@ def _build(config: GHNConfig, tensors: Mapping[str, Tensor], name: str, metadata
     return ghn.eval()
 
 
-def _copy(ghn: GHN) -> GHN:
-    """A GHN with copies of the weights of another."""
-    copied = _empty(ghn.config)
-    copied.load_state_dict({name: tensor.clone() for name, tensor in ghn.state_dict().items()}, assign=True)
-    copied.info = ghn.info
-    return copied.eval()
-
-
 class _SkipInitialization(TorchFunctionMode):
     """Leaves new parameters as they are: a meta tensor has no values, and the first draw into one costs seconds."""
 
@@ -277,15 +270,10 @@ def _empty(config: GHNConfig) -> GHN:
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: GHNConfig, name: str) -> None:
     """Raise CheckpointError unless the tensors are those of a GHN of that configuration; nothing is allocated."""
     expected = {key: tuple(tensor.shape) for key, tensor in _empty(config).state_dict().items()}
-    wrong = [
-        *(f"{key} is missing" for key in expected if key not in shapes),
-        *(f"{key[:80]} is unknown" for key in shapes if key not in expected),
-        *(
-            f"{key} has shape {shapes[key]} instead of {expected[key]}"
-            for key in expected
-            if key in shapes and shapes[key] != expected[key]
-        ),
-    ]
+    wrong = [f"{key} is missing" for key in expected if key not in shapes]
+    wrong += [f"{key[:80]} is unknown" for key in shapes if key not in expected]
+    both = [(key, shapes[key], shape) for key, shape in expected.items() if key in shapes]
+    wrong += [f"{key} has shape {found} instead of {shape}" for key, found, shape in both if found != shape]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(

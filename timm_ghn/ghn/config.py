@@ -9,21 +9,20 @@ from typing import Any
 
 from timm_ghn.errors import CheckpointError
 
-HYPERNETS = ("gatedgnn", "graphormer", "mlp")
-DECODERS = ("conv", "mlp")
-CUTS = ("corner", "centre")
-KERNELS = ("raw", "normalized", "orthogonal")
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "hypernet": ("gatedgnn", "graphormer", "mlp"),
+    "decoder": ("conv", "mlp"),
+    "kernels": ("raw", "normalized", "orthogonal"),
+    "cut": ("corner", "centre"),
+}
 HUB_FILE = "ghn.safetensors"
 """What a GHN's file is called in a repository of the Hub, and in this package."""
 
 _REQUIRED = {"max_shape", "num_classes", "weight_norm", "ve", "layernorm"}
 _NOT_PPUDA = {"kernels", "tiles", "layers", "heads", "cut"}
 
-MAX_CHANNELS = 1024
-MAX_KERNEL = 64
-MAX_HID = 1024
-MAX_CLASSES = 100_000
-MAX_TILES = 256
+MAX_SHAPE = (1024, 1024, 64, 64)
+MAX_SIZES: Mapping[str, int] = {"num_classes": 100_000, "hid": 1024, "tiles": 256}
 MAX_LAYERS = 256
 MAX_PARAMETERS = 2**30
 """Sizes beyond which a configuration is taken for damaged rather than allocated (2^30 float32 are 4 GiB)."""
@@ -88,47 +87,34 @@ class GHNConfig:
         return cls(shape, num_classes, "graphormer", hid=hid, layers=layers, heads=heads, cut="centre")
 
     def __post_init__(self) -> None:
-        self._check_sizes()
-        for name, choices in (("hypernet", HYPERNETS), ("decoder", DECODERS), ("kernels", KERNELS), ("cut", CUTS)):
+        shape, with_layers = self.max_shape, self.hypernet == "graphormer"
+        _require(isinstance(shape, tuple) and len(shape) == 4, f"max_shape is {_show(shape)}, not four sizes")
+        sizes = {f"max_shape[{index}]": (shape[index], limit) for index, limit in enumerate(MAX_SHAPE)}
+        names = (*MAX_SIZES, "layers", "heads") if with_layers else MAX_SIZES
+        sizes |= {name: (getattr(self, name), MAX_SIZES.get(name, MAX_LAYERS)) for name in names}
+        for name, (value, limit) in sizes.items():
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            _require(is_number, f"{name} is {_show(value)}, not a whole number")
+            _require(1 <= value <= limit, f"{name} is {_show(value)}, not between 1 and {limit}")
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if not isinstance(value, str) or value not in choices:
-                raise CheckpointError(f"GHN config: {name} is {_show(value)}, not one of {', '.join(choices)}")
+            is_known = isinstance(value, str) and value in choices
+            _require(is_known, f"{name} is {_show(value)}, not one of {', '.join(choices)}")
         for name in ("weight_norm", "ve", "layernorm"):
             value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise CheckpointError(f"GHN config: {name} is {_show(value)}, not true or false")
-        if self.decoder != "conv" and (self.tiles > 1 or self.cut != "corner"):
-            raise CheckpointError("GHN config: tiles and cut need decoder 'conv'")
-        if self.num_decoder_parameters > MAX_PARAMETERS:
-            raise CheckpointError(
-                f"GHN config: the decoder would have {self.num_decoder_parameters:,} parameters, "
-                f"more than the {MAX_PARAMETERS:,} that this version reads"
-            )
-
-    def _check_sizes(self) -> None:
-        shape = self.max_shape
-        if not isinstance(shape, tuple) or len(shape) != 4:
-            raise CheckpointError(f"GHN config: max_shape is {_show(shape)}, not four sizes")
-        _check_size("max_shape[0]", shape[0], MAX_CHANNELS)
-        _check_size("max_shape[1]", shape[1], MAX_CHANNELS)
-        _check_size("max_shape[2]", shape[2], MAX_KERNEL)
-        _check_size("max_shape[3]", shape[3], MAX_KERNEL)
-        if shape[2] != shape[3]:
-            raise CheckpointError(f"GHN config: max_shape {shape} is not square")
-        if shape[0] != shape[1] and self.decoder == "mlp":
-            raise CheckpointError(f"GHN config: max_shape {shape} needs as many in as out channels with decoder 'mlp'")
-        _check_size("num_classes", self.num_classes, MAX_CLASSES)
-        _check_size("hid", self.hid, MAX_HID)
-        _check_size("tiles", self.tiles, MAX_TILES)
-        if self.hid % 4:
-            raise CheckpointError(f"GHN config: hid is {self.hid}, not a multiple of 4")
-        if self.hypernet == "graphormer":
-            _check_size("layers", self.layers, MAX_LAYERS)
-            _check_size("heads", self.heads, MAX_HID)
-            if self.hid % self.heads:
-                raise CheckpointError(f"GHN config: hid is {self.hid}, not a multiple of {self.heads} heads")
-        elif self.layers or self.heads:
-            raise CheckpointError("GHN config: layers and heads need hypernet 'graphormer'")
+            _require(isinstance(value, bool), f"{name} is {_show(value)}, not true or false")
+        _require(shape[2] == shape[3], f"max_shape {shape} is not square")
+        _require(self.hid % 4 == 0, f"hid is {self.hid}, not a multiple of 4")
+        if with_layers:
+            _require(self.hid % self.heads == 0, f"hid is {self.hid}, not a multiple of {self.heads} heads")
+        else:
+            _require(not self.layers and not self.heads, "layers and heads need hypernet 'graphormer'")
+        if self.decoder == "mlp":
+            _require(shape[0] == shape[1], f"max_shape {shape} needs as many in as out channels with decoder 'mlp'")
+            _require(self.tiles == 1 and self.cut == "corner", "tiles and cut need decoder 'conv'")
+        count = self.num_decoder_parameters
+        limits = f"more than the {MAX_PARAMETERS:,} that this version reads"
+        _require(count <= MAX_PARAMETERS, f"the decoder would have {count:,} parameters, {limits}")
 
     @property
     def largest_kernel(self) -> tuple[int, int, int, int]:
@@ -192,11 +178,9 @@ class GHNInfo:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def _check_size(name: str, value: object, maximum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise CheckpointError(f"GHN config: {name} is {_show(value)}, not a whole number")
-    if not 1 <= value <= maximum:
-        raise CheckpointError(f"GHN config: {name} is {_show(value)}, not between 1 and {maximum}")
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckpointError(f"GHN config: {message}")
 
 
 def _show(value: object) -> str:

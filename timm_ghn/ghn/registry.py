@@ -11,12 +11,13 @@ import threading
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from timm_ghn.errors import CheckpointError, DownloadError, UnknownGhnError
 from timm_ghn.ghn.catalogue import BUNDLED, DEFAULT, NAMED_GHNS, NamedGHN
+from timm_ghn.ghn.config import HUB_FILE, MAX_PARAMETERS
 from timm_ghn.storage.paths import git_blob_sha1, is_offline
 from timm_ghn.text import did_you_mean
 
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
     from torch import nn
 
     from timm_ghn.ghn.model import GHN
+    from timm_ghn.hub.client import HubSource
 
 _logger = logging.getLogger(__name__)
 
 DEFAULT_VARIABLE = "TIMM_GHN"
 """Environment variable that names the default GHN."""
 HUB_PREFIX = "hf-hub:"
+MAX_GHN_BYTES = 5 * MAX_PARAMETERS
+"""Largest GHN that is taken from the Hub: float32, and a header."""
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 """Largest file that is taken from ppuda's repository."""
 SILENCE_SECONDS = 5.0
@@ -83,9 +87,7 @@ def load_ghn(source: str | os.PathLike[str] | nn.Module, *, download: bool = Tru
     if not isinstance(source, str):
         return checkpoint.read(source, shared=shared)
     if source.startswith(HUB_PREFIX):
-        from timm_ghn.ghn.remote import pull_ghn
-
-        return pull_ghn(source, download=download)
+        return _pull(source, download)
     entry = find_named(source)
     if entry is not None:
         return _load_named(entry, download and not is_offline(), shared)
@@ -148,73 +150,83 @@ def default_ghn(*, shared: bool = False) -> GHN:
     return load_ghn(BUNDLED, shared=shared)
 
 
+def _pull(source: str, download: bool) -> GHN:
+    """Load `ghn.safetensors` of a repository, "hf-hub:organization/name[@revision]"."""
+    from timm_ghn.ghn import checkpoint
+    from timm_ghn.hub.client import HubSource
+
+    return _called(checkpoint.read(_fetch(HubSource.parse(source), HUB_FILE, download)), source)
+
+
+def _fetch(source: HubSource, file: str, online: bool) -> Path:
+    """A file of a repository in huggingface_hub's cache, downloaded there if need be."""
+    from timm_ghn.hub.client import Snapshot, fetch, look_up_or_cached
+
+    snapshot = look_up_or_cached(source) if online else Snapshot(source, None, {})
+    if snapshot.is_online and file == HUB_FILE and file not in snapshot.files:
+        raise DownloadError(
+            f"{source} has no {HUB_FILE}. Pickled checkpoints (.pt) are not read from the Hub: "
+            "download the file yourself, and load it by its path"
+        )
+    return fetch(snapshot, file, limit=MAX_GHN_BYTES)
+
+
 def _load_named(entry: NamedGHN, online: bool, shared: bool) -> GHN:
     """Load from the cache, from a file put there by hand, or from the network, in this order."""
     from timm_ghn.ghn import checkpoint
 
     if entry.file is None or entry.path.is_file():
         try:
-            return _named(checkpoint.read(entry.path, shared=shared), entry)
+            return _called(checkpoint.read(entry.path, shared=shared), entry.full_name)
         except CheckpointError as error:
             if entry.file is None:
                 raise
             _logger.warning("Ignoring a damaged file in the cache: %s", error)
     if entry.manual_path.is_file():
-        return _convert_file(entry, entry.manual_path)
-    if entry.repository is not None:
-        return _convert_file(entry, _fetch(entry, online))
+        return _convert(entry, entry.manual_path)
+    if entry.repository is not None and entry.file is not None:
+        from timm_ghn.hub.client import HubSource
+
+        try:
+            return _convert(entry, _fetch(HubSource(entry.repository, entry.revision), entry.file, online))
+        except DownloadError as error:
+            raise _download_error(entry, str(error)) from error
     if not online:
         raise _download_error(entry, "the network may not be used")
-    return _convert(entry, io.BytesIO(_download(entry)), "what arrived")
+    return _convert(entry, None)
 
 
-def _fetch(entry: NamedGHN, online: bool) -> Path:
-    """The published file in huggingface_hub's cache, downloaded there if need be."""
-    from timm_ghn.ghn.remote import MAX_GHN_BYTES
-    from timm_ghn.hub.client import HubSource, Snapshot, fetch, look_up_or_cached
-
-    assert entry.repository is not None and entry.file is not None  # noqa: S101, PT018 - for the type checker
-    source = HubSource(entry.repository, entry.revision)
-    try:
-        snapshot = look_up_or_cached(source) if online else Snapshot(source, None, {})
-        return fetch(snapshot, entry.file, limit=MAX_GHN_BYTES)
-    except DownloadError as error:
-        raise _download_error(entry, str(error)) from error
-
-
-def _convert_file(entry: NamedGHN, path: Path) -> GHN:
-    try:
-        with open(path, "rb") as file:
-            return _convert(entry, file, str(path))
-    except OSError as error:
-        if isinstance(error, DownloadError):
-            raise
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _convert(entry: NamedGHN, file: BinaryIO, origin: str) -> GHN:
-    """Verify a published file, parse it, and keep it in the cache as safetensors."""
+def _convert(entry: NamedGHN, path: Path | None) -> GHN:
+    """Verify a published file, or a download without one, parse it, and keep it in the cache as safetensors."""
     from timm_ghn.ghn import checkpoint
 
-    metadata = {}
-    if entry.git_blob_sha1 is not None:
-        found = git_blob_sha1(file.read(MAX_DOWNLOAD_BYTES + 1))
-        if found != entry.git_blob_sha1:
-            raise _download_error(entry, f"{origin} has git hash {found}, not the published {entry.git_blob_sha1}")
-        metadata = {"git_blob_sha1": found}
-    ghn = checkpoint.parse(file, origin if entry.git_blob_sha1 is None else entry.name)
+    origin = "what arrived" if path is None else str(path)
+    try:
+        with io.BytesIO(_download(entry)) if path is None else open(path, "rb") as file:
+            metadata = {}
+            if entry.git_blob_sha1 is not None:
+                found = git_blob_sha1(file.read(MAX_DOWNLOAD_BYTES + 1))
+                if found != entry.git_blob_sha1:
+                    reason = f"{origin} has git hash {found}, not the published {entry.git_blob_sha1}"
+                    raise _download_error(entry, reason)
+                metadata = {"git_blob_sha1": found}
+            ghn = checkpoint.parse(file, origin if entry.git_blob_sha1 is None else entry.name)
+    except DownloadError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{origin} cannot be read: {error.strerror or error}") from error
     metadata = {**(ghn.info.metadata if ghn.info else {}), **metadata}
     try:
         checkpoint.write_safetensors(ghn, entry.path, metadata)
     except OSError as error:
         _logger.warning("Cannot keep GHN %s in %s: %s", entry.name, entry.path, error)
-    return _named(ghn, entry)
+    return _called(ghn, entry.full_name)
 
 
-def _named(ghn: GHN, entry: NamedGHN) -> GHN:
+def _called(ghn: GHN, name: str) -> GHN:
     """The GHN with the name that loads it again."""
     if ghn.info is not None:
-        ghn.info = replace(ghn.info, name=entry.name + (f"@{entry.revision}" if entry.revision else ""))
+        ghn.info = replace(ghn.info, name=name)
     return ghn
 
 
