@@ -30,7 +30,7 @@ from zoo_survey.results import Results, ResultsError, RunInfo, open_results, rea
 from zoo_survey.survey import Plan, skipped, survey
 from zoo_survey.table import markdown
 
-from timm_ghn.cli.coverage import select_names
+from timm_ghn.cli.common import select_names
 from timm_ghn.errors import TimmGhnError
 from timm_ghn.storage.atomic import write_atomically
 

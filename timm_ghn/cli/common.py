@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import fnmatch
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -128,11 +129,33 @@ def method_tag(name: str) -> str | None:
     return tag if ":" not in name and tag in METHODS else None
 
 
+def select_names(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Names of timm models that match one of the patterns, each once, in the order of the patterns.
+
+    Args:
+        patterns: Names, or patterns with `*`, `?` and `[...]`. None at all stands for every model.
+
+    Raises:
+        CommandError: If a pattern matches nothing; the message names close matches.
+    """
+    import timm
+
+    known: list[str] = timm.list_models()
+    found: dict[str, None] = {}
+    for pattern in patterns or ("*",):
+        matches = [pattern] if timm.is_model(pattern) else fnmatch.filter(known, pattern)
+        if not matches:
+            hint = did_you_mean(pattern.strip("*?"), known) or "; `*` stands for any letters, as in 'resnet*'"
+            raise CommandError(f"timm has no model {pattern!r}{hint}")
+        found.update(dict.fromkeys(matches))
+    return tuple(found)
+
+
 def check_name(name: str) -> None:
     """Raise an error that suggests other names if timm has no model of this one.
 
     Raises:
-        CommandError: Likewise.
+        CommandError: If timm has no model of this name, or the model has no such tag.
     """
     import timm
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from timm_ghn.cli.common import FAILED
-from timm_ghn.errors import CommandError
-from timm_ghn.text import did_you_mean, table
+from timm_ghn.cli.common import FAILED, select_names
+from timm_ghn.text import table
 
 if TYPE_CHECKING:
     from timm_ghn.diagnosis.coverage import Coverage
@@ -50,29 +47,6 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(table(_COLUMNS, [_row(model) for model in found])))
         print("".join(f"{name} failed: {reason}\n" for name, reason in failures.items()), end="")
     return FAILED if failures else 0
-
-
-def select_names(patterns: Sequence[str]) -> tuple[str, ...]:
-    """Names of `timm.list_models()` that match one of the patterns, each once, in the order of the patterns.
-
-    Args:
-        patterns: Names, or patterns with `*`, `?` and `[...]`; a pattern without wildcards is a whole name. None at
-            all stands for every model.
-
-    Raises:
-        CommandError: If a pattern matches nothing; the message names close matches.
-    """
-    import timm
-
-    known: list[str] = timm.list_models()
-    found: dict[str, None] = {}
-    for pattern in patterns or ("*",):
-        matches = fnmatch.filter(known, pattern)
-        if not matches:
-            hint = did_you_mean(pattern.strip("*?"), known) or "; `*` stands for any letters, as in 'resnet*'"
-            raise CommandError(f"timm has no model {pattern!r}{hint}")
-        found.update(dict.fromkeys(matches))
-    return tuple(found)
 
 
 def _row(model: Coverage) -> tuple[str, ...]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from timm_ghn.cli.common import add_init_settings
-from timm_ghn.errors import CommandError
+from timm_ghn.cli.common import add_init_settings, select_names
 from timm_ghn.settings import METHODS, Init, Source
-from timm_ghn.text import did_you_mean, table
+from timm_ghn.text import table
 
 if TYPE_CHECKING:
     from timm_ghn.hub.push import Pushed
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from timm_ghn.ghn import load_ghn
     from timm_ghn.hub.push import Outcome, push_all
 
-    names = _names(args.patterns)
+    names = select_names(args.patterns)
     given: dict[str, Any] = {"noise": args.noise, "start_layer": args.start_layer}
     if args.ghn is not None:
         given["ghn"] = load_ghn(args.ghn)
@@ -82,20 +81,3 @@ def print_results(results: list[Pushed]) -> None:
     print("\n".join(table(("model", "outcome", "repository", "what"), rows)))
     outcomes = [found.outcome.value for found in results]
     print("\n" + ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes)))
-
-
-def _names(patterns: list[str]) -> list[str]:
-    """Names of models, each once.
-
-    Raises:
-        CommandError: If a pattern matches none.
-    """
-    import timm
-
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        matches = [pattern] if timm.is_model(pattern) else timm.list_models(pattern)
-        if not matches:
-            raise CommandError(f"timm has no model {pattern!r}{did_you_mean(pattern, timm.list_models())}")
-        found.update(dict.fromkeys(matches))
-    return list(found)
