@@ -138,6 +138,14 @@ def test_all_that_forward_calls_is_followed(target: str, value: object, monkeypa
     assert fingerprint(model) == before
 
 
+def test_methods_by_names_that_are_put_together_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Net, "forward", lambda self, x: self.head(getattr(self, "pool" + "ed")(self.stem(x))))
+    model = Net()
+    before = fingerprint(model)
+    monkeypatch.setattr(Net, "pooled", lambda self, x: x.amax((2, 3)))
+    assert fingerprint(model) != before
+
+
 def test_weights_and_mode_of_code_do_not_matter() -> None:
     one, two = Net(), Net()
     nn.init.zeros_(two.stem.weight)

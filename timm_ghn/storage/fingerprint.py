@@ -134,7 +134,8 @@ class _Walk:
             except ValueError:  # an empty cell
                 continue
         names = _names(function.__code__)
-        self._follow_members(names)
+        # A name that `getattr` gets may be put together while the code runs.
+        self._follow_members(sorted(self._members) if "getattr" in names else names)
         spaces = [function.__globals__]
         for space in spaces:
             is_trusted = space is not function.__globals__ and _is_trusted_name(space.get("__name__"))
