@@ -113,6 +113,23 @@ class TwoInputs(nn.Module):
         return self.last(F.relu(self.first(self.table(words)))) * scale
 
 
+class Spectral(nn.Module):
+    """Multiplies by complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.ones(8, dtype=torch.complex64))
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first((x * self.filter).real)))
+
+
+def test_lsuv_measures_with_the_type_of_the_real_parameters() -> None:
+    changed = {"first.weight", "first.bias", "last.weight", "last.bias"}
+    assert changed_parameters(Spectral(), "lsuv", input_size=(8,)) == changed
+
+
 @pytest.mark.parametrize("kind", ["tuple", "dict"])
 def test_lsuv_takes_what_forward_takes(kind: str) -> None:
     model = TwoInputs()

@@ -115,7 +115,7 @@ def _inputs(setting: Setting) -> tuple[tuple[Any, ...], dict[str, Any]]:
     Raises:
         InitError: If nothing says what the model takes.
     """
-    parameter = next(setting.model.parameters())
+    parameter = next(p for p in setting.model.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(derived_seed("lsuv batch", setting.seed))
 
     def place(leaf: Any) -> Any:
