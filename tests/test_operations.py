@@ -43,6 +43,23 @@ def test_an_operation_without_a_row_computes_with_all_of_its_operands() -> None:
 
 
 @pytest.mark.parametrize(
+    ("equation", "kind"),
+    [
+        ("bnc,dc->bnd", Kind.PRODUCT),
+        ("bnc,dc", Kind.PRODUCT),
+        ("...c,dc->...d", Kind.PRODUCT),
+        ("bnc,c->bnc", Kind.MULTIPLICATION),
+        ("...c, c -> ...c", Kind.MULTIPLICATION),
+        ("bnc,ck->bnc", Kind.MULTIPLICATION),
+    ],
+)
+def test_equations_that_sum_over_nothing_multiply_elementwise(equation: str, kind: Kind) -> None:
+    t = TraceBuilder()
+    t.call("einsum", equation, t.input(2, 3, 4), t.parameter("w", 4, 4))
+    assert kind_of(last(t)) is kind
+
+
+@pytest.mark.parametrize(
     ("name", "count"), [("add", 2), ("expand_as", 1), ("to", 1), ("zeros_like", 0), ("new_ones", 0)]
 )
 def test_what_only_lends_its_shape_is_no_operand(name: str, count: int) -> None:

@@ -742,6 +742,44 @@ def test_the_operation_decides_what_is_a_layer() -> None:
     assert all(torch.equal(model.get_parameter(name), before[name]) for name in kept)
 
 
+class Elementwise(nn.Module):
+    """Calls a function of its input and of a weight."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight)
+
+
+ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "lerp": lambda x, w: torch.lerp(x, torch.zeros_like(x), w.sum(1)[:, None, None].expand_as(x)),
+    "einsum": lambda x, w: torch.einsum("bhcij,hc->bhcij", x.unflatten(1, (2, 4)), w).flatten(1, 2),
+    "maximum": lambda x, w: torch.maximum(x, w.view(8, 1, 1)),
+    "where": lambda x, w: torch.where(x > 0, x, w.view(8, 1, 1)),
+    "divide": lambda x, w: torch.divide(x, w.view(8, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_weights_of_elementwise_functions_are_no_layers(name: str) -> None:
+    scale = Elementwise(ELEMENTWISE[name], *((8, 4) if name == "lerp" else (2, 4)))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), scale, nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 5))
+    for method in ("ghn-orth", "ghn", "orth"):
+        options: dict[str, Any] = {} if method == "orth" else {"ghn": "bundled"}
+        report = timm_ghn.init_model(model, method, input_size=(3, 4, 4), **options)
+        assert report.num_layers == 3
+        assert torch.equal(scale.weight, torch.ones_like(scale.weight))
+
+
+def test_layers_that_only_their_shapes_tell_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Scale(8, 16, 16), nn.Flatten(), nn.Linear(2048, 5))
+    assert len(weight_layers(model)) == 3  # a scale of this size does not fit to images of 224 x 224
+    assert "['1.weight'] count as layers, as no forward pass says how they are used" in caplog.text
+    assert "input_size=" in caplog.text
+
+
 def test_shapes_decide_where_no_forward_pass_can_be_recorded() -> None:
     class Reader(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -807,7 +845,7 @@ def test_weights_of_other_types_are_kept(dtype: torch.dtype, caplog: pytest.LogC
         orthogonalize_(nn.Sequential(model[1], model[2]))
 
 
-@pytest.mark.parametrize("form", [str, dict, tuple, nn.Parameter, "argument", None])
+@pytest.mark.parametrize("form", [str, dict, tuple, nn.Parameter, "argument", "error", None])
 def test_get_classifier_of_every_form(form: Any) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -822,8 +860,12 @@ def test_get_classifier_of_every_form(form: Any) -> None:
         def get_classifier(self, which: str) -> nn.Module:  # type: ignore[override]
             return self.head
 
-    model = WithArgument() if form == "argument" else Model()
-    expected = {None: [], "argument": ["last.weight"]}.get(form, ["head.weight"])
+    class Fails(Model):
+        def get_classifier(self) -> nn.Module:
+            raise NotImplementedError
+
+    model = {"argument": WithArgument, "error": Fails}.get(form, Model)()
+    expected = {None: [], "argument": ["last.weight"], "error": ["last.weight"]}.get(form, ["head.weight"])
     assert [layer.parameter for layer in weight_layers(model) if layer.is_classifier] == expected
 
 

@@ -22,7 +22,7 @@ from timm_ghn.text import did_you_mean
 from timm_ghn.trace.capture import capture
 from timm_ghn.trace.inputs import timm_config
 from timm_ghn.trace.operations import Kind, kind_of, operands
-from timm_ghn.trace.records import Trace
+from timm_ghn.trace.records import Operation, Trace
 
 _logger = logging.getLogger(__name__)
 
@@ -38,8 +38,9 @@ _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_pro
 
 _ELEMENTWISE = {
     Kind.SUM, Kind.SCALED_SUM, Kind.OTHER_SUM, Kind.MULTIPLICATION, Kind.DIVISION, Kind.NORM, Kind.LOOKUP,
+    Kind.MAXIMUM,
 }  # fmt: skip
-"""Operations whose parameters are scales, offsets or tables, not layers."""
+"""Operations whose parameters are scales, offsets or tables, not layers. (Of others, shapes tell.)"""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of weights that are predicted and post-processed."""
@@ -203,18 +204,32 @@ def _scales(
         try:
             trace = capture(model, input_size=input_size, example_input=example_input)
         except CaptureError as error:
-            _logger.debug("shapes decide which of %s are layers: %s", ", ".join(names), error)
             parameters = dict(model.named_parameters())
-            return {name for name in names if sum(size > 1 for size in parameters[name].shape) < 2}
+            scales = {name for name in names if sum(size > 1 for size in parameters[name].shape) < 2}
+            if unclear := sorted(set(names) - scales):
+                _logger.warning("%s count as layers, as no forward pass says how they are used: %s", unclear, error)
+            return scales
     origins = find_origins(trace)
-    uses: dict[str, set[Kind]] = {name: set() for name in names}
+    uses: dict[str, set[bool]] = {name: set() for name in names}
     for operation in trace.operations:
         values = operands(operation)
         if any(origins.is_data(value) for value in values):
             for index in itertools.chain.from_iterable(origins.of(value).values for value in values):
                 for name in set(names).intersection(trace.parameters[index]):
-                    uses[name].add(kind_of(operation))
-    return {name for name, kinds in uses.items() if kinds and kinds <= _ELEMENTWISE}
+                    uses[name].add(_is_elementwise(operation))
+    return {name for name, found in uses.items() if found == {True}}
+
+
+def _is_elementwise(operation: Operation) -> bool:
+    """Whether the parameters of an operation are scales, offsets or tables, not layers."""
+    kind = kind_of(operation)
+    if kind is not Kind.OTHER:
+        return kind in _ELEMENTWISE
+    try:  # of an operation that the table does not know, shapes tell
+        shape = torch.broadcast_shapes(*(value.shape for value in operation.inputs))  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return False
+    return {value.shape for value in operation.outputs} == {tuple(shape)}
 
 
 def _classifier_weights(model: nn.Module) -> set[int] | None:
@@ -224,7 +239,8 @@ def _classifier_weights(model: nn.Module) -> set[int] | None:
         try:
             named = {id(weight) for weight in _named_heads(model)}
             return named | {id(weight) for weight in _parameters_of(model, get_classifier())}
-        except TypeError:  # of a method that takes arguments
+        except Exception as error:  # noqa: BLE001 - any model code may run here; the method may take arguments
+            _logger.debug("get_classifier() of %s failed: %r", type(model).__name__, error)
             return None
     return set() if hasattr(model, "feature_info") else None
 

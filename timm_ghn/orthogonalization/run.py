@@ -19,6 +19,7 @@ from timm_ghn.orthogonalization.layers import WeightLayer, resolve_start_layer, 
 from timm_ghn.orthogonalization.noise import add_noise_
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor_, wide_dtype
 from timm_ghn.settings import Correlation, check_choice, check_noise, check_seed
+from timm_ghn.trace.inputs import check_model
 
 _logger = logging.getLogger(__name__)
 
@@ -216,6 +217,7 @@ def orthogonalize_(
             device or not finite.
     """
     settings = PostProcess(noise=noise, orthogonal=orthogonal, seed=seed, correlation=correlation)
+    check_model(model)
     layers = weight_layers(model, input_size=input_size, example_input=example_input)
     start = resolve_start_layer(layers, start_layer)
     selected = selected_layers(layers, start)

@@ -168,7 +168,18 @@ LAYERS = frozenset({Kind.CONVOLUTION, Kind.LINEAR})
 
 def row_of(operation: Operation) -> Row:
     """What the table says of an operation."""
+    if operation.name == "einsum" and _is_elementwise(operation.args[0]):
+        return TABLE["mul"]
     return TABLE.get(operation.name, _OTHER)
+
+
+def _is_elementwise(equation: Any) -> bool:
+    """Whether an equation of `torch.einsum` sums over no index that two operands share: "bnc,c->bnc"."""
+    if not isinstance(equation, str):
+        return False
+    operands, arrow, result = equation.replace("...", "").replace(" ", "").partition("->")
+    shared = {index for index in operands if index != "," and sum(index in part for part in operands.split(",")) > 1}
+    return bool(arrow) and shared <= set(result)
 
 
 def kind_of(operation: Operation) -> Kind:
