@@ -7,7 +7,9 @@ import math
 import queue
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -153,6 +155,15 @@ def test_a_tensor_that_computes_out_of_sight_is_an_error() -> None:
         to_graph(Residual(Inner()), input_size=SIZE)
 
 
+def test_what_other_threads_compute_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    def in_a_thread(x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(F.relu, x).result()
+
+    to_graph(Residual(in_a_thread), input_size=SIZE)
+    assert "conv2d uses a tensor of unknown origin (shape 1x16x14x14), which counts as a constant" in caplog.text
+
+
 _KEPT_BY_A_LIBRARY = torch.ones(1, device="meta")
 
 
@@ -272,6 +283,12 @@ class Custom:
         self.logits, self.itself = logits, self
 
 
+def of_each_other(logits: Tensor) -> Custom:
+    one, two = Custom(logits), Custom(logits)
+    one.itself, two.itself = two, one
+    return one
+
+
 class Slots:
     __slots__ = ("logits",)
 
@@ -289,7 +306,8 @@ class Returns(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "form", [Output, Custom, lambda x: SimpleNamespace(x=[x]), lambda x: {x}, lambda x: {"x": (x,)}]
+    "form",
+    [Output, Custom, of_each_other, lambda x: SimpleNamespace(x=[x]), lambda x: {x}, lambda x: {"x": deque([x])}],
 )
 def test_outputs_of_every_form(form: Callable[[Tensor], Any]) -> None:
     assert names(to_graph(Returns(form))) == {"layer.weight", "layer.bias"}

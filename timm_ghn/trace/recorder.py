@@ -7,7 +7,9 @@ tensors that it leaves behind. A second recording then takes a `TorchDispatchMod
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
@@ -25,6 +27,8 @@ from timm_ghn.errors import CaptureError
 from timm_ghn.seeding import PrivateRandom
 from timm_ghn.trace.memo import PLAIN, Results, call_key
 from timm_ghn.trace.records import Operation, Trace, Value
+
+_logger = logging.getLogger(__name__)
 
 _SEEN_DEVICE = torch.device("cpu", 0)
 """What code gets from `tensor.device`. Unlike the meta device, `torch.autocast` knows this one. As an argument of a
@@ -238,6 +242,13 @@ class Recorder(TorchFunctionMode):
             self.is_complete = False
             if self._sees_kernels and (storage in self._kernels.made or _computes_itself(tensor)):
                 raise CaptureError(f"a {type(tensor).__name__} of unknown origin, which no recorded operation has made")
+            if self._sees_kernels:
+                _logger.warning(
+                    "%s uses a tensor of unknown origin (shape %s), which counts as a constant: what other threads "
+                    "compute is not recorded",
+                    self.call or "the output",
+                    "x".join(str(size) for size in tensor.shape),
+                )
         return value
 
     def _new_value(self, tensor: Tensor) -> Value:
@@ -285,19 +296,26 @@ class _MetaByDefault(TorchFunctionMode):
 
 def tensors_in(result: Any, *, in_objects: bool = False) -> Iterator[Tensor]:
     """The tensors of nested lists, tuples, sets and mappings, in order; if asked for, of attributes of objects, too."""
+    yield from _tensors_in(result, in_objects, ())
+
+
+def _tensors_in(result: Any, in_objects: bool, owners: tuple[int, ...]) -> Iterator[Tensor]:
+    """As `tensors_in`, of a part of the objects with these ids, which may refer to each other."""
     entries: Iterable[Any] = ()
     if isinstance(result, Tensor):
         yield result
+    elif id(result) in owners:
+        return
     elif isinstance(result, Mapping):
         entries = result.values()
-    elif isinstance(result, (list, tuple, set, frozenset)):
+    elif isinstance(result, (list, tuple, set, frozenset, deque)):
         entries = result
     elif in_objects and not isinstance(result, (type, nn.Module)):
-        entries = [value for value in getattr(result, "__dict__", {}).values() if value is not result]
+        entries = getattr(result, "__dict__", {}).values()
         if is_dataclass(result):
             entries = [getattr(result, field.name, None) for field in fields(result)]
     for entry in entries:
-        yield from tensors_in(entry, in_objects=in_objects)
+        yield from _tensors_in(entry, in_objects, (*owners, id(result)))
 
 
 def _as_called(name: str, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
