@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import timm
 import torch
@@ -273,6 +274,30 @@ def test_a_kept_layer_that_is_not_finite_changes_nothing(ghn: GHN) -> None:
     assert torch.equal(model.layer.weight, before)
 
 
+@pytest.mark.parametrize("name", ["fc.weight", "bn1.running_var"])
+def test_memory_without_values_is_not_kept(ghn: GHN, name: str) -> None:
+    model = timm.create_model("test_resnet", num_classes=7)
+    tensor = model.state_dict()[name]
+    tensor.fill_(float("nan"))  # as `to_empty` leaves it under torch.use_deterministic_algorithms
+    before = model.conv1[0].weight.detach().clone()
+    with pytest.raises(InitError, match=rf"{name} holds NaN and would be kept.*to_empty"):
+        timm_ghn.init_model(model, ghn=ghn)
+    assert torch.equal(model.conv1[0].weight, before)
+    tensor.fill_(1)
+    timm_ghn.init_model(model, ghn=ghn)
+
+
+def test_models_of_the_inference_mode_are_initialized_there_alone(ghn: GHN) -> None:
+    with torch.inference_mode():
+        model = timm.create_model("test_resnet")
+    for method in ("ghn-orth", "orth", "lsuv"):
+        settings = {"ghn": ghn} if method == "ghn-orth" else {}
+        with pytest.raises(InitError, match=r"conv1\.0\.weight was made within torch\.inference_mode\(\)"):
+            timm_ghn.init_model(model, method, **settings)
+        with torch.inference_mode():
+            timm_ghn.init_model(model, method, **settings)
+
+
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -318,6 +343,7 @@ def test_a_side_is_a_square() -> None:
     model = timm.create_model("test_vit", in_chans=1)
     report = timm_ghn.init_model(model, "ghn", ghn="bundled", input_size=160)
     assert report.predicted_share > 0.5
+    timm_ghn.init_model(model, "ghn", ghn="bundled", input_size=tuple(numpy.array([1, 160, 160])))
     for size in ("160", (3, -1, 2), (), 2.5, True):
         unchanged_after(model, InitError, "input_size=", ghn="bundled", input_size=size)
 
@@ -358,6 +384,7 @@ def test_compiled_models_are_initialized_without_a_word(ghn: GHN, capfd: pytest.
             "expected a model.*str 'resnet18'; timm.create_model\\('resnet18'\\) builds",
         ),  # type: ignore[arg-type]
         (lambda: timm_ghn.to_graph("resnet18"), "expected a model"),  # type: ignore[arg-type]
+        (lambda: timm_ghn.orthogonalize_("resnet18"), "expected a model"),  # type: ignore[arg-type]
         (lambda: timm_ghn.Init(method=3), "method=3: expected the name"),  # type: ignore[arg-type]
         (lambda: timm_ghn.Init(ghn=3), "ghn=3: expected the name or path"),  # type: ignore[arg-type]
         (lambda: timm_ghn.Init(cache="x"), "cache='x': expected True or False"),  # type: ignore[arg-type]

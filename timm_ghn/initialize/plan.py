@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from timm_ghn.baselines import BASELINES, Computation, Setting
@@ -191,6 +192,7 @@ def make_plan(
             chosen[name] = Assignment(Source.TIMM, layer=layer, reason=reason)
             if layer is not None and not deferred.is_pending(parameter) and not bool(parameter.isfinite().all()):
                 raise InitError(f"{name} holds NaN or infinity, so nothing was changed; repair the weights first")
+    _check_kept(init, model, [name for name, assigned in chosen.items() if assigned.source is Source.TIMM], deferred)
     origin = describe_origin(init, hypernetwork, layers, start_layer)
     assignments = {name: chosen[name] for name in parameters}
     return Plan(init, origin, parameters, assignments, hypernetwork, graph, computation)
@@ -209,6 +211,12 @@ def _check_model(
             "model outside of torch.device('meta'): timm.create_model(..., init='ghn-orth') draws no random numbers in "
             "vain either. Memory from model.to_empty() alone holds no values"
         )
+    inference = next((name for name, parameter in parameters.items() if parameter.is_inference()), None)
+    if inference is not None and not torch.is_inference_mode_enabled():
+        raise InitError(
+            f"{inference} was made within torch.inference_mode() and cannot be changed outside of it: initialize the "
+            "model there, too, or build it outside"
+        )
     if parameters and not parameters.keys() - kept.keys():
         if set(kept.values()) == {FROZEN}:
             raise InitError(
@@ -216,6 +224,19 @@ def _check_model(
             )
         reasons = ", ".join(f"{name} ({kept[name]})" for name in list(parameters)[:3])
         raise InitError(f"methods but 'rand' keep all parameters of the model: {reasons}")
+
+
+def _check_kept(init: Init, model: nn.Module, names: Iterable[str], deferred: DeferredRandom) -> None:
+    """Raises InitError if parameters or buffers that stay as they are hold no values."""
+    if init.spec.source is Source.TIMM:
+        return
+    kept = {**{name: model.get_parameter(name) for name in names}, **dict(model.named_buffers())}
+    for name, tensor in kept.items():
+        if not deferred.is_pending(tensor) and bool(tensor.isnan().any()):
+            raise InitError(
+                f"{name} holds NaN and would be kept, so nothing was changed. Memory from model.to_empty() alone holds "
+                "no values: build the model on a real device, or load weights first"
+            )
 
 
 def _start_layer(init: Init, layers: Sequence[WeightLayer]) -> int | None:

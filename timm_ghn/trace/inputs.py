@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,12 +59,13 @@ def checked_size(model: nn.Module, size: int | Sequence[int]) -> tuple[int, ...]
         InitError: If it is no size.
     """
     try:
-        sizes = tuple(size) if not isinstance(size, int) else (input_sizes(model)[0][0], size, size)
+        sides = [size, size] if isinstance(size, int) else list(size)
+        sizes = tuple(operator.index(side) for side in sides if not isinstance(side, bool))
     except TypeError:
-        sizes = ()
-    if not sizes or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sizes):
+        sizes, sides = (), []
+    if not sizes or len(sizes) < len(sides) or min(sizes) < 1:
         raise InitError(f"input_size={size!r}: expected (channels, height, width), or the side of a square")
-    return sizes
+    return (input_sizes(model)[0][0], *sizes) if isinstance(size, int) else sizes
 
 
 def possible_calls(model: nn.Module, input_size: int | Sequence[int] | None, example_input: Any) -> list[Call]:
