@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _MAX_DRAWS = 200
 """Draws of one family after which a search within the bounds gives up."""
 
-_IMPOSSIBLE = (AssertionError, ValueError, RuntimeError, KeyError, TypeError, IndexError, ZeroDivisionError)
+_IMPOSSIBLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What timm's constructors raise for arguments that do not go together; such a network is drawn again."""
 
 
