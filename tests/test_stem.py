@@ -32,7 +32,7 @@ def reduction(model: nn.Module) -> int:
 )
 def test_convolutional_stems(name: str, change: str, factor: int | None) -> None:
     model = timm.create_model(name, num_classes=10)
-    assert str(adjust_stem(model, SIZE)) == change
+    assert adjust_stem(model, SIZE) == change
     if factor is not None:
         assert reduction(model) == factor
 
@@ -50,7 +50,7 @@ def test_the_kernel_is_the_center_of_what_it_was() -> None:
 def test_convnext_keeps_its_kernel_as_in_ppuda() -> None:
     model = timm.create_model("test_convnext", num_classes=10)
     before = model.stem[0].weight.detach().clone()
-    assert str(adjust_stem(model, SIZE)) == "stem.0 4x4, stride 4 -> 4x4, stride 1"
+    assert adjust_stem(model, SIZE) == "stem.0 4x4, stride 4 -> 4x4, stride 1"
     assert torch.equal(model.stem[0].weight, before)
     assert model.stem(torch.zeros(1, *SIZE)).shape[-2:] == (29, 29)
 
@@ -66,7 +66,7 @@ def test_a_network_that_cannot_run_with_another_stem_stays_as_it_was() -> None:
 
 def test_patch_embeddings_stay() -> None:
     model = timm.create_model("test_vit", img_size=32, patch_size=4, num_classes=10)
-    assert str(adjust_stem(model, SIZE)) == "unchanged"
+    assert adjust_stem(model, SIZE) == "unchanged"
     assert model(torch.zeros(1, *SIZE)).shape == (1, 10)
 
 

@@ -94,12 +94,11 @@ def _config(args: argparse.Namespace, init: str) -> FineTuneConfig:
     """
     from timm_ghn.errors import FineTuneError
     from timm_ghn.finetune import FineTuneConfig
-    from timm_ghn.finetune.network import check_init
 
     if args.seeds < 1:
         raise FineTuneError("--seeds must be at least 1")
     given = {"image_size": args.image_size, "epochs": args.epochs, "batch_size": args.batch_size}
-    config = FineTuneConfig(
+    return FineTuneConfig(
         args.model,
         init.replace("_", "-").lower(),
         model_kwargs=dict(args.model_kwargs),
@@ -112,8 +111,6 @@ def _config(args: argparse.Namespace, init: str) -> FineTuneConfig:
         settle=True,
         **{name: value for name, value in given.items() if value is not None},
     )
-    check_init(config)
-    return config
 
 
 def _fitted(config: FineTuneConfig, args: argparse.Namespace, count: int, size: int) -> FineTuneConfig:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from timm_ghn.errors import FineTuneError
-from timm_ghn.settings import Rescale
+from timm_ghn.settings import Init, Rescale
 
 OptimizerName = Literal["sgd", "adamw"]
 Stem = Literal["auto", "adjusted", "original"]
@@ -19,6 +19,8 @@ Normalization = Literal["auto", "data", "imagenet"]
 Precision = Literal["float32", "bfloat16"]
 Split = Literal["test", "validation"]
 
+PRETRAINED = "pretrained"
+"""Initialization by timm's pretrained weights."""
 VALIDATION_IMAGES = 5000
 """Training images that are held out for tuning, at most; as many as in ppuda."""
 
@@ -62,6 +64,7 @@ class FineTuneConfig:
 
     Raises:
         FineTuneError: If a value is out of range.
+        InitError: If there is no such initialization.
     """
 
     model: str
@@ -91,6 +94,8 @@ class FineTuneConfig:
     settle: bool = False
 
     def __post_init__(self) -> None:
+        if self.init != PRETRAINED:
+            Init(self.init)
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise FineTuneError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

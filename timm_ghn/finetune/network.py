@@ -12,7 +12,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from timm_ghn.errors import FineTuneError
-from timm_ghn.finetune.config import FineTuneConfig
+from timm_ghn.finetune.config import PRETRAINED, FineTuneConfig
 from timm_ghn.finetune.stem import adjust_stem
 from timm_ghn.ghn import content_hash, default_ghn, load_ghn
 from timm_ghn.initialize.model import init_model
@@ -20,9 +20,6 @@ from timm_ghn.orthogonalization import weight_layers
 from timm_ghn.seeding import derived_seed, seeded
 from timm_ghn.settings import METHODS, Init, Source
 from timm_ghn.storage.paths import file_sha256
-
-PRETRAINED = "pretrained"
-"""Initialization by timm's pretrained weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +57,7 @@ def build_network(config: FineTuneConfig, num_classes: int, seed: int, images: T
     if config.init_file is not None:
         _load_file(model, config.init_file)
     size = (int(config.model_kwargs.get("in_chans", 3)), config.image_size, config.image_size)
-    stem = str(adjust_stem(model, size)) if config.adjusts_stem else "original"
+    stem = adjust_stem(model, size) if config.adjusts_stem else "original"
     provenance: Mapping[str, Any] = {"method": config.starts_from}
     if config.init != PRETRAINED and config.init_file is None and METHODS[config.init].source is not Source.TIMM:
         chosen = {"ghn": config.ghn, "noise": config.noise, "start_layer": config.start_layer}
@@ -86,16 +83,6 @@ def weights_digest(config: FineTuneConfig) -> str:
     if config.init == PRETRAINED or METHODS[config.init].source is not Source.GHN:
         return ""
     return content_hash(load_ghn(config.ghn, shared=True) if config.ghn is not None else default_ghn(shared=True))
-
-
-def check_init(config: FineTuneConfig) -> None:
-    """Fail before data are loaded if an initialization does not exist.
-
-    Raises:
-        InitError: If the method is unknown.
-    """
-    if config.init != PRETRAINED:
-        Init(config.init)
 
 
 def _create(config: FineTuneConfig, num_classes: int) -> nn.Module:

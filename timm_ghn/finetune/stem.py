@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,25 +15,8 @@ _STEM_CONVS = 3
 """Convolutions in front of a stem's max-pool, at most: one (ResNet, DenseNet), two (VGG) or three (ResNet-D)."""
 
 
-@dataclass(frozen=True)
-class StemChange:
-    """What `adjust_stem` did.
-
-    Attributes:
-        conv: What became of the first convolution; empty if it stayed.
-        pool: Name of the max-pool that was removed; empty if there was none.
-    """
-
-    conv: str = ""
-    pool: str = ""
-
-    def __str__(self) -> str:
-        pool = f"max-pool {self.pool} removed" if self.pool else ""
-        return "; ".join(part for part in (self.conv, pool) if part) or "unchanged"
-
-
 @torch.no_grad()
-def adjust_stem(model: nn.Module, input_size: tuple[int, int, int]) -> StemChange:
+def adjust_stem(model: nn.Module, input_size: tuple[int, int, int]) -> str:
     """Keep more of a small image's resolution, as ppuda does for torchvision's networks on 32 x 32 images.
 
     - A first convolution whose windows overlap (7 x 7, stride 2; 3 x 3, stride 2) becomes 3 x 3 with stride 1; its
@@ -52,55 +33,41 @@ def adjust_stem(model: nn.Module, input_size: tuple[int, int, int]) -> StemChang
         model: Network with values; changed in place. Do this before weights are predicted.
         input_size: (channels, height, width) that it will be used with.
 
+    Returns:
+        What was changed, or "unchanged".
+
     Raises:
         FineTuneError: If the network cannot run at this size, before or after the change, or has no convolution. The
             network is then as before.
     """
+    conv, pool = _first_layers(model, input_size)
+    parents = [model.get_submodule(conv[:end]) for end, letter in enumerate(conv) if letter == "."]
+    if any(isinstance(module, PatchEmbed) for module in (model, *parents)):
+        return "unchanged"
     trial = copy.deepcopy(model)
-    change = _adjust_(trial, *_first_layers(trial, input_size))
-    if change != StemChange():
-        try:
-            _first_layers(trial, input_size)
-        except FineTuneError as error:
-            raise FineTuneError(
-                f"{type(model).__name__} cannot run with other first layers ({change}), because later ones expect the "
-                f"size of what they return: {error.__cause__}; use --stem original"
-            ) from error
-    return _adjust_(model, *_first_layers(model, input_size))
+    change = _adjust_(trial, conv, pool)
+    if not change:
+        return "unchanged"
+    try:
+        _first_layers(trial, input_size)
+    except FineTuneError as error:
+        raise FineTuneError(
+            f"{type(model).__name__} cannot run with other first layers ({change}), because later ones expect the size "
+            f"of what they return: {error.__cause__}; use --stem original"
+        ) from error
+    return _adjust_(model, conv, pool)
 
 
-def _adjust_(model: nn.Module, convs: Sequence[tuple[str, nn.Conv2d]], pools: Sequence[tuple[str, int]]) -> StemChange:
-    """Change the first layers, given all of them in the order in which they run."""
-    if not convs:
-        raise FineTuneError(f"{type(model).__name__} has no 2-D convolution to adjust: --stem original")
-    name, conv = convs[0]
-    if any(isinstance(module, PatchEmbed) for module in _ancestors(model, name)):
-        return StemChange()
-    change = _adjust_conv_(conv, name)
-    pool = next((found for found, before in pools if before <= _STEM_CONVS), "")
-    if pool:
-        parent = model.get_submodule(pool.rpartition(".")[0])
-        setattr(parent, pool.rpartition(".")[2], nn.Identity())
-    return StemChange(change, pool)
+def _first_layers(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[str, str]:
+    """Names of the first convolution that runs, and of the first max-pool if it is part of the stem, else empty.
 
-
-def _first_layers(
-    model: nn.Module, input_size: tuple[int, int, int]
-) -> tuple[list[tuple[str, nn.Conv2d]], list[tuple[str, int]]]:
-    """Convolutions by name in the order in which they run, and max-pools with the number of convolutions before."""
-    convs: list[tuple[str, nn.Conv2d]] = []
-    pools: list[tuple[str, int]] = []
-
-    def seen(name: str, module: nn.Module) -> Any:
-        def hook(*_: Any) -> None:
-            if isinstance(module, nn.Conv2d):
-                convs.append((name, module))
-            else:
-                pools.append((name, len(convs)))
-
-        return module.register_forward_pre_hook(hook)
-
-    handles = [seen(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]
+    Raises:
+        FineTuneError: If the network cannot run at this size, or has no convolution.
+    """
+    layers = (nn.Conv2d, nn.MaxPool2d)
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules() if isinstance(module, layers)}
+    order: list[nn.Module] = []
+    handles = [module.register_forward_pre_hook(lambda module, _: order.append(module)) for module in names]
     modes = [(module, module.training) for module in model.modules()]
     try:
         parameter = next(model.parameters())
@@ -115,12 +82,22 @@ def _first_layers(
             module.training = training
         for handle in handles:
             handle.remove()
-    return convs, pools
+    is_conv = [isinstance(module, nn.Conv2d) for module in order]
+    if not any(is_conv):
+        raise FineTuneError(f"{type(model).__name__} has no 2-D convolution to adjust: --stem original")
+    pool = is_conv.index(False) if not all(is_conv) else len(order)
+    return names[order[is_conv.index(True)]], names[order[pool]] if pool <= _STEM_CONVS and pool < len(order) else ""
 
 
-def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
-    parts = name.split(".")
-    return [model.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
+def _adjust_(model: nn.Module, conv: str, pool: str) -> str:
+    """Change the first convolution and remove the max-pool, if there is one; the text says what was done."""
+    layer: Any = model.get_submodule(conv)
+    changes = [_adjust_conv_(layer, conv)]
+    if pool:
+        parent, _, own = pool.rpartition(".")
+        setattr(model.get_submodule(parent), own, nn.Identity())
+        changes.append(f"max-pool {pool} removed")
+    return "; ".join(filter(None, changes))
 
 
 def _adjust_conv_(conv: nn.Conv2d, name: str) -> str:
