@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a table of them."""
     from timm_ghn.ghn import list_ghns
+    from timm_ghn.storage.paths import cache_directory
 
     header = ("name", "on disk", "size", "licence", "trained on", "published accuracy, %", "what it is")
     rows = [
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     print("\n".join(table(header, rows)))
     print("Accuracies are the authors', of predicted weights without training unless an epoch is named.")
+    print(f"Files are kept in {cache_directory() / 'ghns'}.")
     return 0
 
 
