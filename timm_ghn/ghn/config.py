@@ -112,26 +112,18 @@ class GHNConfig:
         if self.decoder == "mlp":
             _require(shape[0] == shape[1], f"max_shape {shape} needs as many in as out channels with decoder 'mlp'")
             _require(self.tiles == 1 and self.cut == "corner", "tiles and cut need decoder 'conv'")
-        count = self.num_decoder_parameters
+        hid, places, classes = self.hid, shape[2] * shape[3], self.num_classes
+        count = 4 * hid * hid * places + 8 * hid * (4 * hid + shape[0] * shape[1])
+        if self.decoder == "mlp":
+            count = 2 * hid * shape[0] * (shape[1] * places + classes)
         limits = f"more than the {MAX_PARAMETERS:,} that this version reads"
-        _require(count <= MAX_PARAMETERS, f"the decoder would have {count:,} parameters, {limits}")
+        _require(count <= MAX_PARAMETERS, f"the decoder would have about {count:,} parameters, {limits}")
 
     @property
     def largest_kernel(self) -> tuple[int, int, int, int]:
         """What is emitted of a kernel; a larger one repeats it."""
         out_channels, in_channels, height, width = self.max_shape
         return self.tiles * out_channels, self.tiles * in_channels, height, width
-
-    @property
-    def num_decoder_parameters(self) -> int:
-        """Number of weights in the kernel decoder and the class layers, which make up nearly all of a GHN."""
-        out_channels, in_channels, height, width = self.max_shape
-        classes = self.num_classes * out_channels
-        if self.decoder == "conv":
-            spatial = self.hid * (4 * self.hid) * height * width
-            channels = (4 * self.hid) * (8 * self.hid) + (8 * self.hid) * out_channels * in_channels
-            return spatial + channels + 2 * (self.tiles - 1) * (8 * self.hid) + 2 * classes
-        return 2 * self.hid * (out_channels * in_channels * height * width + classes) + classes
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GHNConfig:

@@ -9,7 +9,7 @@ Shapes: N nodes, K out channels, C in channels, h x w kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -197,21 +197,6 @@ def _bias(layer: nn.Conv2d) -> Tensor:
     return cast(Tensor, layer.bias)
 
 
-def make_decoder(config: GHNConfig) -> ConvDecoder | MLPDecoder:
-    """The decoder that the configuration names."""
-    return ConvDecoder(config) if config.decoder == "conv" else MLPDecoder(config)
-
-
-def vector_decoder(config: GHNConfig) -> MLP:
-    """MLP whose output (2 * max(K, C)) is a norm weight, then a norm bias or any other bias."""
-    return MLP(config.hid, (2 * config.hid, 2 * max(config.max_shape[:2])), last_activation=False)
-
-
-def class_bias_layer(config: GHNConfig) -> nn.Sequential:
-    """Layers that turn a predicted bias into one of `num_classes` values."""
-    return nn.Sequential(nn.ReLU(), nn.Linear(max(config.max_shape[:2]), config.num_classes))
-
-
 _POLYNOMIAL = (3.4445, -4.7750, 2.0315)
 """Coefficients of an odd quintic that moves singular values from (0, 1] towards 0.7 to 1.2 (the Muon optimizer's)."""
 
@@ -244,15 +229,12 @@ def even_factor(gram: Tensor) -> Tensor:
     return total * first.rsqrt()
 
 
-def condition(
-    blocks: Sequence[Tensor], kernels: str, factors_of: Callable[[Tensor], Tensor] = unit_factor
-) -> list[Tensor]:
+def condition(blocks: Sequence[Tensor], kernels: str) -> list[Tensor]:
     """Bring emitted blocks to a common scale, as `GHNConfig.kernels` says.
 
     Args:
         blocks: Any number of batches (N, K, ...) of blocks, each block a matrix of K rows.
         kernels: "raw", "normalized" or "orthogonal".
-        factors_of: `unit_factor`, or the same compiled.
 
     Returns:
         Blocks of the same shapes; their root mean squares are 1 unless `kernels` is "raw". Differentiable.
@@ -265,7 +247,7 @@ def condition(
         return [(matrix * scale).view_as(block) for matrix, scale, block in zip(matrices, scales, blocks, strict=True)]
     tall = [matrix.shape[1] > matrix.shape[2] for matrix in matrices]
     wide = [matrix.transpose(1, 2) if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)]
-    factors = _evening_factors([matrix @ matrix.transpose(1, 2) for matrix in wide], factors_of)
+    factors = _evening_factors([matrix @ matrix.transpose(1, 2) for matrix in wide])
     even = [
         math.sqrt(block[0].numel()) * factor @ matrix
         for factor, matrix, block in zip(factors, wide, blocks, strict=True)
@@ -278,7 +260,7 @@ _BUCKETS = (4, 16, 32)
 """Sizes that small Gram matrices are filled up to, so that those of many groups make one batch."""
 
 
-def _evening_factors(grams: Sequence[Tensor], factors_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def _evening_factors(grams: Sequence[Tensor]) -> list[Tensor]:
     """For batches of Gram matrices G = X X^T: F for which F X has norm 1 and nearly equal singular values."""
     sides = [gram.shape[1] for gram in grams]
     buckets = [next((size for size in _BUCKETS if side <= size), side) for side in sides]
@@ -286,7 +268,7 @@ def _evening_factors(grams: Sequence[Tensor], factors_of: Callable[[Tensor], Ten
     for gram, side, bucket in zip(grams, sides, buckets, strict=True):
         padded.setdefault(bucket, []).append(F.pad(gram, (0, bucket - side, 0, bucket - side)))
     done = {
-        bucket: iter(torch.split(factors_of(torch.cat(parts)), [len(part) for part in parts]))
+        bucket: iter(torch.split(unit_factor(torch.cat(parts)), [len(part) for part in parts]))
         for bucket, parts in padded.items()
     }
     return [next(done[bucket])[:, :side, :side] for side, bucket in zip(sides, buckets, strict=True)]

@@ -7,7 +7,7 @@ other; the nodes of a level do not see each other, so here a level is one batch 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from timm_ghn.graph.graph import Graph
 
 IntArray = npt.NDArray[np.int64]
+Messages = Callable[[Tensor], Tensor]
+"""From features (n, hid) of nodes to the messages that they send."""
 
 
 class MLP(nn.Module):
@@ -70,22 +72,7 @@ class Push:
     weights: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """The order in which a batch of graphs is traversed.
-
-    Attributes:
-        order: Position of every node, int64 (N,): nodes of all graphs by level, level i of all graphs together.
-        forward: Levels from the inputs to the outputs.
-        backward: Levels from the outputs to the inputs.
-    """
-
-    order: Tensor
-    forward: tuple[Push, ...]
-    backward: tuple[Push, ...]
-
-
-def make_schedule(graphs: Sequence[Graph], virtual_edges: bool, like: Tensor) -> Schedule:
+def make_schedule(graphs: Sequence[Graph], virtual_edges: bool, like: Tensor) -> tuple[Tensor, list[Push], list[Push]]:
     """Merge the levels of the graphs and write the messages between them as banded matrices.
 
     Args:
@@ -94,8 +81,10 @@ def make_schedule(graphs: Sequence[Graph], virtual_edges: bool, like: Tensor) ->
         like: Tensor whose type and device the matrices get.
 
     Returns:
-        The schedule. Its matrices hold the distances between a level and the nodes in reach, so their size is
-        bounded by N^2 and is far less for deep networks, where only `max_distance` levels are in reach.
+        Position of every node, int64 (N,): nodes of all graphs by level, level i of all graphs together. Then the
+        levels from the inputs to the outputs, and back. Their matrices hold the distances between a level and the nodes
+        in reach, so their size is bounded by N^2 and is far less for deep networks, where only `max_distance` levels
+        are in reach.
     """
     level = _merged_levels(graphs)
     by_level = np.argsort(level, kind="stable")
@@ -112,7 +101,7 @@ def make_schedule(graphs: Sequence[Graph], virtual_edges: bool, like: Tensor) ->
     distances = np.concatenate([pair[2] for pair in pairs])
     forward = _pushes(sources, targets, distances, starts, virtual_edges, like)
     backward = _pushes(targets, sources, distances, starts, virtual_edges, like)
-    return Schedule(torch.from_numpy(position).to(like.device), tuple(forward), tuple(reversed(backward)))
+    return torch.from_numpy(position).to(like.device), forward, backward[::-1]
 
 
 def _merged_levels(graphs: Sequence[Graph]) -> IntArray:
@@ -199,14 +188,14 @@ class GatedGNN(nn.Module):
         return hidden.clone()  # an ordinary tensor
 
     def _propagate(self, x: Tensor, graphs: Sequence[Graph]) -> Tensor:
-        schedule = make_schedule(graphs, self.virtual_edges, x)
-        layers = self._message_layers()
-        hidden = torch.empty_like(x).index_copy(0, schedule.order, x)
-        hidden = self._traverse(hidden, schedule.forward, layers)
-        hidden = self._traverse(hidden, schedule.backward, layers, reverse=True)
-        return hidden[schedule.order]
+        order, forward, backward = make_schedule(graphs, self.virtual_edges, x)
+        messages = _fuse([self.mlp, self.mlp_ve] if self.virtual_edges else [self.mlp])
+        hidden = torch.empty_like(x).index_copy(0, order, x)
+        hidden = self._traverse(hidden, forward, messages)
+        hidden = self._traverse(hidden, backward, messages, reverse=True)
+        return hidden[order]
 
-    def _traverse(self, hidden: Tensor, pushes: Sequence[Push], layers: MessageLayers, reverse: bool = False) -> Tensor:
+    def _traverse(self, hidden: Tensor, pushes: Sequence[Push], messages: Messages, reverse: bool = False) -> Tensor:
         """Update level after level; each level then adds its messages to the inboxes of the nodes that it reaches."""
         gru = self.gru
         inbox = torch.zeros_like(hidden)
@@ -219,36 +208,19 @@ class GatedGNN(nn.Module):
             state = torch.gru_cell(received, hidden[rows], gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh)
             updated.append(state)
             if push.first < push.last:
-                inbox[push.first : push.last].addmm_(push.weights, layers.messages(state))
+                inbox[push.first : push.last].addmm_(push.weights, messages(state))
         return torch.cat(updated[::-1] if reverse else updated)
 
-    def _message_layers(self) -> MessageLayers:
-        return MessageLayers.fuse([self.mlp, self.mlp_ve] if self.virtual_edges else [self.mlp])
 
+def _fuse(mlps: Sequence[MLP]) -> Messages:
+    """MLPs of two layers side by side, as two matrix products: messages (n * kinds, hid), one node after the other."""
+    firsts, seconds = [mlp.linear(0) for mlp in mlps], [mlp.linear(1) for mlp in mlps]
+    blocks: Tensor = torch.block_diag(*[layer.weight for layer in seconds])  # type: ignore[no-untyped-call]
+    first = torch.cat([layer.weight for layer in firsts]).t(), torch.cat([layer.bias for layer in firsts])
+    second = blocks.t(), torch.cat([layer.bias for layer in seconds])
 
-@dataclass(frozen=True, slots=True)
-class MessageLayers:
-    """The MLPs that make messages, as two matrix products for all of them.
+    def messages(state: Tensor) -> Tensor:
+        middle = F.relu(torch.addmm(first[1], state, first[0]))
+        return F.relu(torch.addmm(second[1], middle, second[0])).view(-1, state.shape[1])
 
-    Attributes:
-        first: Transposed weight (hid, sum of middle sizes) and bias of the first layers, side by side.
-        second: Transposed block-diagonal weight (sum of middle sizes, kinds * hid) and bias of the second layers.
-    """
-
-    first: tuple[Tensor, Tensor]
-    second: tuple[Tensor, Tensor]
-
-    @classmethod
-    def fuse(cls, mlps: Sequence[MLP]) -> MessageLayers:
-        """Join MLPs of two layers."""
-        firsts, seconds = [mlp.linear(0) for mlp in mlps], [mlp.linear(1) for mlp in mlps]
-        blocks: Tensor = torch.block_diag(*[layer.weight for layer in seconds])  # type: ignore[no-untyped-call]
-        return cls(
-            (torch.cat([layer.weight for layer in firsts]).t(), torch.cat([layer.bias for layer in firsts])),
-            (blocks.t(), torch.cat([layer.bias for layer in seconds])),
-        )
-
-    def messages(self, state: Tensor) -> Tensor:
-        """Messages (n * kinds, hid) of n nodes with features (n, hid), the kinds of one node side by side."""
-        middle = F.relu(torch.addmm(self.first[1], state, self.first[0]))
-        return F.relu(torch.addmm(self.second[1], middle, self.second[0])).view(-1, state.shape[1])
+    return messages

@@ -39,13 +39,6 @@ class Prediction:
     block: Tensor
     kernel: Shape
 
-    @property
-    def num_written(self) -> int:
-        """Number of the parameter's elements that are predicted: all but the prefix rows of a table of tokens."""
-        if self.target.layout is Layout.TOKENS:
-            return math.prod(self.kernel)
-        return math.prod(self.target.shape)
-
     def destination(self, parameter: Tensor) -> Tensor:
         """View of the elements of a parameter that `write_` sets: all but the prefix rows of a table of tokens."""
         return layout.token_rows(parameter, self.kernel) if self.target.layout is Layout.TOKENS else parameter
@@ -119,7 +112,6 @@ class GHN(nn.Module):
     Attributes:
         config: Hyperparameters.
         info: Where the weights came from; None for one that was not loaded.
-        unit_factor: What conditions kernels, see `compile_conditioning`.
     """
 
     def __init__(self, config: GHNConfig) -> None:
@@ -132,14 +124,11 @@ class GHN(nn.Module):
         self.embed = nn.Embedding(len(Op), hid)
         self.shape_enc = ShapeEncoder(hid, config.num_classes, config.max_shape[3])
         self.gnn = _make_encoder(config)
-        self.decoder = decoders.make_decoder(config)
-        self.decoder_1d = decoders.vector_decoder(config)
-        self.bias_class = decoders.class_bias_layer(config)
-        self.unit_factor = decoders.unit_factor
-
-    def compile_conditioning(self) -> None:
-        """Let torch.compile fuse the conditioning of kernels; it takes half a minute at the first prediction."""
-        self.unit_factor = torch.compile(decoders.unit_factor, dynamic=True)
+        self.decoder = decoders.ConvDecoder(config) if config.decoder == "conv" else decoders.MLPDecoder(config)
+        channels = max(config.max_shape[:2])
+        # A norm weight, then a norm bias or any other bias, which further layers turn into one of the classes.
+        self.decoder_1d = MLP(hid, (2 * hid, 2 * channels), last_activation=False)
+        self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(channels, config.num_classes))
 
     def embed_nodes(self, graphs: Graph | Sequence[Graph]) -> Tensor:
         """Features (N, hid) of the nodes of one or more graphs, one graph after the other.
@@ -217,9 +206,7 @@ class GHN(nn.Module):
                 emitted.append([self._decode(group, x)])
         kernels = [index for index, (group, _) in enumerate(batch) if group.kind == "kernel"]
         blocks = [block for index in kernels for block in emitted[index]]
-        conditioned = iter(
-            decoders.condition([block.flatten(0, 2) for block in blocks], self.config.kernels, self.unit_factor)
-        )
+        conditioned = iter(decoders.condition([block.flatten(0, 2) for block in blocks], self.config.kernels))
         for index in kernels:
             emitted[index] = [next(conditioned).view_as(block) for block in emitted[index]]
         return [
