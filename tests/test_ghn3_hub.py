@@ -65,9 +65,11 @@ def test_it_initializes_models_as_any_other_ghn(hub: Hub, client: Client, ghn: G
         "a = timm.create_model('test_vit', init='ghn-orth')\n"
         "b = timm.create_model('test_vit', init=timm_ghn.Init('ghn-orth', ghn='ghn3-t', cache=False))\n"
         "same = all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))\n"
-        "result = [timm_ghn.provenance(a)['ghn'], timm_ghn.provenance(b)['ghn_hash'], same]"
+        "note = timm_ghn.report_of(a).table().splitlines()[-1]\n"
+        "result = [timm_ghn.provenance(a)['ghn'], timm_ghn.provenance(b)['ghn_hash'], same, note]"
     )
-    assert client.run(code, {"TIMM_GHN": "ghn3-t"}).result == ["ghn3-t", content_hash(ghn), True]
+    note = "L, the noise and the scale rule are those of GHN-2: nothing is published for GHN-3."
+    assert client.run(code, {"TIMM_GHN": "ghn3-t"}).result == ["ghn3-t", content_hash(ghn), True, note]
 
 
 def test_revisions_have_files_of_their_own(hub: Hub, client: Client, ghn: GHN) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 
 from timm_ghn.text import table
 
+GHN3_NOTE = "L, the noise and the scale rule are those of GHN-2: nothing is published for GHN-3."
+"""Last line of the table of an initialization with a GHN-3 that is known by name."""
+
 
 class Status(str, Enum):
     """What a parameter got."""
@@ -154,7 +157,9 @@ class Report:
         Args:
             parameters: Whether to list every parameter.
         """
-        return "\n".join([str(self), "", *(self._parameter_lines() if parameters else table(*self.summary()))])
+        lines = [str(self), "", *(self._parameter_lines() if parameters else table(*self.summary()))]
+        of_ghn3 = str(self.provenance.get("ghn")).startswith("ghn3-")
+        return "\n".join([*lines, "", GHN3_NOTE] if of_ghn3 else lines)
 
     def summary(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
         """Header and rows of a table with a line for each status and reason."""
