@@ -98,12 +98,11 @@ def parse(file: BinaryIO, name: str) -> GHN:
 def _config(data: Any, tensors: Mapping[str, Tensor], name: str) -> GHNConfig:
     """The configuration in a file; ghn3 adds sizes of the Graphormer, and says which encoder it is by a switch."""
     try:
-        if isinstance(data, Mapping) and ("is_ghn2" in data or _has_graphormer(tensors)):
-            data = {key: value for key, value in data.items() if key != "is_ghn2"}
-            if _has_graphormer(tensors):
-                data |= {"hypernet": "graphormer", "cut": "centre"}
-            else:
-                data = {key: value for key, value in data.items() if key not in ("layers", "heads")}
+        if isinstance(data, Mapping) and _has_graphormer(tensors):
+            data = {**data, "hypernet": "graphormer", "cut": "centre"}
+            data.pop("is_ghn2", None)
+        elif isinstance(data, Mapping) and "is_ghn2" in data:
+            data = {key: value for key, value in data.items() if key not in ("is_ghn2", "layers", "heads")}
         return GHNConfig.from_dict(data)
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from error

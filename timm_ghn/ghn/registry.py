@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import threading
 import urllib.request
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,13 +40,13 @@ SILENCE_SECONDS = 5.0
 """How long that server may say nothing."""
 
 
+@dataclass
 class _State:
     """What this process has tried and said; guarded by `lock`."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.unreachable: DownloadError | CheckpointError | None = None
-        self.warned = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    unreachable: DownloadError | CheckpointError | None = None
+    warned: bool = False
 
 
 _state = _State()
@@ -87,7 +87,9 @@ def load_ghn(source: str | os.PathLike[str] | nn.Module, *, download: bool = Tru
     if not isinstance(source, str):
         return checkpoint.read(source, shared=shared)
     if source.startswith(HUB_PREFIX):
-        return _pull(source, download)
+        from timm_ghn.hub.client import HubSource
+
+        return _called(checkpoint.read(_fetch(HubSource.parse(source), HUB_FILE, download)), source)
     entry = find_named(source)
     if entry is not None:
         return _load_named(entry, download and not is_offline(), shared)
@@ -148,14 +150,6 @@ def default_ghn(*, shared: bool = False) -> GHN:
                 BUNDLED,
             )
     return load_ghn(BUNDLED, shared=shared)
-
-
-def _pull(source: str, download: bool) -> GHN:
-    """Load `ghn.safetensors` of a repository, "hf-hub:organization/name[@revision]"."""
-    from timm_ghn.ghn import checkpoint
-    from timm_ghn.hub.client import HubSource
-
-    return _called(checkpoint.read(_fetch(HubSource.parse(source), HUB_FILE, download)), source)
 
 
 def _fetch(source: HubSource, file: str, online: bool) -> Path:
@@ -244,24 +238,20 @@ def _download(entry: NamedGHN) -> bytes:
         DownloadError: If the server cannot be reached, stalls, or sends too much or too little.
     """
     _logger.info("Downloading GHN %s from %s", entry.name, entry.url)
-    data, too_large = bytearray(), _download_error(entry, "the server sends more than any published GHN has")
+    data, announced = bytearray(), 0
     try:
         with urllib.request.urlopen(entry.url, timeout=SILENCE_SECONDS) as response:
             announced = int(response.headers.get("Content-Length") or 0)
-            if announced > MAX_DOWNLOAD_BYTES:
-                raise too_large
             with tqdm(total=announced, desc=entry.name, unit="B", unit_scale=True, delay=2, disable=None) as progress:
-                while chunk := response.read(1 << 16):
+                while max(announced, len(data)) <= MAX_DOWNLOAD_BYTES and (chunk := response.read(1 << 16)):
                     data += chunk
-                    if len(data) > MAX_DOWNLOAD_BYTES:
-                        raise too_large
                     progress.update(len(chunk))
-    except DownloadError:
-        raise
     except TimeoutError as error:
         raise _download_error(entry, "the server does not answer") from error
     except (OSError, http.client.HTTPException, ValueError) as error:  # URLError and HTTPError are OSErrors
         raise _download_error(entry, str(error) or type(error).__name__) from error
+    if max(announced, len(data)) > MAX_DOWNLOAD_BYTES:
+        raise _download_error(entry, "the server sends more than any published GHN has")
     if len(data) < announced:
         raise _download_error(entry, f"the connection ended after {len(data):,} of {announced:,} bytes")
     return bytes(data)
