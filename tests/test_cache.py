@@ -294,7 +294,7 @@ def test_the_command_lists_verifies_and_removes(three: list[str], capsys: pytest
     [
         (["rm"], "rm takes keys, or --all"),
         (["rm", "--all", "abcd"], "rm takes keys, or --all"),
-        (["rm", "abcd"], "no entry has the key abcd"),
+        (["rm", "abcd"], "no entries have a key that begins with abcd"),
     ],
 )
 def test_wrong_uses_of_the_command(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

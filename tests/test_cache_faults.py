@@ -86,7 +86,6 @@ def test_killed_processes_leave_nothing_that_is_wrong(count: int) -> None:
 def test_a_lock_that_nobody_releases_is_not_waited_for_endlessly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("timm_ghn.storage.cache.LOCK_NOTICE_SECONDS", 0.1)
     monkeypatch.setattr("timm_ghn.storage.cache.LOCK_PATIENCE_SECONDS", 0.2)
     cache = WeightCache(tmp_path)
     cache.weights.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from timm_ghn.cli.common import add_init_settings, select_names
@@ -10,7 +11,7 @@ from timm_ghn.settings import METHODS, Init, Source
 from timm_ghn.text import table
 
 if TYPE_CHECKING:
-    from timm_ghn.hub.push import Pushed
+    from timm_ghn.hub.push import Pushed, PushOptions
 
 HELP = "initialize models and push them to the Hugging Face Hub"
 _PUSHED = [name for name, method in METHODS.items() if method.source in (Source.GHN, Source.GAUSSIAN)]
@@ -53,26 +54,17 @@ def run(args: argparse.Namespace) -> int:
     if args.ghn is not None:
         given["ghn"] = load_ghn(args.ghn)
     init = Init(args.method, seed=args.seed, **{key: value for key, value in given.items() if value is not None})
-    options = push_options(args, **({} if args.max_shard_size is None else {"max_shard_size": args.max_shard_size}))
-    results = list(push_all(names, args.org, init=init, options=options))
+    results = list(push_all(names, args.org, init=init, options=push_options(args)))
     print_results(results)
     return 1 if any(result.outcome is Outcome.FAILED for result in results) else 0
 
 
-def push_options(args: argparse.Namespace, **further: Any) -> Any:
-    """The options that `add_push_arguments` declares."""
+def push_options(args: argparse.Namespace) -> PushOptions:
+    """The options of a push among the arguments; those that are not given have their defaults."""
     from timm_ghn.hub.push import PushOptions
 
-    if args.license is not None:
-        further["license"] = args.license
-    return PushOptions(
-        private=args.private,
-        create_pr=args.create_pr,
-        revision=args.revision,
-        overwrite=args.overwrite,
-        dry_run=args.dry_run,
-        **further,
-    )
+    known = {entry.name for entry in fields(PushOptions)}
+    return PushOptions(**{key: value for key, value in vars(args).items() if key in known and value is not None})
 
 
 def print_results(results: list[Pushed]) -> None:

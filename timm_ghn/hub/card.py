@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -17,8 +15,6 @@ from timm_ghn.settings import METHODS, Init
 from timm_ghn.text import markdown_table
 
 PAPER = "https://arxiv.org/abs/2207.10049"
-_FLAGS = {"method", "ghn", "noise", "start_layer", "seed", "cache"}
-"""Settings that `timm-ghn init` has."""
 _GHN_ORTH = """@article{knyazev2022pretraining,
   title={Pretraining a Neural Network before Knowing Its Architecture},
   author={Knyazev, Boris},
@@ -73,41 +69,39 @@ def _summary(manifest: Manifest) -> str:
 
 
 def _usage(manifest: Manifest, repository: str) -> str:
-    if len(manifest.files) == 1:
-        load = (
+    text, load = (
+        "Plain timm is enough",
+        (
             "import timm\n\n"
             f'model = timm.create_model("{PREFIX}{repository}", pretrained=True)\n'
             f'model = timm.create_model("{PREFIX}{repository}", pretrained=True, num_classes=10)  # another classifier'
+        ),
+    )
+    if len(manifest.files) > 1:
+        arguments = "".join(f", {key}={value!r}" for key, value in manifest.arguments.items())
+        size = f"The weights ({manifest.num_bytes / 1e9:.1f} GB) are split into {len(manifest.files)} files"
+        text, load = (
+            f"{size}, which timm's own loader does not read",
+            (
+                "import timm\nfrom huggingface_hub import load_torch_model, snapshot_download\n\n"
+                f'model = timm.create_model("{manifest.architecture}"{arguments})\n'
+                f'load_torch_model(model, snapshot_download("{repository}"))'
+            ),
         )
-        return f"## Use\n\nPlain timm is enough:\n\n```python\n{load}\n```"
-    arguments = "".join(f", {key}={value!r}" for key, value in manifest.arguments.items())
-    load = (
-        "import timm\nfrom huggingface_hub import load_torch_model, snapshot_download\n\n"
-        f'model = timm.create_model("{manifest.architecture}"{arguments})\n'
-        f'load_torch_model(model, snapshot_download("{repository}"))'
-    )
-    return (
-        f"## Use\n\nThe weights ({manifest.num_bytes / 1e9:.1f} GB) are split into {len(manifest.files)} files, which "
-        f"timm's own loader does not read:\n\n```python\n{load}\n```"
-    )
+    return f"## Use\n\n{text}:\n\n```python\n{load}\n```"
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     found = manifest.provenance
-    rows = [
-        ("method", f"`{manifest.method}`, {METHODS[manifest.method].description}"),
-        ("paper", PAPER),
-    ]
+    rows = [("method", f"`{manifest.method}`, {METHODS[manifest.method].description}"), ("paper", PAPER)]
     if found["ghn"] is not None:
         rows += [("GHN", f"`{found['ghn']}`"), ("hash of the GHN", f"`{found['ghn_hash']}`")]
     if found["start_layer"] is not None:
         rows += [("L", f"{found['start_layer']} of {found['num_layers']} layers"), ("beta", f"{found['noise']:g}")]
     rows.append(("seed", str(found["seed"])))
-    rows += [(key, f"`{value}`") for key, value in _unusual(manifest).items()]
     if manifest.arguments:
-        rows.append(
-            ("arguments of the model", ", ".join(f"`{key}={value!r}`" for key, value in manifest.arguments.items()))
-        )
+        given = ", ".join(f"`{key}={value!r}`" for key, value in manifest.arguments.items())
+        rows.append(("arguments of the model", given))
     rows += [
         ("parameters", f"{manifest.report.num_parameters:,}"),
         ("predicted by the GHN", f"{manifest.report.predicted_share:.2%} of them"),
@@ -136,45 +130,14 @@ def _reproduction(manifest: Manifest) -> str:
 
 def reproduction_command(manifest: Manifest) -> str:
     """The command that makes the files of weights, into a folder named like the model."""
-    found = manifest.provenance
-    if _unusual(manifest):
-        return _python_command(manifest)
-    words = [
-        "timm-ghn",
-        "init",
-        manifest.architecture,
-        "--out",
-        manifest.architecture,
-        "--method",
-        manifest.method,
-    ]
-    if found["ghn"] is not None:
-        words += ["--ghn", str(found["ghn"])]
-    if METHODS[manifest.method].orthogonal:
-        words += ["--noise", repr(found["noise"]), "--start-layer", str(found["start_layer"])]
-    words += ["--seed", str(found["seed"])]
-    words += [] if manifest.dtype == "float32" else ["--dtype", manifest.dtype]
-    words += [] if len(manifest.files) == 1 else ["--max-shard-size", manifest.max_shard_size]
-    if manifest.arguments:
-        words += ["--model-kwargs", *(f"{key}={value!r}" for key, value in manifest.arguments.items())]
-    return shlex.join(words)
-
-
-def _unusual(manifest: Manifest) -> dict[str, Any]:
-    """Settings that are not the default, and that `timm-ghn init` does not have."""
-    defaults = {entry.name: entry.default for entry in fields(Init)}
-    given = settings_of(manifest.provenance)
-    return {key: value for key, value in given.items() if key not in _FLAGS and value != defaults[key]}
-
-
-def _python_command(manifest: Manifest) -> str:
-    """For settings that the command line does not have."""
-    arguments = [repr(manifest.architecture)] * 2 + [f"init={settings_of(manifest.provenance)!r}"]
+    defaults = {entry.name: entry.default for entry in fields(Init) if entry.name != "method"}
+    settings = settings_of(manifest.provenance)
+    init = {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
+    arguments = [repr(manifest.architecture)] * 2 + [f"init={init!r}"]
     arguments += [] if len(manifest.files) == 1 else [f"max_shard_size={manifest.max_shard_size!r}"]
     arguments += [] if manifest.dtype == "float32" else [f"dtype=torch.{manifest.dtype}"]
     arguments += [f"{key}={value!r}" for key, value in manifest.arguments.items()]
-    code = f"import torch, timm_ghn; timm_ghn.init_to_folder({', '.join(arguments)})"
-    return shlex.join(["python", "-c", code])
+    return shlex.join(["python", "-c", f"import torch, timm_ghn; timm_ghn.init_to_folder({', '.join(arguments)})"])
 
 
 def ghn_card(ghn: GHN, repository: str, *, license: str, description: str, notes: str) -> str:
@@ -194,7 +157,8 @@ def ghn_card(ghn: GHN, repository: str, *, license: str, description: str, notes
     facts.append(("parameters", f"{sum(p.numel() for p in ghn.parameters()):,}"))
     if ghn.info is not None:
         facts.append(("hash", f"`{ghn.info.hash}`"))
-        facts += [(key, f"`{value}`") for key, value in sorted(_told(ghn.info.metadata).items())]
+        told = sorted(ghn.info.metadata.items())
+        facts += [(key, f"`{value}`") for key, value in told if key != "format" and len(value) <= 200]
     sections = [
         f"---\n{metadata.to_yaml()}\n---\n\n# {repository.partition('/')[2]}",
         f"A graph hypernetwork: it reads the graph of a network and predicts its weights. {description}",
@@ -208,7 +172,3 @@ def ghn_card(ghn: GHN, repository: str, *, license: str, description: str, notes
         f"## Licence and citation\n\n{license}. If you use this GHN, cite:\n\n{_CITATIONS}",
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def _told(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if key != "format" and len(value) <= 200}

@@ -20,7 +20,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from timm_ghn._version import __version__
 from timm_ghn.errors import DownloadError, HubUnreachableError, TimmGhnError
-from timm_ghn.storage.paths import file_sha256, git_blob_sha1, is_offline
+from timm_ghn.storage.paths import file_sha256, is_offline
 
 _logger = logging.getLogger(__name__)
 
@@ -91,21 +91,11 @@ class RemoteFile:
 
     Attributes:
         size: Bytes.
-        sha256: Hash of the content, for files in large-file storage.
-        git_oid: Hash under which git stores the file.
+        sha256: Hash of the content, for files in large-file storage, which come from another host.
     """
 
     size: int
     sha256: str | None
-    git_oid: str | None
-
-    def matches(self, path: Path) -> bool:
-        """Whether a local file has this content."""
-        if path.stat().st_size != self.size:
-            return False
-        if self.sha256 is not None:
-            return file_sha256(path) == self.sha256
-        return self.git_oid == git_blob_sha1(path.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -157,7 +147,7 @@ def look_up(source: HubSource, *, token: str | None = None) -> Snapshot:
             timeout=constants.HF_HUB_ETAG_TIMEOUT,
         )
         files = {
-            item.rfilename: RemoteFile(int(item.size), item.lfs.sha256 if item.lfs else None, item.blob_id)
+            item.rfilename: RemoteFile(int(item.size), item.lfs.sha256 if item.lfs else None)
             for item in info.siblings or ()
             if item.size is not None
         }
@@ -210,7 +200,7 @@ def fetch(snapshot: Snapshot, name: str, *, limit: int) -> Path:
             )
         )
         _check_size(path.stat().st_size, limit)
-        if remote is not None and not remote.matches(path):
+        if remote is not None and remote.sha256 not in (None, file_sha256(path)):
             _remove(path)
             raise DownloadError("what arrived does not have the hash that the Hub gives; it was removed, try again")
         return path

@@ -32,6 +32,7 @@ WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """Names that files of weights may have; nothing else is downloaded."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_TEXT = 500
+_KINDS = {"arguments": dict, "versions": dict, "num_classes": int, "license": str, "max_shard_size": str}
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,10 @@ class Manifest:
                 )
             _check_texts(data)
             report = _report(data.pop("report"))
-            files = {_file_name(key): _file(value) for key, value in data.pop("files").items()}
-            manifest = cls(report=report, files=files, **data)
-            for table in (manifest.arguments, manifest.versions):
-                if not isinstance(table, dict):
-                    raise ValueError("arguments or versions are not a table")
-            for value, kind in ((manifest.num_classes, int), (manifest.license, str), (manifest.max_shard_size, str)):
-                if type(value) is not kind:
-                    raise ValueError(f"{str(value)[:40]!r} is of the wrong kind")
+            manifest = cls(report=report, files=_files(data.pop("files")), **data)
+            for key, kind in _KINDS.items():
+                if type(data[key]) is not kind:
+                    raise ValueError(f"{key} is of the wrong kind")
             TensorSpec(manifest.dtype, ())
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -198,14 +195,11 @@ def _report(data: Any) -> Report:
     return replace(report, from_cache=False, seconds=0.0, source=None)
 
 
-def _file_name(value: str) -> str:
-    if not WEIGHTS.fullmatch(value):
-        raise ValueError(f"{value[:60]!r} is not a name of a file of weights")
-    return value
-
-
-def _file(value: Mapping[str, Any]) -> FileRecord:
-    record = FileRecord(**value)
-    if type(record.size) is not int or not 0 <= record.size < 2**63 or not _SHA256.fullmatch(record.sha256):
-        raise ValueError("a file is described by its size and its sha256")
-    return record
+def _files(data: Mapping[str, Any]) -> dict[str, FileRecord]:
+    files = {name: FileRecord(**value) for name, value in data.items()}
+    for name, record in files.items():
+        if not WEIGHTS.fullmatch(name):
+            raise ValueError(f"{name[:60]!r} is not a name of a file of weights")
+        if type(record.size) is not int or not 0 <= record.size < 2**63 or not _SHA256.fullmatch(record.sha256):
+            raise ValueError("a file is described by its size and its sha256")
+    return files

@@ -46,8 +46,6 @@ _logger = logging.getLogger(__name__)
 
 FORMAT = 8
 """Version of the format of entries; part of their keys, so that versions do not see each other's."""
-LOCK_NOTICE_SECONDS = 2.0
-"""After this wait a message says who is waited for."""
 LOCK_PATIENCE_SECONDS = 900.0
 """After this wait a lock is taken for one that a dead machine left on a network file system."""
 _MAX_TILE_RATIO = 64
@@ -134,11 +132,7 @@ class WeightCache(CacheFolder):
         lock = FileLock(self.lock_path(key), mode=0o666)
         try:
             self.weights.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=LOCK_NOTICE_SECONDS)
-            except Timeout:
-                _logger.info("Waiting for another process that computes the same weights (%s)", lock.lock_file)
-                lock.acquire(timeout=LOCK_PATIENCE_SECONDS)
+            lock.acquire(timeout=LOCK_PATIENCE_SECONDS)
         except Timeout:
             _logger.warning("Going on without the lock %s, which is held for very long", lock.lock_file)
         except (OSError, NotImplementedError) as error:

@@ -162,8 +162,13 @@ class CacheFolder:
             CacheError: If a key belongs to no entry or to several. Nothing is removed then.
         """
         infos = self.entries()
-        wanted = {_match(key, infos).key for key in keys}
-        return self._remove([info for info in infos if info.key in wanted], infos, dry_run)
+        found = {key: [info for info in infos if len(key) >= 4 and info.key.startswith(key)] for key in keys}
+        for key, matches in found.items():
+            if len(matches) != 1:
+                raise CacheError(
+                    f"{len(matches) or 'no'} entries have a key that begins with {key} (4 characters at least)"
+                )
+        return self._remove({info.key: info for (info,) in found.values()}.values(), infos, dry_run)
 
     def _remove(self, chosen: Collection[EntryInfo], infos: Collection[EntryInfo], dry_run: bool) -> Pruned:
         """Remove entries with their locks, and leftovers.
@@ -257,20 +262,6 @@ def _discard(path: Path, dry_run: bool) -> int | None:
         _logger.warning("%s cannot be removed: %s", path, error.strerror or error)
         return None
     return size
-
-
-def _match(key: str, infos: Collection[EntryInfo]) -> EntryInfo:
-    """The entry of a key or of its beginning.
-
-    Raises:
-        CacheError: If there is none, or several.
-    """
-    found = [info for info in infos if info.key == key or (len(key) >= 4 and info.key.startswith(key))]
-    if len(found) > 1:
-        raise CacheError(f"{key} belongs to {len(found)} entries; `timm-ghn cache ls` lists them")
-    if not found:
-        raise CacheError(f"no entry has the key {key} (or begins with it, in 4 characters at least)")
-    return found[0]
 
 
 def _reason(error: BaseException) -> str:
