@@ -9,7 +9,8 @@ import torch
 
 from timm_ghn.errors import FineTuneError, TrainingError
 from timm_ghn.finetune import Benchmark
-from timm_ghn.training.data import ImageSet, split
+from timm_ghn.images import ImageSet
+from timm_ghn.training.data import split
 
 ClassPart = Literal["all", "trained", "held-out"]
 

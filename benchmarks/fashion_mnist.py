@@ -15,7 +15,7 @@ from torchvision.datasets import FashionMNIST
 
 from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune import Benchmark, load_benchmark
-from timm_ghn.training.data import ImageSet
+from timm_ghn.images import ImageSet
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package dataset-fashion-mnist puts its files."""

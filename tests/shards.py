@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from timm_ghn.training.data import ImageSet
+from timm_ghn.images import ImageSet
 
 
 def noisy_images(count: int, seed: int, size: int = 16, classes: int = 3) -> ImageSet:

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
-from timm_ghn.errors import FineTuneError, InitError
+from timm_ghn.errors import FineTuneError, ImageError, InitError
 from timm_ghn.finetune import Execution, FineTuneConfig, Job, ResultStore, differences, load_benchmark, run_jobs, tune
 from timm_ghn.finetune.batches import DeviceImages, epoch_picks
 from timm_ghn.finetune.config import learning_rate
@@ -55,7 +55,8 @@ from timm_ghn.finetune.network import build_network
 from timm_ghn.finetune.results import Summary, summarize
 from timm_ghn.finetune.run import Run
 from timm_ghn.finetune.verdict import comparison_table
-from timm_ghn.training.data import ImageSet, split
+from timm_ghn.images import ImageSet
+from timm_ghn.training.data import split
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "finetune.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -607,7 +608,7 @@ def test_a_folder_of_classes(tmp_path: Path, benchmark: Benchmark) -> None:
     counts = torch.bincount(benchmark.train.labels)
     assert torch.equal(torch.bincount(whole.test.labels), counts // 5)
     (tmp_path / "whole" / "class 1" / "bad.jpg").write_bytes(b"\xff\xd8 no image")
-    with pytest.raises(FineTuneError, match=r"cannot decode .*bad\.jpg"):
+    with pytest.raises(ImageError, match=r"cannot decode .*bad\.jpg"):
         load_benchmark("folder", tmp_path / "whole", size=16)
 
 

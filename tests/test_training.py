@@ -17,14 +17,15 @@ import torch
 from shards import noisy_images, write_shard
 from torch import Tensor
 
-from timm_ghn.errors import MissingDependencyError, TrainingError
+from timm_ghn.errors import ImageError, MissingDependencyError, TrainingError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
+from timm_ghn.images import ImageSet
 from timm_ghn.training import teacher as teacher_module
 from timm_ghn.training.architectures import Architecture, Bounds, Network, Networks, draw_architecture
 from timm_ghn.training.begin import smooth_sizes
 from timm_ghn.training.cli import add_train_arguments, make_config, run_train
 from timm_ghn.training.config import PRESETS, TrainConfig
-from timm_ghn.training.data import Batch, ImageSet, split
+from timm_ghn.training.data import Batch, split
 from timm_ghn.training.evaluate import evaluate
 from timm_ghn.training.export import fill_unseen_sizes
 from timm_ghn.training.loop import Trainer
@@ -382,7 +383,7 @@ def test_command_without_images_says_how_to_get_some(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="tiny-imagenet"):
         run_train(_arguments("--out", str(tmp_path)))
     line = ["--out", str(tmp_path), "--images", str(tmp_path / "none"), "--device", "cpu", "--preset", "smoke"]
-    with pytest.raises(TrainingError, match="no such file"):
+    with pytest.raises(ImageError, match="no such file"):
         run_train(_arguments(*line))
 
 

@@ -1,197 +1,24 @@
-"""Images for training: reading, dividing, augmenting."""
+"""Images for training a GHN: dividing, augmenting, drawing batches."""
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.numpy import save_file
 
 from timm_ghn.errors import TrainingError
-from timm_ghn.training.data import (
-    BatchSampler,
-    ImageSet,
-    augment,
-    from_dataset,
-    load_images,
-    split,
-    take_batch,
-)
+from timm_ghn.images import ImageSet
+from timm_ghn.training.data import BatchSampler, augment, split, take_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CLASSES = ("ant", "bee", "cow", "dog", "elk", "fox")
-
-
-def _jpeg(color: int, rng: np.random.Generator) -> bytes:
-    pixels = np.clip(rng.normal(color, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
-
 
 @pytest.fixture(scope="module")
-def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = np.random.default_rng(0)
-    labels = np.arange(120) % len(CLASSES)
-    files = [_jpeg(30 + 40 * int(label), rng) for label in labels]
-    path = tmp_path_factory.mktemp("shards") / "train.safetensors"
-    tensors = {
-        "jpeg": np.frombuffer(b"".join(files), np.uint8),
-        "offsets": np.cumsum([0, *map(len, files)]).astype(np.int64),
-        "labels": labels.astype(np.int64),
-    }
-    save_file(tensors, path, {"classes": " ".join(CLASSES)})
-    return path
-
-
-@pytest.fixture(scope="module")
-def images(shard: Path) -> ImageSet:
-    return load_images([shard], progress=False)
-
-
-# Images
-
-
-def test_shard_gives_images_labels_and_classes(images: ImageSet) -> None:
-    assert images.images.shape == (120, 3, 32, 32)
-    assert images.images.dtype == torch.uint8
-    assert images.classes == CLASSES
-    assert images.labels[:7].tolist() == [0, 1, 2, 3, 4, 5, 0]
-    means = [images.images[images.labels == label].float().mean() for label in range(6)]
-    assert means == sorted(means)
-
-
-def test_two_shards_are_joined(shard: Path) -> None:
-    assert len(load_images([shard, shard], progress=False)) == 240
-
-
-def test_images_are_resized(shard: Path) -> None:
-    assert load_images([shard], 16, progress=False).images.shape[-2:] == (16, 16)
-
-
-def test_folder_and_dataset_agree(tmp_path: Path) -> None:
-    for name, color in (("a", 10), ("b", 200)):
-        (tmp_path / name / "images").mkdir(parents=True)
-        for index in range(3):
-            Image.new("RGB", (40, 32), (color, index, 0)).save(tmp_path / name / "images" / f"{index}.png")
-    folder = load_images([tmp_path], progress=False)
-    items = [
-        (Image.open(tmp_path / name / "images" / f"{index}.png"), label)
-        for label, name in enumerate("ab")
-        for index in range(3)
-    ]
-
-    class Items(list):  # type: ignore[type-arg]
-        classes = ["a", "b"]
-
-    dataset = from_dataset(Items(items), progress=False)
-    assert folder.classes == dataset.classes == ("a", "b")
-    assert torch.equal(folder.images, dataset.images)
-    assert torch.equal(folder.labels, dataset.labels)
-
-
-def test_dataset_of_tensors() -> None:
-    data = from_dataset([(torch.ones(3, 32, 32), 1), (torch.zeros(1, 32, 32), 0)], progress=False)
-    assert data.images[0].unique().tolist() == [255]
-    assert data.images[1].unique().tolist() == [0]
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_images_of_16_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
-    (tmp_path / "a").mkdir()
-    ramp = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
-    Image.fromarray(ramp).save(tmp_path / "a" / f"x.{suffix}")
-    (image,) = load_images([tmp_path], progress=False).images
-    assert image[0].tolist() == image[2].tolist() == np.round(ramp / 257).astype(int).tolist()
-
-
-def test_images_of_floating_point_numbers_are_scaled_or_refused(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    ramp = np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32)
-    Image.fromarray(ramp).save(tmp_path / "a" / "x.tif")
-    (image,) = load_images([tmp_path], progress=False).images
-    assert image[1].tolist() == np.round(255 * ramp.astype(np.float64)).astype(int).tolist()
-    Image.fromarray(1000 * ramp).save(tmp_path / "a" / "x.tif")
-    with pytest.raises(TrainingError, match=r"x\.tif: its pixels run from 0 to 1000, but 0 is black and 1 is white"):
-        load_images([tmp_path], progress=False)
-    Image.fromarray((1000 * ramp).astype(np.int32)).save(tmp_path / "a" / "x.tif")
-    with pytest.raises(TrainingError, match=r"x\.tif: its pixels run from 0 to 1000, but 0 is black and 255 is white"):
-        load_images([tmp_path], progress=False)
-
-
-@pytest.mark.parametrize("item", [torch.randn(3, 8, 8), torch.full((3, 8, 8), 300), torch.full((3, 8, 8), np.nan)])
-def test_tensors_that_are_no_images_are_refused(item: torch.Tensor) -> None:
-    with pytest.raises(TrainingError, match=r"item 1 of the data set .* its pixels run from"):
-        from_dataset([(torch.ones(3, 8, 8), 0), (item, 1)], 8, progress=False)
-
-
-def test_an_image_that_is_too_large_to_decode_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").mkdir()
-    Image.new("RGB", (100, 100)).save(tmp_path / "a" / "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(TrainingError, match=r"cannot decode .*x\.png: Image size"):
-        load_images([tmp_path], progress=False)
-
-
-def test_hidden_files_and_folders_are_neither_images_nor_classes(tmp_path: Path) -> None:
-    places = (".ipynb_checkpoints", "__MACOSX/a", "a", "a/.thumbnails", "a/@eaDir", "b/images")
-    for place in places:
-        (tmp_path / place).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / place / "x.png")
-    (tmp_path / "a" / "._x.png").write_bytes(b"not an image")
-    data = load_images([tmp_path], 8, progress=False)
-    assert data.classes == ("a", "b")
-    assert data.labels.tolist() == [0, 1]
-
-
-def test_missing_images_say_where_to_get_some(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"tiny-imagenet-200\.zip"):
-        load_images([tmp_path / "nothing"])
-    with pytest.raises(TrainingError, match="no images"):
-        load_images([])
-
-
-def test_bad_images_are_named(tmp_path: Path, shard: Path) -> None:
-    with pytest.raises(TrainingError, match="no sub-folders"):
-        load_images([tmp_path])
-    (tmp_path / "a").mkdir()
-    with pytest.raises(TrainingError, match="has no images"):
-        load_images([tmp_path])
-    (tmp_path / "a" / "x.png").write_bytes(b"not an image")
-    with pytest.raises(TrainingError, match=r"cannot decode .*x\.png"):
-        load_images([tmp_path], progress=False)
-    broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(TrainingError, match="cannot read"):
-        load_images([broken])
-    save_file({"labels": np.zeros(1, np.int64)}, broken)
-    with pytest.raises(TrainingError, match="no tensor named jpeg, offsets"):
-        load_images([broken])
-
-
-def test_damaged_shards(tmp_path: Path) -> None:
-    good = {"jpeg": np.zeros(10, np.uint8), "offsets": np.array([0, 10]), "labels": np.array([0])}
-    path = tmp_path / "shard.safetensors"
-    save_file(good, path)
-    with pytest.raises(TrainingError, match="names no classes"):
-        load_images([path])
-    save_file(good, path, {"classes": "a"})
-    with pytest.raises(TrainingError, match="cannot decode image 0"):
-        load_images([path], progress=False)
-    save_file({**good, "offsets": np.array([0, 11])}, path, {"classes": "a"})
-    with pytest.raises(TrainingError, match="offsets"):
-        load_images([path])
-
-
-def test_labels_must_have_names() -> None:
-    with pytest.raises(TrainingError, match="labels run from 0 to 3"):
-        ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 3]), ("a", "b"))
+def images() -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (120, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return ImageSet(pixels, torch.arange(120) % 6, ("ant", "bee", "cow", "dog", "elk", "fox"))
 
 
 def test_splits_are_disjoint_and_repeatable(images: ImageSet) -> None:

@@ -47,6 +47,10 @@ class CacheError(TimmGhnError, OSError):
     """A cache entry could not be written or is damaged."""
 
 
+class ImageError(TimmGhnError, ValueError):
+    """Images for training are missing or damaged, or nothing says what they show."""
+
+
 class TrainingError(TimmGhnError, RuntimeError):
     """The training of a GHN cannot go on."""
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.data import Task
+from timm_ghn.images import ImageSet
 from timm_ghn.seeding import derived_seed
-from timm_ghn.training.data import ImageSet
 
 
 def epoch_picks(config: FineTuneConfig, count: int, seed: int, epoch: int) -> Tensor:

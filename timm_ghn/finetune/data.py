@@ -14,12 +14,12 @@ from safetensors.torch import save
 from torch import Tensor
 from torchvision import datasets
 
-from timm_ghn.errors import FineTuneError, TrainingError
+from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.config import VALIDATION_IMAGES, FineTuneConfig
+from timm_ghn.images import ImageSet, MapDataset, from_dataset, load_folder, load_shards
 from timm_ghn.seeding import derived_seed
 from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.storage.paths import cache_directory
-from timm_ghn.training.data import ImageSet, MapDataset, from_dataset, load_folder, load_shards
 
 _logger = logging.getLogger(__name__)
 
@@ -182,18 +182,16 @@ def load_benchmark(
         progress: Whether to show bars.
 
     Raises:
-        FineTuneError: If the data are not there (the message says how to get them), or an image is damaged.
+        FineTuneError: If the data are not there; the message says how to get them.
+        ImageError: If an image is damaged.
     """
     root = Path(path if path is not None else "data").expanduser()
-    try:
-        if name == "folder":
-            return _from_folder(root, size, progress)
-        if name == "shards":
-            return _from_shards(root.name, root, size, progress)
-        if name in _TORCHVISION:
-            return _named(name, root, size, download, progress)
-    except TrainingError as error:
-        raise FineTuneError(str(error)) from error
+    if name == "folder":
+        return _from_folder(root, size, progress)
+    if name == "shards":
+        return _from_shards(root.name, root, size, progress)
+    if name in _TORCHVISION:
+        return _named(name, root, size, download, progress)
     raise FineTuneError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
 
 
@@ -207,7 +205,7 @@ def find_benchmark(text: str, *, size: int | None = None, download: bool = False
         progress: Whether to show bars.
 
     Raises:
-        FineTuneError: If there is nothing of that name, or as `load_benchmark`.
+        FineTuneError, ImageError: If there is nothing of that name, or as `load_benchmark`.
     """
     name, _, root = text.partition(":")
     path = Path(text).expanduser()

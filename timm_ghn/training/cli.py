@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from timm_ghn.errors import TrainingError
+from timm_ghn.images import HOW_TO_GET_IMAGES
 from timm_ghn.training.config import PRESETS, TrainConfig
-from timm_ghn.training.data import HOW_TO_GET_IMAGES
 from timm_ghn.training.export import export_run
 from timm_ghn.training.families import FAMILIES
 from timm_ghn.training.processes import join_processes

@@ -12,9 +12,10 @@ import torch
 from tqdm import tqdm
 
 from timm_ghn.ghn.model import GHN
+from timm_ghn.images import ImageSet
 from timm_ghn.training.architectures import Network
 from timm_ghn.training.conditioned import as_users_get
-from timm_ghn.training.data import Batch, BatchSampler, ImageSet, Splits, take_batch
+from timm_ghn.training.data import Batch, BatchSampler, Splits, take_batch
 from timm_ghn.training.objective import Objective, ridge_loss
 
 

@@ -14,12 +14,13 @@ from timm_ghn.errors import TrainingError
 from timm_ghn.ghn.checkpoint import read
 from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.ghn.model import GHN
+from timm_ghn.images import load_images
 from timm_ghn.storage.paths import cache_directory
 from timm_ghn.training.architectures import EvaluationNetworks, training_networks
 from timm_ghn.training.begin import new_ghn, with_tiles
 from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.config import TrainConfig
-from timm_ghn.training.data import Splits, load_images, split
+from timm_ghn.training.data import Splits, split
 from timm_ghn.training.loop import Trainer
 from timm_ghn.training.teacher import SAMPLE, check_teacher, teacher_targets
 

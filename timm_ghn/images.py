@@ -1,0 +1,255 @@
+"""Labelled images for training: decoded once, and kept in memory as bytes.
+
+Three sources give the same `ImageSet`: JPEG shards (safetensors files with `jpeg`, `offsets` and `labels`), a folder
+of classes (torchvision's ImageFolder layout), and any map-style data set of (image, label) pairs.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from timm_ghn.errors import ImageError
+
+_SHARD_TENSORS = ("jpeg", "offsets", "labels")
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+_NOT_THE_USERS = ("__MACOSX", "@eaDir")
+"""Folders that archives of macOS and Synology's file servers add, with files that look like images."""
+
+
+class MapDataset(Protocol):
+    """What torchvision's data sets are: a length and (image, label) items."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images and labels in memory.
+
+    Attributes:
+        images: uint8 (N, 3, S, S).
+        labels: int64 (N,), indices into `classes`.
+        classes: Names of the classes.
+        targets: What a teacher sees in the images, (N, K); None without a teacher.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    targets: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.shape[1] != 3 or self.images.dtype != torch.uint8:
+            found = f"{self.images.dtype} {tuple(self.images.shape)}"
+            raise ImageError(f"images must be uint8 (N, 3, S, S), not {found}")
+        if len(self.labels) != len(self.images):
+            raise ImageError(f"{len(self.images)} images have {len(self.labels)} labels")
+        if len(self.images) == 0:
+            raise ImageError("there are no images")
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.classes):
+            raise ImageError(f"labels run from {low} to {high}, but there are {len(self.classes)} classes")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels."""
+        return int(self.images.shape[-1])
+
+    def subset(self, mask: Tensor) -> ImageSet:
+        """The images that a boolean mask or an index tensor selects; labels and class names stay."""
+        targets = None if self.targets is None else self.targets[mask]
+        return replace(self, images=self.images[mask], labels=self.labels[mask], targets=targets)
+
+
+def load_images(paths: Sequence[str | Path], size: int = 32, *, progress: bool = True) -> ImageSet:
+    """Read JPEG shards, or one folder of classes, into memory.
+
+    Args:
+        paths: Shard files with the same classes, or a single folder.
+        size: Side of the images; others are resized (shorter side) and cropped at the center.
+        progress: Whether to show a bar.
+
+    Raises:
+        ImageError: If a path is missing, a file is damaged, or the shards disagree.
+    """
+    files = [Path(path) for path in paths]
+    if not files:
+        raise ImageError("no images: name JPEG shards or a folder of classes")
+    for file in files:
+        if not file.exists():
+            raise ImageError(f"no such file or folder: {file}. {HOW_TO_GET_IMAGES}")
+    if files[0].is_dir():
+        if len(files) > 1:
+            raise ImageError("give one folder of classes, or shards, not several folders")
+        return load_folder(files[0], size, progress=progress)
+    return load_shards(files, size, progress=progress)
+
+
+HOW_TO_GET_IMAGES = (
+    "Tiny-ImageNet-200 is a zip of a folder of classes, http://cs231n.stanford.edu/tiny-imagenet-200.zip: "
+    "unpack it and name its 'train' folder; any other folder with one sub-folder a class works too"
+)
+
+
+def load_shards(paths: Sequence[Path], size: int = 32, *, progress: bool = True) -> ImageSet:
+    """Decode safetensors shards of JPEG files.
+
+    Raises:
+        ImageError: If a shard is damaged, an image cannot be decoded, or the classes differ between shards.
+    """
+    parts = [(path, *_read_shard(path)) for path in paths]
+    classes = parts[0][-1]
+    for path, *_, own in parts:
+        if own != classes:
+            raise ImageError(f"{path} has other classes than {paths[0]}")
+    all_labels = np.concatenate([labels for _, _, _, labels, _ in parts]).astype(np.int64)
+    sources = (
+        (io.BytesIO(jpeg[offsets[index] : offsets[index + 1]].tobytes()), f"image {index} of {path}")
+        for path, jpeg, offsets, labels, _ in parts
+        for index in range(len(labels))
+    )
+    images = _decode_all(sources, len(all_labels), size, progress)
+    return ImageSet(images, torch.from_numpy(all_labels), classes)
+
+
+def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+    try:
+        with safe_open(path, "numpy") as file:
+            missing = sorted(set(_SHARD_TENSORS) - set(file.keys()))
+            if missing:
+                raise ImageError(f"{path} is not a shard of images: it has no tensor named {', '.join(missing)}")
+            names = (file.metadata() or {}).get("classes", "").split()
+            jpeg, offsets, labels = (file.get_tensor(key) for key in _SHARD_TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise ImageError(f"cannot read {path} as safetensors: {error}") from error
+    if not names:
+        raise ImageError(f"{path} names no classes in its metadata")
+    if len(offsets) != len(labels) + 1 or np.any(np.diff(offsets) < 0) or offsets[0] < 0 or offsets[-1] > len(jpeg):
+        raise ImageError(f"{path} is damaged: its offsets do not match its {len(labels)} labels")
+    return jpeg, offsets, labels, tuple(names)
+
+
+def load_folder(path: Path, size: int = 32, *, progress: bool = True) -> ImageSet:
+    """Decode a folder with one sub-folder a class (images may lie deeper, as in Tiny-ImageNet's `class/images/`).
+
+    Hidden files and folders (`.ipynb_checkpoints`, `._00.jpg`) are neither classes nor images.
+
+    Raises:
+        ImageError: If there are no classes, a class has no images, or an image cannot be decoded.
+    """
+    classes = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not _is_hidden(entry.name)))
+    if not classes:
+        raise ImageError(f"{path} has no sub-folders: one a class is expected")
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(file for file in (path / name).rglob("*") if _is_image(file.relative_to(path)))
+        if not found:
+            raise ImageError(f"class folder {path / name} has no images")
+        files += found
+        labels += [label] * len(found)
+    images = _decode_all(((file, str(file)) for file in files), len(files), size, progress)
+    return ImageSet(images, torch.tensor(labels), classes)
+
+
+def _decode_all(sources: Iterable[tuple[Path | io.BytesIO, str]], count: int, size: int, progress: bool) -> Tensor:
+    """Decode JPEG and other files to uint8 (count, 3, size, size); the text beside each names it in messages."""
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    bar = tqdm(sources, "decoding", count, unit="image", disable=not progress, leave=False)
+    for index, (source, where) in enumerate(bar):
+        try:
+            with Image.open(source) as image:
+                images[index] = _to_bytes(image, size)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ImageError(f"cannot decode {where}: {error}") from error
+    return images
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name was put there by a program, for itself."""
+    return name.startswith(".") or name in _NOT_THE_USERS
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a path, relative to the folder of classes, names an image of the user's."""
+    return path.suffix.lower() in _IMAGE_SUFFIXES and not any(map(_is_hidden, path.parts))
+
+
+def from_dataset(dataset: MapDataset, size: int = 32, *, progress: bool = True) -> ImageSet:
+    """Decode a map-style data set of (PIL image or tensor, label) pairs, such as torchvision's.
+
+    Raises:
+        ImageError: If an item is something else.
+    """
+    images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
+    labels: list[int] = []
+    for index in tqdm(range(len(dataset)), desc="decoding", unit="image", disable=not progress, leave=False):
+        try:
+            image, label = dataset[index]
+            labels.append(int(label))
+            images[index] = _to_bytes(_as_image(image), size)
+        except (TypeError, ValueError) as error:
+            raise ImageError(f"item {index} of the data set is not an (image, label) pair: {error}") from error
+    names = getattr(dataset, "classes", None) or [str(label) for label in range(max(labels, default=0) + 1)]
+    return ImageSet(images, torch.tensor(labels, dtype=torch.int64), tuple(str(name) for name in names))
+
+
+def _as_image(image: object) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] in (1, 3):
+        tensor = image.detach().cpu()
+        array = (tensor.double() if tensor.is_floating_point() else tensor).expand(3, -1, -1).permute(1, 2, 0).numpy()
+        return Image.fromarray(_as_bytes(array, 1 if array.dtype.kind in "fb" else 255))
+    raise ValueError(f"neither a PIL image nor a (3, H, W) tensor, but {type(image)}")
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """The image with bytes for pixels; PIL's own conversion cuts larger numbers off at 255.
+
+    Raises:
+        ValueError: If the scale of the numbers is not known.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray(_as_bytes(np.asarray(image), 65535))
+    if image.mode == "I":
+        return Image.fromarray(_as_bytes(np.asarray(image), 255))
+    return Image.fromarray(_as_bytes(np.asarray(image), 1)) if image.mode == "F" else image
+
+
+def _as_bytes(array: np.ndarray, white: int) -> np.ndarray:
+    """Scale pixels from 0 to `white` to bytes.
+
+    Raises:
+        ValueError: If there are others: nothing says then what is black and what is white.
+    """
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= white):
+        raise ValueError(f"its pixels run from {low:g} to {high:g}, but 0 is black and {white} is white")
+    return np.asarray((array.astype(np.float64) * (255 / white)).round(), dtype=np.uint8)
+
+
+def _to_bytes(image: Image.Image, size: int) -> Tensor:
+    image = _with_8_bits(image).convert("RGB")
+    if image.size != (size, size):
+        scale = size / min(image.size)
+        image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), 2)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
