@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -125,15 +126,17 @@ def test_a_reader_that_goes_away() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_a_request_to_end_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_request_to_end_leaves_nothing(name: str, tmp_path: Path) -> None:
     """The weights of 350 MB are being written when it comes."""
     arguments = ("-m", "timm_ghn", "init", "vit_base_patch16_224", "--method", "orth", "--out", str(tmp_path / "new"))
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, *arguments], env=variables, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob("new/.model*.tmp")) and process.poll() is None:
             os.sched_yield()
-        process.terminate()
-        assert process.wait(60) == 143
+        number = getattr(signal, name)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
     assert not list(tmp_path.iterdir())
 
 
@@ -515,6 +518,7 @@ def test_a_script_knows_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("arguments", "message"),
     [
         (["/does/not/exist.py", "--flag"], "there is no script /does/not/exist.py"),
+        (["/"], "/ is a folder without __main__.py; give the script to run"),
         (["-m", "no_such_module"], "no module named no_such_module"),
         (["-m", "no_such_package.module"], "no module named no_such_package.module"),
         (["-m"], "needs the name of a module"),

@@ -32,7 +32,7 @@ def exit_status(
 ) -> int:
     """Run a command; what a user can mend becomes one line on stderr.
 
-    A request to end (SIGTERM) raises SystemExit, so that temporary files are removed on the way out.
+    A request to end (SIGTERM, SIGHUP) raises SystemExit, so that temporary files are removed on the way out.
 
     Args:
         program: What the line begins with.
@@ -61,20 +61,21 @@ def exit_status(
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises SystemExit, where it would end the process at once."""
+    """SIGTERM and SIGHUP (a closed terminal) raise SystemExit, where they would end the process at once."""
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
     is_ours = threading.current_thread() is threading.main_thread()
-    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
+    requests = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = [number for number in requests if is_ours and signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def add_model_kwargs(parser: argparse._ActionsContainer) -> None:

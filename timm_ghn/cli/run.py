@@ -42,6 +42,8 @@ def prepare(args: argparse.Namespace) -> None:
         raise CommandError("run needs a script, or -m and a module")
     elif not Path(args.script).exists():
         raise CommandError(f"there is no script {args.script}")
+    elif Path(args.script).is_dir() and not Path(args.script, "__main__.py").exists():
+        raise CommandError(f"{args.script} is a folder without __main__.py; give the script to run")
 
 
 def run(args: argparse.Namespace) -> int:
