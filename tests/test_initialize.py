@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ import torch
 import torchvision
 from ghn_reference import MODELS, SMALL, reference, seeded_ghn
 from reference_data import samples, starting_model
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import timm_ghn
 from timm_ghn.errors import CaptureError, CheckpointError, GraphError, InitError, UnknownGhnError
@@ -406,3 +410,21 @@ def test_init_is_a_value() -> None:
     assert timm_ghn.Init("ghn_orth") == timm_ghn.Init("ghn-orth")
     assert timm_ghn.Init.of({"method": "orth", "seed": 3}) == timm_ghn.Init("orth", seed=3)
     assert timm_ghn.Init("ghn", ghn="bundled").to_dict()["ghn"] == "bundled"
+
+
+def test_copies_and_wrappers_know_what_the_model_got(ghn: GHN) -> None:
+    model = timm.create_model("test_resnet")
+    report = timm_ghn.init_model(model, ghn=ghn)
+    origin = timm_ghn.provenance(model)
+    assert origin is not None
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.compile(model),
+        ModelEmaV3(model),
+        AveragedModel(model),
+        nn.DataParallel(model),
+    ):
+        assert timm_ghn.report_of(other) == report
+        assert timm_ghn.provenance(other) == origin
+    assert timm_ghn.report_of(nn.DataParallel(nn.Linear(3, 3))) is None
