@@ -79,7 +79,8 @@ def _usage(manifest: Manifest, repository: str) -> str:
     )
     if len(manifest.files) > 1:
         arguments = "".join(f", {key}={value!r}" for key, value in manifest.arguments.items())
-        size = f"The weights ({manifest.num_bytes / 1e9:.1f} GB) are split into {len(manifest.files)} files"
+        num_bytes = sum(record.size for record in manifest.files.values())
+        size = f"The weights ({num_bytes / 1e9:.1f} GB) are split into {len(manifest.files)} files"
         text, load = (
             f"{size}, which timm's own loader does not read",
             (

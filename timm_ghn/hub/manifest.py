@@ -87,11 +87,6 @@ class Manifest:
         """What determines the weights."""
         return self.report.provenance
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of all files of weights."""
-        return sum(record.size for record in self.files.values())
-
     def to_json(self) -> str:
         """The text of the file, the same for the same content."""
         report = replace(self.report, from_cache=False, seconds=0.0, source=None).to_dict()

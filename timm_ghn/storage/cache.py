@@ -202,22 +202,16 @@ class Entry:
         def copy(part: Sequence[str]) -> None:
             with torch.inference_mode(is_inference), torch.no_grad():
                 for name in part:
-                    self._place(name, self._verified(file, name), parameters[name])
+                    tensor = file.read(name)
+                    if digest_of(tensor) != self.digests[name]:
+                        raise CacheError(f"the content of {name} does not match its hash")
+                    self._place(name, tensor, parameters[name])
 
         with TensorReader(self.path) as file, ThreadPoolExecutor(max_workers=workers) as pool:
             for _ in pool.map(copy, [names[i::workers] for i in range(workers)]):
                 pass
-        try:
+        with suppress(OSError):
             os.utime(self.path)  # the time of the last use, where the file system allows that
-        except OSError as error:
-            _logger.debug("cannot touch %s: %s", self.path, error)
-
-    def _verified(self, file: TensorReader, name: str) -> Tensor:
-        """A tensor of the file. Raises CacheError if it does not have its hash."""
-        tensor = file.read(name)
-        if digest_of(tensor) != self.digests[name]:
-            raise CacheError(f"the content of {name} does not match its hash")
-        return tensor
 
     def _place(self, name: str, tensor: Tensor, parameter: Tensor) -> None:
         tile = self.tiles.get(name)
