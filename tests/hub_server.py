@@ -63,7 +63,6 @@ class Repository:
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    titles: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}, "initial commit")
@@ -72,7 +71,6 @@ class Repository:
         oid = hashlib.sha1(f"{secrets.token_hex(8)}{title}".encode()).hexdigest()
         self.commits[oid] = files
         self.refs[ref] = oid
-        self.titles.append(title)
         return oid
 
     def resolve(self, revision: str) -> str | None:
@@ -127,7 +125,7 @@ class Response:
 
 @dataclass
 class Fault:
-    """Something that goes wrong with the next `times` matching requests, after `skip` of them.
+    """Something that goes wrong with the next `times` matching requests.
 
     With `instead` nothing is done for them; otherwise the answer to what was done gets lost.
     """
@@ -136,14 +134,10 @@ class Fault:
     pattern: str
     change: Callable[[Response], Response]
     times: int = 1_000_000
-    skip: int = 0
     instead: bool = False
 
     def applies(self, request: Request) -> bool:
         if not re.fullmatch(self.method, request.method) or not re.search(self.pattern, request.path):
-            return False
-        if self.skip > 0:
-            self.skip -= 1
             return False
         self.times -= 1
         return self.times >= 0
@@ -171,34 +165,21 @@ class Hub:
         """Bytes of large files that clients sent."""
         return sum(len(r.body) for r in self.requests if r.method == "PUT")
 
-    def fail(
-        self,
-        method: str,
-        pattern: str,
-        status: int = 500,
-        *,
-        code: str = "",
-        message: str = "",
-        headers: Mapping[str, str] | None = None,
-        times: int = 1_000_000,
-        skip: int = 0,
-    ) -> None:
+    def fail(self, method: str, pattern: str, status: int = 500, *, message: str = "", times: int = 1_000_000) -> None:
         def change(_: Response) -> Response:
-            response = Response.error(status, code, message)
-            response.headers.update(headers or {})
-            return response
+            return Response.error(status, message=message)
 
-        self.faults.append(Fault(method, pattern, change, times, skip, instead=True))
+        self.faults.append(Fault(method, pattern, change, times, instead=True))
 
     def change(self, method: str, pattern: str, change: Callable[[Response], Response], times: int = 1_000_000) -> None:
         self.faults.append(Fault(method, pattern, change, times))
 
-    def stall(self, method: str, pattern: str, seconds: float = 30.0, times: int = 1_000_000) -> None:
+    def stall(self, method: str, pattern: str, seconds: float = 30.0) -> None:
         def change(response: Response) -> Response:
             response.stall = seconds
             return response
 
-        self.change(method, pattern, change, times)
+        self.change(method, pattern, change)
 
     # What clients get
 
@@ -373,13 +354,6 @@ class Hub:
         found.refs[unquote(name)] = found.refs["main"]
         return Response()
 
-    def tag(self, request: Request, repo: str, revision: str) -> Response:
-        if refusal := self._refusal(request, repo, write=True):
-            return refusal
-        found = self.repositories[repo]
-        found.tags[request.json()["tag"]] = found.resolve(unquote(revision)) or ""
-        return Response()
-
     def preupload(self, request: Request, repo: str, revision: str) -> Response:
         pull_request = "create_pr" in request.query
         if refusal := self._refusal(request, repo, write=not pull_request):
@@ -517,7 +491,6 @@ _ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
     ("GET", rf"/api/models/{_REPO}/refs", Hub.refs),
     ("GET", rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)", Hub.tree),
     ("POST", rf"/api/models/{_REPO}/branch/(?P<name>[^/]+)", Hub.branch),
-    ("POST", rf"/api/models/{_REPO}/tag/(?P<revision>[^/]+)", Hub.tag),
     ("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>[^/]+)", Hub.preupload),
     ("POST", rf"/api/models/{_REPO}/commit/(?P<revision>[^/]+)", Hub.commit),
     ("POST", r"/api/lfs/verify", Hub.lfs_verify),
