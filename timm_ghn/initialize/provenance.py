@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from timm.utils import unwrap_model
+from timm.utils.model import unwrap_model
 
 from timm_ghn import numerics
 from timm_ghn._version import __version__
@@ -68,7 +68,7 @@ def describe_origin(
 
 def provenance(model: nn.Module) -> dict[str, Any] | None:
     """What a model was initialized with, from its `pretrained_cfg`; None if it was not initialized by timm-ghn."""
-    for note in (timm_config(model) or timm_config(unwrap_model(model))).get("notes") or ():
+    for note in (timm_config(model) or timm_config(unwrap_model(model))).get("notes") or ():  # type: ignore[no-untyped-call]
         if isinstance(note, str) and note.startswith(_PREFIX):
             try:
                 found = json.loads(note[len(_PREFIX) :])
@@ -80,7 +80,7 @@ def provenance(model: nn.Module) -> dict[str, Any] | None:
 
 def report_of(model: nn.Module) -> Report | None:
     """What every parameter of a model got, or of the model that it copies or wraps; None for models of other origin."""
-    found = getattr(model, _REPORT, None) or getattr(unwrap_model(model), _REPORT, None)
+    found = getattr(model, _REPORT, None) or getattr(unwrap_model(model), _REPORT, None)  # type: ignore[no-untyped-call]
     try:
         return None if found is None else Report.from_dict(found)
     except (AttributeError, KeyError, TypeError, ValueError):
