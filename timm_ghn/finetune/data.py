@@ -241,7 +241,7 @@ def _named(name: str, root: Path, size: int, download: bool, progress: bool) -> 
 def _from_folder(root: Path, size: int, progress: bool) -> Benchmark:
     """torchvision's ImageFolder layout, divided or not."""
     if not root.is_dir():
-        raise FineTuneError(f"there is no folder {root}: --data names a folder with one sub-folder a class")
+        raise FineTuneError(f"there is no folder {root}; a folder with one sub-folder a class is expected")
     if (root / "train").is_dir():
         other = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
         if other is None:
