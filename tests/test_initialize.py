@@ -428,3 +428,17 @@ def test_copies_and_wrappers_know_what_the_model_got(ghn: GHN) -> None:
         assert timm_ghn.report_of(other) == report
         assert timm_ghn.provenance(other) == origin
     assert timm_ghn.report_of(nn.DataParallel(nn.Linear(3, 3))) is None
+
+
+@pytest.mark.parametrize("arguments", [{"num_classes": 0}, {"features_only": True}, {"num_classes": 7}])
+def test_the_backbone_hardly_depends_on_the_head(arguments: dict[str, Any]) -> None:
+    """Another head is another graph, which moves predictions a little; L is the same layer."""
+    init = timm_ghn.Init("ghn-orth", ghn="bundled", cache=False)
+    whole = timm.create_model("test_resnet", init=init)
+    other = timm.create_model("test_resnet", init=init, **arguments)
+    one, two = timm_ghn.report_of(whole), timm_ghn.report_of(other)
+    assert one is not None
+    assert two is not None
+    assert one.start_layer == two.start_layer
+    expected, found = whole.layer2[0].conv1.weight.detach(), other.layer2[0].conv1.weight.detach()
+    assert float((found - expected).norm() / expected.norm()) < 0.05
