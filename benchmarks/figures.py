@@ -450,7 +450,7 @@ def embeddings(args: argparse.Namespace) -> None:
     ghn = load_ghn(args.ghn) if args.ghn else default_ghn()
     shares_of = TrainConfig().families
     drawn = [draw_architecture(f"figure {args.seed}", index, shares_of, Bounds()) for index in range(args.count)]
-    networks = [Network(architecture, ghn, "ghn") for architecture in drawn]
+    networks = [Network(architecture, ghn) for architecture in drawn]
     points = [graph_embedding(ghn, network.graph) for network in networks]
     accuracies: list[float | None] = [None] * len(networks)
     if args.data is not None:

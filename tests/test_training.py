@@ -67,7 +67,7 @@ def networks() -> Networks:
     """Shared by all tests: what a network is does not depend on the run."""
     bounds = Bounds(max_macs=4e6)
     ghn = GHN(replace(TINY, num_classes=10))
-    return Networks(lambda index: draw_architecture("test", index, CONFIG.families, bounds), ghn, CONFIG)
+    return Networks(lambda index: draw_architecture("test", index, CONFIG.families, bounds), ghn, 16)
 
 
 @pytest.fixture
@@ -367,14 +367,12 @@ def test_command_line_overrides_the_preset(tmp_path: Path) -> None:
         "0",
         "--hid",
         "8",
-        "--no-orthogonal",
         "--without-family",
         "convnext",
     ]
     config = make_config(_arguments(*line))
     assert config.steps == 7
     assert config.ghn == replace(PRESETS["bundled"].ghn, hid=8)
-    assert not config.orthogonal
     assert "convnext" not in config.families
     assert config.lr == PRESETS["bundled"].lr
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -97,16 +99,18 @@ def test_what_is_not_predicted_depends_on_the_architecture_alone() -> None:
     assert all(torch.equal(parameter, second.get_parameter(name)) for name, parameter in kept.items())
 
 
-def test_users_get_what_training_sees() -> None:
+@pytest.mark.parametrize("start_layer", [None, 1])
+def test_users_get_what_training_sees(start_layer: int | None) -> None:
     """Of a network with layer norms, learned scales and residual branches, tensor by tensor."""
     architecture = draw_architecture("test", 0, {"maxxvit": 1.0}, Bounds())
-    ghn = tiny_ghn()
+    ghn = GHN(replace(tiny_ghn().config, start_layer=start_layer))
     network = Network(architecture, ghn)
     with torch.no_grad():
         seen = as_users_get(ghn([network.graph])[0], network.assignments, 16, seed=0)
     model = architecture.build(10)
     size = (3, architecture.size, architecture.size)
-    timm_ghn.init_model(model, "ghn-orth", ghn=ghn, input_size=size, cache=False)
+    report = timm_ghn.init_model(model, "ghn-orth", ghn=ghn, input_size=size, cache=False)
+    assert (report.start_layer == 1) == (start_layer == 1)
     assert any(assigned.gains for assigned in network.assignments.values())
     for name in seen.keys() - {"head.fc.weight"}:  # a classifier of another scale is brought to the nominal one
         tensor = seen[name]

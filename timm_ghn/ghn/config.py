@@ -19,7 +19,7 @@ HUB_FILE = "ghn.safetensors"
 """What a GHN's file is called in a repository of the Hub, and in this package."""
 
 _REQUIRED = {"max_shape", "num_classes", "weight_norm", "ve", "layernorm"}
-_NOT_PPUDA = {"kernels", "tiles", "layers", "heads", "cut"}
+_NOT_PPUDA = {"kernels", "tiles", "layers", "heads", "cut", "start_layer"}
 
 MAX_SHAPE = (1024, 1024, 64, 64)
 MAX_SIZES: Mapping[str, int] = {"num_classes": 100_000, "hid": 1024, "tiles": 256}
@@ -51,6 +51,8 @@ class GHNConfig:
         heads: Attention heads of the Graphormer; 0 without one.
         cut: Which part of an emitted block a smaller kernel is: its "corner" (GHN-1 and GHN-2), or its "centre"
             (GHN-3). With "centre", kernels larger than a block are interpolated instead of repeated in space.
+        start_layer: The first layer (L, from 1) whose kernel was orthogonalized while the GHN was trained, which is
+            then the default of `ghn-orth`; None for a GHN that was trained without.
 
     Raises:
         CheckpointError: If a value is of the wrong type or out of bounds.
@@ -69,6 +71,7 @@ class GHNConfig:
     layers: int = 0
     heads: int = 0
     cut: str = "corner"
+    start_layer: int | None = None
 
     @classmethod
     def graphormer(
@@ -103,6 +106,9 @@ class GHNConfig:
         for name in ("weight_norm", "ve", "layernorm"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {_show(value)}, not true or false")
+        start = self.start_layer
+        is_layer = isinstance(start, int) and not isinstance(start, bool) and start >= 1
+        _require(start is None or is_layer, f"start_layer is {_show(start)}, not a number from 1")
         _require(shape[2] == shape[3], f"max_shape {shape} is not square")
         _require(self.hid % 4 == 0, f"hid is {self.hid}, not a multiple of 4")
         if with_layers:

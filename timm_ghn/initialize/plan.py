@@ -125,7 +125,8 @@ def expected_origin(model: nn.Module, init: Init) -> dict[str, Any]:
         CheckpointError, UnknownGhnError, DownloadError: If the GHN cannot be loaded.
     """
     layers = weight_layers(model)
-    return describe_origin(init, find_hypernetwork(init), layers, _start_layer(init, layers))
+    hypernetwork = find_hypernetwork(init)
+    return describe_origin(init, hypernetwork, layers, _start_layer(init, layers, hypernetwork))
 
 
 def make_plan(
@@ -161,7 +162,7 @@ def make_plan(
     inputs: dict[str, Any] = {"input_size": input_size, "example_input": example_input}
     trace = None if hypernetwork is None else capture(model, **inputs)
     layers = weight_layers(model, **inputs, trace=trace)
-    start_layer = _start_layer(init, layers)
+    start_layer = _start_layer(init, layers, hypernetwork)
     selected = () if start_layer is None else selected_layers(layers, start_layer)
     processed = {layer.parameter: layer for layer in selected if layer.parameter in free}
     reasons: dict[str, str] = {}
@@ -239,9 +240,12 @@ def _check_kept(init: Init, model: nn.Module, names: Iterable[str], deferred: De
             )
 
 
-def _start_layer(init: Init, layers: Sequence[WeightLayer]) -> int | None:
-    """L; None for methods that do not orthogonalize."""
-    return resolve_start_layer(layers, init.start_layer, init.spec.start_layer) if init.spec.orthogonal else None
+def _start_layer(init: Init, layers: Sequence[WeightLayer], hypernetwork: Hypernetwork | None) -> int | None:
+    """L, by default that of the method or of the GHN's training; None for methods that do not orthogonalize."""
+    if not init.spec.orthogonal:
+        return None
+    default = init.spec.start_layer if hypernetwork is None else hypernetwork.model.config.start_layer
+    return resolve_start_layer(layers, init.start_layer, default)
 
 
 def _predictions(

@@ -139,7 +139,6 @@ class Network:
     Args:
         architecture: What to build.
         ghn: GHN that is going to predict; its configuration alone matters.
-        method: "ghn-orth" or "ghn", as of `init=`.
 
     Attributes:
         graph: What a GHN reads.
@@ -149,14 +148,14 @@ class Network:
         TrainingError: If its forward pass cannot be recorded.
     """
 
-    def __init__(self, architecture: Architecture, ghn: GHN, method: str = "ghn-orth") -> None:
+    def __init__(self, architecture: Architecture, ghn: GHN) -> None:
         self.architecture = architecture
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what is not predicted depends on the architecture alone
             model = architecture.build(ghn.config.num_classes)
         size = (3, architecture.size, architecture.size)
         try:
-            plan = make_plan(model, Init(method), Hypernetwork(ghn, "in training", ""), input_size=size)
+            plan = make_plan(model, Init("ghn-orth"), Hypernetwork(ghn, "in training", ""), input_size=size)
         except GraphError as error:
             raise TrainingError(f"no graph of {architecture}: {error}") from error
         self.graph = cast(Graph, plan.graph)
@@ -200,12 +199,11 @@ class Networks:
     Args:
         draw: The architecture of a number.
         ghn: GHN that is going to predict their parameters.
-        config: The run: how many are kept, and what predictions go through.
+        kept: How many networks stay in memory.
     """
 
-    def __init__(self, draw: Callable[[int], Architecture], ghn: GHN, config: TrainConfig) -> None:
-        method = "ghn-orth" if config.orthogonal else "ghn"
-        self._build = lru_cache(maxsize=config.kept)(lambda index: Network(draw(index), ghn, method))
+    def __init__(self, draw: Callable[[int], Architecture], ghn: GHN, kept: int) -> None:
+        self._build = lru_cache(maxsize=kept)(lambda index: Network(draw(index), ghn))
 
     def __getitem__(self, index: int) -> Network:
         return self._build(index)
@@ -213,9 +211,8 @@ class Networks:
 
 def training_networks(ghn: GHN, config: TrainConfig) -> Networks:
     """The networks of a run."""
-    return Networks(
-        lambda index: draw_architecture(f"{config.seed}/train", index, config.families, Bounds()), ghn, config
-    )
+    stream = f"{config.seed}/train"
+    return Networks(lambda index: draw_architecture(stream, index, config.families, Bounds()), ghn, config.kept)
 
 
 class EvaluationNetworks(Iterable[Network]):
@@ -223,14 +220,13 @@ class EvaluationNetworks(Iterable[Network]):
 
     Args:
         ghn: GHN that is going to predict their parameters.
-        config: The run.
     """
 
-    def __init__(self, ghn: GHN, config: TrainConfig) -> None:
+    def __init__(self, ghn: GHN) -> None:
         def draw(index: int) -> Architecture:
             return draw_architecture("evaluation", index, {sorted(FAMILIES)[index]: 1.0}, Bounds())
 
-        self._networks = Networks(draw, ghn, config)
+        self._networks = Networks(draw, ghn, len(FAMILIES))
 
     def __iter__(self) -> Iterator[Network]:
         return map(self._networks.__getitem__, range(len(FAMILIES)))

@@ -74,11 +74,6 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(_option(name), type=kind, help=f"{text} (default: the preset's)")
     for name, text in _GHN_SETTINGS:
         parser.add_argument(_option(name), type=int, help=f"{text} (default: the preset's)")
-    parser.add_argument(
-        "--orthogonal",
-        action=argparse.BooleanOptionalAction,
-        help="train with orthogonalized kernels as users get them (default: the preset's)",
-    )
     parser.add_argument("--evaluate-only", action="store_true", help="do not train: evaluate the checkpoint in --out")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the final GHN to this file")
     parser.add_argument("--export-only", action="store_true", help="do not train: export the last checkpoint in --out")
@@ -95,7 +90,7 @@ def make_config(args: argparse.Namespace) -> TrainConfig:
         TrainingError: If a value is out of range.
     """
     config = PRESETS[args.preset]
-    names = [name for name, _, _ in _SETTINGS] + ["orthogonal"]
+    names = [name for name, _, _ in _SETTINGS]
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     shape = {name: getattr(args, name) for name, _ in _GHN_SETTINGS if getattr(args, name) is not None}
     families = {name: share for name, share in config.families.items() if name not in args.without_family}

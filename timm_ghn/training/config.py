@@ -44,7 +44,6 @@ class TrainConfig:
         classes: Weight of the cross-entropy of the outputs that name classes.
         whitening: What the teacher's components are divided by: the power of their standard deviation, 0 for nothing
             and 1 for components that all count the same.
-        orthogonal: Whether training networks get the orthogonalized kernels that users get.
         first: Networks to begin with.
         fresh: New networks an update.
         kept: Networks in use at a time: the latest ones.
@@ -76,7 +75,6 @@ class TrainConfig:
     components: float = 1.0
     classes: float = 0.0
     whitening: float = 0.5
-    orthogonal: bool = True
     first: int = 24
     fresh: float = 0.25
     kept: int = 1024
@@ -152,7 +150,7 @@ class TrainConfig:
 
 PRESETS: dict[str, TrainConfig] = {
     "bundled": TrainConfig(
-        ghn=GHNConfig(hypernet="graphormer", layers=4, heads=8, hid=56, kernels="orthogonal"),
+        ghn=GHNConfig(hypernet="graphormer", layers=4, heads=8, hid=56, kernels="orthogonal", start_layer=1),
         steps=40_000, cooldown=8_000, average=0.998, save_every=25,
     ),
     "smoke": TrainConfig(

@@ -67,7 +67,7 @@ def prepare(
     splits = load_splits(images, config, beginning, processes)
     shape = replace(config.ghn, num_classes=splits.num_outputs)
     ghn = new_ghn(shape, config.share, config.seed) if given is None else _continued(given, shape, config.seed)
-    networks = training_networks(ghn, config), EvaluationNetworks(ghn, config)
+    networks = training_networks(ghn, config), EvaluationNetworks(ghn)
     trainer = Trainer(ghn, config, splits, *networks, out, processes)
     if before is not None:
         trainer.resume()
