@@ -146,6 +146,18 @@ def test_methods_by_names_that_are_put_together_are_followed(monkeypatch: pytest
     assert fingerprint(model) != before
 
 
+def test_what_layers_of_torch_call_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.LeakyReLU())
+    before = fingerprint(model)
+    with monkeypatch.context() as replaced:
+        replaced.setattr("torch.nn.functional.leaky_relu", other_relu)
+        assert fingerprint(model) != before
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: output * 2)
+    assert fingerprint(model) != before
+    hook.remove()
+    assert fingerprint(model) == before
+
+
 def test_weights_and_mode_of_code_do_not_matter() -> None:
     one, two = Net(), Net()
     nn.init.zeros_(two.stem.weight)

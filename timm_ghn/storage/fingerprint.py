@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 _TRUSTED = {"torch", "torchvision", "numpy"} | sys.stdlib_module_names
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -33,6 +35,11 @@ def fingerprint(model: nn.Module) -> str:
         walk.note(name, f"{kind.__module__}.{kind.__qualname__}")
         for key in sorted(vars(module).keys() - _REGISTERED):
             walk.note(key, walk.describe(vars(module)[key]))
+    for name, value in vars(F).items():  # what layers of torch call may have been replaced
+        if _is_foreign(value):
+            walk.note(name, walk.describe(value))
+    for hooks in (_global_forward_pre_hooks, _global_forward_hooks):  # of all modules
+        walk.note(walk.describe([*hooks.values()]))
     return walk.finish()
 
 
