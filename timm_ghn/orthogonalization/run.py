@@ -194,8 +194,9 @@ def orthogonalize_(
 
     The classifier stays as it is, as do weights that are computed from other parameters (weight normalization,
     pruning) and those of other types than float16, bfloat16, float32 and float64; a warning names them. Everything is
-    checked before anything is changed. Dtype, device and `requires_grad` of the parameters stay as they are, and
-    neither the global random state nor the number of threads changes.
+    checked before anything is changed. Frozen weights (`requires_grad=False`) are changed as well. Dtype, device and
+    `requires_grad` of the parameters stay as they are, and neither the global random state nor the number of threads
+    changes.
 
     Args:
         model: The model, on any device but "meta".
