@@ -129,7 +129,9 @@ def test_a_reader_that_goes_away() -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_request_to_end_leaves_nothing(name: str, tmp_path: Path) -> None:
     """The weights of 350 MB are being written when it comes."""
-    arguments = ("-m", "timm_ghn", "init", "vit_base_patch16_224", "--method", "orth", "--out", str(tmp_path / "new"))
+    start = f"import signal, sys; signal.signal(signal.{name}, signal.SIG_DFL)  # nohup ignores it for its children"
+    program = f"{start}\nfrom timm_ghn.cli import main\nsys.exit(main(sys.argv[1:]))"
+    arguments = ("-c", program, "init", "vit_base_patch16_224", "--method", "orth", "--out", str(tmp_path / "new"))
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, *arguments], env=variables, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob("new/.model*.tmp")) and process.poll() is None:
