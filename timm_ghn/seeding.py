@@ -95,7 +95,7 @@ class PrivateRandom(TorchFunctionMode):
             return function(*args, **kwargs)
         generator = self.generator(device)
         try:
-            return function(*args, **kwargs, generator=generator)
+            return function(*args, **{**kwargs, "generator": generator})
         except TypeError:  # some take no generator, others not in older versions of torch
             with _as_global(generator):
                 return function(*args, **kwargs)
