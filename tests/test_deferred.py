@@ -155,6 +155,5 @@ def test_building_in_one_thread_does_not_touch_the_draws_of_another() -> None:
 def test_a_generator_that_is_named_as_none_is_none() -> None:
     """timm 1.0.16 passes `generator=None` on to the methods that draw."""
     found = torch.empty(3)
-    with PrivateRandom(7):
-        found.normal_(0.0, 1.0, generator=None)
+    PrivateRandom(7).call(torch.Tensor.normal_, (found, 0.0, 1.0), {"generator": None})
     assert torch.equal(found, torch.randn(3, generator=torch.Generator().manual_seed(7)))
