@@ -8,10 +8,10 @@ import pytest
 from traces import TraceBuilder
 
 from timm_ghn.graph.analyses import Analyses
-from timm_ghn.scale.batch_norms import Depth, Power, find_depths, find_last_batch_norms, find_overflowing, find_powers
+from timm_ghn.scale.batch_norms import Growth, find_growth, find_last_batch_norms, find_overflowing
 from timm_ghn.scale.branches import Scale, find_scales
 from timm_ghn.scale.chains import Chain, find_chains
-from timm_ghn.scale.products import Factors, Product, Weights, find_products, find_weights
+from timm_ghn.scale.products import Product, Weights, find_products, find_weights
 from timm_ghn.scale.steps import Steps
 from timm_ghn.scale.streams import ResidualSum, find_streams
 from timm_ghn.trace.records import Value
@@ -87,8 +87,8 @@ def products(t: TraceBuilder, value: Value) -> frozenset[Product]:
     known = steps(t)
     streams = find_streams(known)
     scales = find_scales(known, streams, lambda _: None)
-    factors = Factors(find_chains(known), find_depths(known, streams), scales, find_weights(known, streams))
-    return find_products(known, streams, factors).get(value.index, frozenset())
+    found = find_products(known, streams, scales, find_chains(known), find_growth(known, streams))
+    return found.get(value.index, frozenset())
 
 
 def test_products_of_two_layers_and_squares_of_one(t: TraceBuilder) -> None:
@@ -127,7 +127,7 @@ def test_what_weights_a_mean(t: TraceBuilder) -> None:
 # Batch norms
 
 
-def test_powers_depths_and_the_last_batch_norm(t: TraceBuilder) -> None:
+def test_growth_and_the_last_batch_norm(t: TraceBuilder) -> None:
     x = linear(t, t.input(4, 4), "w")
     norm = t.call("batch_norm", x, None, None, t.parameter("gain", 4))
     cube = t.call("mul", t.call("mul", norm, norm), norm)
@@ -136,13 +136,12 @@ def test_powers_depths_and_the_last_batch_norm(t: TraceBuilder) -> None:
     normed = t.call("layer_norm", total, (4,))
     known = steps(t)
     streams = find_streams(known)
-    depths, scales = find_depths(known, streams), find_scales(known, streams, lambda _: None)
-    powers = find_powers(known, streams)
-    assert powers[branch.index] == Power(3, 3)
-    assert powers[normed.index] == Power(0, 0)
-    assert depths[total.index] == Depth(2, frozenset({total.index}))
-    assert depths[normed.index] == Depth()
-    assert find_overflowing(known, streams, depths) == {total.index}
-    last = find_last_batch_norms(known, streams, scales, depths)
+    growths, scales = find_growth(known, streams), find_scales(known, streams, lambda _: None)
+    assert growths[x.index] == Growth(1, 1, layers=1)
+    assert growths[branch.index] == Growth(3, 3, layers=2)
+    assert growths[total.index] == Growth(3, 1, layers=2, streams=frozenset({total.index}))
+    assert growths[normed.index] == Growth(0, 0)
+    assert find_overflowing(known, streams, growths) == {total.index}
+    last = find_last_batch_norms(known, streams, scales, growths)
     assert (last[branch.index], last[total.index]) == (branch.index, norm.index)
     assert cube.index not in last

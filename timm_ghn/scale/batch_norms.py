@@ -32,84 +32,58 @@ def power_after(operation: Operation, powers: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Power:
-    """How a value grows with the network's input, batch norms being affine as in evaluation.
+class Growth:
+    """How large a value may become in evaluation, before batch norms have learned any statistics.
+
+    Counted from the last norm that is no batch norm, or the last function with bounded results.
 
     Attributes:
-        power: By which power.
-        peak: The largest power on the way to it since the last other norm, or since it left its stream.
+        power: By which power of the network's input the value grows.
+        peak: The largest power on the way to it, since it left its residual stream.
+        layers: Layers on the longest path.
+        streams: Numbers of the residual streams on all paths, also of those before a bounded function.
     """
 
     power: float = 1.0
     peak: float = 1.0
-
-
-def find_powers(steps: Steps, streams: Streams) -> Mapping[int, Power]:
-    """Powers of values, by number."""
-
-    def step(operation: Operation, output: Value, known: Sequence[Power | None]) -> Power:
-        if steps.holds_scale(operation):
-            return Power(0.0, 0.0)
-        found = [power for power in known if power is not None]
-        power = power_after(operation, [item.power for item in found])
-        trunk = streams.before(output, known)
-        if trunk is not None:
-            return Power(power, trunk.peak)
-        is_bounded = row_of(operation).is_bounded
-        return Power(power, 0.0 if is_bounded else max(power, *(item.peak for item in found)))
-
-    return steps.flow.follow(step, dict.fromkeys(steps.analyses.trace.inputs, Power()))
-
-
-@dataclass(frozen=True, slots=True)
-class Depth:
-    """The way to a value since the last norm that is no batch norm.
-
-    Attributes:
-        layers: Layers on the longest path.
-        streams: Numbers of the residual streams on all paths.
-    """
-
     layers: int = 0
     streams: frozenset[int] = frozenset()
 
 
-def find_depths(steps: Steps, streams: Streams) -> Mapping[int, Depth]:
-    """Depths of values, by number."""
+def find_growth(steps: Steps, streams: Streams) -> Mapping[int, Growth]:
+    """How large values may become, by number."""
 
-    def step(operation: Operation, output: Value, known: Sequence[Depth | None]) -> Depth:
+    def step(operation: Operation, output: Value, known: Sequence[Growth | None]) -> Growth:
         if steps.holds_scale(operation):
-            return Depth()
-        found = [depth for depth in known if depth is not None]
-        passed = frozenset[int]().union(*(depth.streams for depth in found))
-        total = streams.sums.get(output.index)
-        if total is not None:
-            passed |= {total.stream}
+            return Growth(0.0, 0.0)
+        found = [growth for growth in known if growth is not None]
+        power = power_after(operation, [growth.power for growth in found])
+        passed = frozenset[int]().union(*(growth.streams for growth in found))
         if row_of(operation).is_bounded:
-            return Depth(0, passed)
-        layers = max((depth.layers for depth in found), default=0)
-        return Depth(layers + bool(steps.layer(operation)), passed)
+            return Growth(power, 0.0, 0, passed)
+        layers = max((growth.layers for growth in found), default=0) + bool(steps.layer(operation))
+        total, trunk = streams.sums.get(output.index), streams.before(output, known)
+        if total is not None and trunk is not None:
+            return Growth(power, trunk.peak, layers, passed | {total.stream})
+        return Growth(power, max([power, *(growth.peak for growth in found)]), layers, passed)
 
-    return steps.flow.follow(step)
+    return steps.flow.follow(step, dict.fromkeys(steps.analyses.trace.inputs, Growth()))
 
 
-def find_overflowing(steps: Steps, streams: Streams, depths: Mapping[int, Depth]) -> frozenset[int]:
+def find_overflowing(steps: Steps, streams: Streams, growths: Mapping[int, Growth]) -> frozenset[int]:
     """Numbers of the streams that overflow, and of those that lead to them."""
-    powers = find_powers(steps, streams)
-    found: set[int] = set()
+    found = frozenset[int]()
     for operation, sources, (output, *_) in steps.flow.steps:
-        total = streams.sums.get(output.index)
-        if total is not None and powers[total.branch].peak > MAX_POWER:
-            found |= depths[output.index].streams
-        elif steps.layer(operation):
-            deep = [depths[index] for index in sources if index in depths]
-            if max((depth.layers for depth in deep), default=0) >= MAX_AFFINE_CHAIN:
-                found = found.union(*(depth.streams for depth in deep))
-    return frozenset(found)
+        total, deep = streams.sums.get(output.index), [growths[index] for index in sources]
+        if total is not None and growths[total.branch].peak > MAX_POWER:
+            found |= growths[output.index].streams
+        elif steps.layer(operation) and max((growth.layers for growth in deep), default=0) >= MAX_AFFINE_CHAIN:
+            found = found.union(*(growth.streams for growth in deep))
+    return found
 
 
 def find_last_batch_norms(
-    steps: Steps, streams: Streams, scales: Mapping[int, Scale], depths: Mapping[int, Depth]
+    steps: Steps, streams: Streams, scales: Mapping[int, Scale], growths: Mapping[int, Growth]
 ) -> Mapping[int, int]:
     """The last batch norm (by number of its value) on the way to a value.
 
@@ -121,15 +95,14 @@ def find_last_batch_norms(
         if steps.is_norm(operation):
             is_learned = bool(steps.learned(operation.inputs))
             return output.index if is_learned and not steps.holds_scale(operation) else None
-        total = streams.sums.get(output.index)
-        if total is not None:
-            return known[total.trunk]
+        if output.index in streams.sums:
+            return streams.before(output, known)
         is_product = kind_of(operation) is Kind.PRODUCT and len(known) == 2
         is_scaled = is_learned_scale(steps, operation, known) and scales[output.index].layers is None
         if is_product or is_scaled:
             return None
-        sources = [value.index for value in operands(operation) if value.index in depths]
-        growing = [norm for norm, index in zip(known, sources, strict=False) if depths[index].layers]
+        sources = [value.index for value in operands(operation) if value.index in growths]
+        growing = [norm for norm, index in zip(known, sources, strict=True) if growths[index].layers]
         return growing[0] if len(growing) == 1 else None
 
     return steps.flow.follow(step)

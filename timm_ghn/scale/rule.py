@@ -110,7 +110,7 @@ class Structure:
 
     branches: Mapping[str, float]
     products: Mapping[str, float]
-    chains: Mapping[str, int]
+    chains: Mapping[str, float]
     chained: frozenset[str]
     standardized: frozenset[str]
 

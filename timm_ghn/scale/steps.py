@@ -40,7 +40,9 @@ class Steps:
 
     def is_norm(self, operation: Operation) -> bool:
         """Whether an operation is a norm layer, or the division that normalizes in one that is spelled out."""
-        return operation.outputs[0].index in self._norms
+        kind, norm = kind_of(operation), self.analyses.norms.get(operation.outputs[0].index)
+        is_spelled = norm is not None and norm.stage is Stage.NORMALIZED
+        return kind is Kind.NORM or (is_spelled and kind is not Kind.VIEW)
 
     @cached_property
     def _layers(self) -> dict[int, frozenset[int]]:
@@ -52,14 +54,6 @@ class Steps:
             last = (operation.argument(11, "out_proj_weight"), operation.argument(12, "out_proj_bias"))
             return self.learned(value for value in last if isinstance(value, Value))
         return self.learned(operation.inputs) if kind in LAYERS or kind is Kind.PRODUCT else _NONE
-
-    @cached_property
-    def _norms(self) -> frozenset[int]:
-        norms, calls = self.analyses.norms, [(kind_of(step[0]), step[2][0].index) for step in self.flow.steps]
-        divided = {index for index, norm in norms.items() if norm.stage is Stage.NORMALIZED}
-        return frozenset(
-            index for kind, index in calls if kind is Kind.NORM or (index in divided and kind is not Kind.VIEW)
-        )
 
     def holds_scale(self, operation: Operation) -> bool:
         """Whether it is a norm that normalizes before any training as well, which batch norms do not."""

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping
 
 from timm_ghn.graph.analyses import Analyses
-from timm_ghn.scale.batch_norms import Depth, find_depths, find_last_batch_norms, find_overflowing
+from timm_ghn.scale.batch_norms import Growth, find_growth, find_last_batch_norms, find_overflowing
 from timm_ghn.scale.branches import Scale, Start, find_scales
-from timm_ghn.scale.chains import Chain, find_chains
-from timm_ghn.scale.products import Factors, find_products, find_weights
+from timm_ghn.scale.chains import find_chains
+from timm_ghn.scale.products import find_products
 from timm_ghn.scale.rule import MAX_CHAIN, Structure
 from timm_ghn.scale.steps import Steps
 from timm_ghn.scale.streams import Streams, find_streams
 from timm_ghn.trace.records import Trace
 
-_T = TypeVar("_T")
 
-
-def _unknown(_: str) -> float | None:
-    return None
-
-
-def find_structure(trace: Trace, start: Start = _unknown, *, analyses: Analyses | None = None) -> Structure:
+def find_structure(trace: Trace, start: Start = lambda _: None, *, analyses: Analyses | None = None) -> Structure:
     """Read residual streams, products of activations and chains without norms from a recorded forward pass.
 
     Args:
@@ -32,19 +25,31 @@ def find_structure(trace: Trace, start: Start = _unknown, *, analyses: Analyses 
     """
     steps = Steps(analyses or Analyses(trace))
     streams = find_streams(steps)
-    scales, chains, depths = find_scales(steps, streams, start), find_chains(steps), find_depths(steps, streams)
-    factors = Factors(chains, depths, scales, find_weights(steps, streams))
+    scales, chains, growths = find_scales(steps, streams, start), find_chains(steps), find_growth(steps, streams)
+    products = find_products(steps, streams, scales, chains, growths)
+    counted = (product for total in streams.sums.values() for product in products.get(total.branch, ()))
+    layers = [
+        (index, chains[output.index])
+        for operation, _, (output, *_) in steps.flow.steps
+        for index in steps.layer(operation)
+    ]
+    long = (chain for _, chain in layers if chain.length > MAX_CHAIN)
     return Structure(
-        branches=_by_name(trace, _branches(steps, streams, scales, depths)),
-        products=_by_name(trace, _products(steps, streams, factors)),
-        chains=_by_name(trace, _lengths(steps, chains)),
-        chained=_names(trace, _chained(steps, chains)),
+        branches=_largest(trace, _branches(steps, streams, scales, growths)),
+        products=_largest(trace, ((index, product.divisor) for product in counted for index in product.layers)),
+        chains=_largest(trace, ((index, chain.length) for index, chain in layers)),
+        chained=_names(trace, (index for chain in long for index in chain.layers)),
         standardized=_names(trace, steps.standardized),
     )
 
 
-def _by_name(trace: Trace, found: Mapping[int, _T]) -> dict[str, _T]:
-    return {name: number for index, number in found.items() for name in trace.parameters[index]}
+def _largest(trace: Trace, found: Iterable[tuple[int, float]]) -> dict[str, float]:
+    """The largest number that was found for each parameter, by name."""
+    largest: dict[str, float] = {}
+    for index, number in found:
+        for name in trace.parameters[index]:
+            largest[name] = max(largest.get(name, 0), number)
+    return largest
 
 
 def _names(trace: Trace, parameters: Iterable[int]) -> frozenset[str]:
@@ -52,48 +57,19 @@ def _names(trace: Trace, parameters: Iterable[int]) -> frozenset[str]:
 
 
 def _branches(
-    steps: Steps, streams: Streams, scales: Mapping[int, Scale], depths: Mapping[int, Depth]
-) -> dict[int, float]:
-    """The number of sums that what ends a branch passes, times its gain."""
-    overflowing = find_overflowing(steps, streams, depths)
-    norms = find_last_batch_norms(steps, streams, scales, depths) if overflowing else {}
+    steps: Steps, streams: Streams, scales: Mapping[int, Scale], growths: Mapping[int, Growth]
+) -> Iterator[tuple[int, float]]:
+    """What ends each branch, by number of the parameter, with the number of sums of the stream times the gain."""
+    overflowing = find_overflowing(steps, streams, growths)
+    norms = find_last_batch_norms(steps, streams, scales, growths) if overflowing else {}
     of_norm = {output.index: steps.learned(op.inputs) for op, _, (output, *_) in steps.flow.steps} if norms else {}
-    found: dict[int, float] = {}
     for _, sources, (output, *_) in steps.flow.steps:
         total = streams.sums.get(output.index)
         if total is None:
             continue
         scale, norm = scales[total.branch], norms.get(total.branch)
         ends = scale.layers or frozenset()
-        trunk = streams.places[sources[total.trunk]]
-        if norm is not None and total.stream in overflowing and not trunk.ancestors >> norm & 1:
+        is_before_branch = norm is not None and streams.places[sources[total.trunk]].ancestors >> norm & 1
+        if norm is not None and total.stream in overflowing and not is_before_branch:
             ends |= of_norm[norm]
-        for index in ends:
-            found[index] = max(found.get(index, 0), streams.lengths[total.stream] * scale.gain)
-    return found
-
-
-def _products(steps: Steps, streams: Streams, factors: Factors) -> dict[int, float]:
-    """The largest number of products that are added up behind a layer."""
-    products = find_products(steps, streams, factors)
-    found: dict[int, float] = {}
-    for total in streams.sums.values():
-        for product in products.get(total.branch, ()):
-            for index in product.layers:
-                found[index] = max(found.get(index, 1.0), product.divisor)
-    return found
-
-
-def _lengths(steps: Steps, chains: Mapping[int, Chain]) -> dict[int, int]:
-    """The number of layers on the longest chain that ends in a layer."""
-    found: dict[int, int] = {}
-    for operation, _, (output, *_) in steps.flow.steps:
-        for index in steps.layer(operation):
-            found[index] = max(found.get(index, 0), chains[output.index].length)
-    return found
-
-
-def _chained(steps: Steps, chains: Mapping[int, Chain]) -> frozenset[int]:
-    """The parameters of layers on chains of more than `MAX_CHAIN`."""
-    layers = (chains[output.index] for operation, _, (output, *_) in steps.flow.steps if steps.layer(operation))
-    return frozenset(index for chain in layers if chain.length > MAX_CHAIN for index in chain.layers)
+        yield from ((index, streams.lengths[total.stream] * scale.gain) for index in ends)
