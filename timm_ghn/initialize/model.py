@@ -94,7 +94,7 @@ def initialize_(
     hypernetwork = find_hypernetwork(init)
     cacheable = init.spec.source in (Source.GHN, Source.GAUSSIAN)
     cache = WeightCache.default() if init.cache and cacheable else None
-    key = cache_key(_recipe_inputs(recipe, init, hypernetwork, model)) if cache and recipe is not None else None
+    key = _recipe_key(recipe, init, hypernetwork, model) if cache and recipe is not None else None
     report = _restore(cache, key, parameters, deferred) if cache and key else None
     plan = None
     if report is None:
@@ -187,18 +187,23 @@ def _cache_inputs(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _recipe_inputs(
-    recipe: Mapping[str, Any] | None, init: Init, hypernetwork: Hypernetwork | None, model: nn.Module
-) -> dict[str, Any]:
+def _recipe_key(
+    recipe: Mapping[str, Any], init: Init, hypernetwork: Hypernetwork | None, model: nn.Module
+) -> str | None:
+    """The key of a model that need not be recorded; None if it runs code that is not timm's own."""
+    code = fingerprint(model)
+    if code is None:
+        return None
     settings = {name: value for name, value in init.to_dict().items() if name not in ("ghn", "cache")}
-    return {
+    inputs = {
         "recipe": recipe,
         "init": settings,
         "ghn": None if hypernetwork is None else hypernetwork.hash,
-        "code": fingerprint(model),
+        "code": code,
         "parameters": _signature(dict(model.named_parameters())),
         "versions": [__version__, timm.__version__, torch.__version__],
     }
+    return cache_key(inputs)
 
 
 def _signature(parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
