@@ -22,10 +22,8 @@ from timm_ghn.orthogonalization.run import (
     selected_layers,
     single_threaded,
 )
-from timm_ghn.settings import Correlation
 
 __all__ = [
-    "Correlation",
     "PostProcess",
     "Progress",
     "WeightLayer",

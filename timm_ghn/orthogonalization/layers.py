@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -105,38 +105,30 @@ def weight_layers(
     """
     kept = kept_parameters(model)
     seen = {id(module._parameters.get("weight")) for module in model.modules() if isinstance(module, _TABLES)}
-    found: list[tuple[str, str, nn.Parameter, tuple[int, ...]]] = []
+    found: list[tuple[nn.Parameter, WeightLayer]] = []
     unclear: set[str] = set()
     for module_name, module in model.named_modules():
         for attribute, weight in _weights(module, module_name):
-            if id(weight) not in seen:
-                seen.add(id(weight))
-                parameter = f"{module_name}.{attribute}" if module_name else attribute
-                kernel = tuple(module.weight_shape) if isinstance(module, CondConv2d) else ()
-                found.append((parameter, module_name, weight, kernel))
-                if not isinstance(module, _LAYERS):
-                    unclear.add(parameter)
+            if id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            name = f"{module_name}.{attribute}" if module_name else attribute
+            kernel = tuple(module.weight_shape) if isinstance(module, CondConv2d) else ()
+            side = max((kernel or weight.shape)[2:], default=1)
+            found.append((weight, WeightLayer(0, name, module_name, False, kernel, side, kept.get(name, ""))))
+            if not isinstance(module, _LAYERS):
+                unclear.add(name)
     if unclear:
         scales = _scales(model, unclear, input_size, example_input, trace)
-        found = [layer for layer in found if layer[0] not in scales]
+        found = [(weight, layer) for weight, layer in found if layer.parameter not in scales]
     classifier = _classifier_weights(model)
     if classifier is None:
-        classifier = {id(weight) for _, _, weight, _ in found[-1:]}
-    for (_, _, before, _), (_, _, weight, _) in itertools.pairwise(found):
+        classifier = {id(weight) for weight, _ in found[-1:]}
+    for (before, _), (weight, _) in itertools.pairwise(found):
         if id(before) in classifier and weight.shape == before.shape:
             classifier.add(id(weight))
-    return tuple(
-        WeightLayer(
-            number=number,
-            parameter=parameter,
-            module=module_name,
-            is_classifier=id(weight) in classifier,
-            kernel=kernel,
-            side=max((kernel or weight.shape)[2:], default=1),
-            kept=kept.get(parameter, ""),
-        )
-        for number, (parameter, module_name, weight, kernel) in enumerate(found, start=1)
-    )
+    numbered = enumerate(found, start=1)
+    return tuple(replace(layer, number=i, is_classifier=id(weight) in classifier) for i, (weight, layer) in numbered)
 
 
 def kept_parameters(model: nn.Module) -> dict[str, str]:
@@ -151,39 +143,38 @@ def kept_parameters(model: nn.Module) -> dict[str, str]:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dtype not in _DTYPES:
                 kept[prefix + name] = f"of type {str(parameter.dtype).removeprefix('torch.')}"
-        for attribute, computed_by in _computed_tensors(module):
-            reason = f"{attribute} is computed from it by {computed_by}"
-            kept.update((prefix + name, reason) for name in _sources(module, attribute))
+        for attribute, computed_by, sources in _computed_tensors(module):
+            kept.update((prefix + name, f"{attribute} is computed from it by {computed_by}") for name in sources)
     return kept
 
 
-def _computed_tensors(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yields the tensors that a module computes from parameters before each forward pass, and what computes them."""
+def _computed_tensors(module: nn.Module) -> Iterator[tuple[str, str, dict[str, nn.Parameter]]]:
+    """Yields the tensors that a module computes before each forward pass, what computes them, and from what by name."""
+    own = dict(module.named_parameters(recurse=False))
     if nn.utils.parametrize.is_parametrized(module):
         for attribute, steps in module.parametrizations.items():  # type: ignore[union-attr, operator]
-            yield attribute, " and ".join(type(step).__name__.lstrip("_") for step in steps)
+            sources = {f"parametrizations.{attribute}.{name}": source for name, source in steps.named_parameters()}
+            yield attribute, " and ".join(type(step).__name__.lstrip("_") for step in steps), sources
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, (WeightNorm, SpectralNorm)):
-            yield hook.name, type(hook).__name__
-        elif isinstance(hook, BasePruningMethod):
-            yield hook._tensor_name, "pruning"
-
-
-def _sources(module: nn.Module, attribute: str) -> dict[str, nn.Parameter]:
-    """The parameters that a tensor of a module is computed from, by name within the module."""
-    prefixes = (f"parametrizations.{attribute}.", f"{attribute}_")
-    return {name: parameter for name, parameter in module.named_parameters() if name.startswith(prefixes)}
+        if isinstance(hook, BasePruningMethod):
+            attribute, computed_by = hook._tensor_name, "pruning"
+        elif isinstance(hook, (WeightNorm, SpectralNorm)):
+            attribute, computed_by = hook.name, type(hook).__name__
+        else:
+            continue
+        names = (f"{attribute}_{end}" for end in ("orig", "g", "v"))  # what torch calls the sources
+        yield attribute, computed_by, {name: own[name] for name in names if name in own}
 
 
 def _weights(module: nn.Module, module_name: str) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields the weights that a module itself holds, or the largest parameters that they are computed from, by name."""
     if isinstance(module, _NOT_LAYERS):
         return
-    computed = dict(_computed_tensors(module))
+    computed = {attribute: sources for attribute, _, sources in _computed_tensors(module)}
     for name in _ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else ("weight",):
         weight = module._parameters.get(name)
         if name in computed:
-            name, weight = max(_sources(module, name).items(), key=lambda item: item[1].numel(), default=(name, None))
+            name, weight = max(computed[name].items(), key=lambda item: item[1].numel(), default=(name, None))
         if weight is None or not (weight.is_floating_point() or weight.is_complex()):
             continue
         if isinstance(weight, nn.UninitializedParameter):
@@ -233,16 +224,21 @@ def _is_elementwise(operation: Operation) -> bool:
 
 
 def _classifier_weights(model: nn.Module) -> set[int] | None:
-    """Returns the identities of all parameters of the classifier, or None if the model does not name one."""
+    """Returns the identities of all parameters of the classifier, or None if the model does not name one.
+
+    timm's description of a model may name more classifiers, auxiliary ones, than `get_classifier` returns.
+    """
     get_classifier = getattr(model, "get_classifier", None)
-    if callable(get_classifier):
-        try:
-            named = {id(weight) for weight in _named_heads(model)}
-            return named | {id(weight) for weight in _parameters_of(model, get_classifier())}
-        except Exception as error:  # noqa: BLE001 - any model code may run here; the method may take arguments
-            _logger.debug("get_classifier() of %s failed: %r", type(model).__name__, error)
-            return None
-    return set() if hasattr(model, "feature_info") else None
+    if not callable(get_classifier):
+        return set() if hasattr(model, "feature_info") else None
+    try:
+        classifiers = list(_parameters_of(model, get_classifier()))
+    except Exception as error:  # noqa: BLE001 - any model code may run here; the method may take arguments
+        _logger.debug("get_classifier() of %s failed: %r", type(model).__name__, error)
+        return None
+    described = _parameters_of(model, timm_config(model).get("classifier") or ())
+    rows = getattr(model, "num_classes", None)
+    return {id(weight) for weight in (*classifiers, *(w for w in described if w.dim() > 1 and w.shape[0] == rows))}
 
 
 def _parameters_of(model: nn.Module, item: Any) -> Iterator[Tensor]:
@@ -256,14 +252,6 @@ def _parameters_of(model: nn.Module, item: Any) -> Iterator[Tensor]:
     elif isinstance(item, (Mapping, list, tuple, set)):
         for entry in item.values() if isinstance(item, Mapping) else item:
             yield from _parameters_of(model, entry)
-
-
-def _named_heads(model: nn.Module) -> Iterator[Tensor]:
-    """Yields the weights of the modules that timm's description of a model calls classifiers, auxiliary ones too."""
-    names = timm_config(model).get("classifier") or ()
-    for weight in _parameters_of(model, names):
-        if weight.dim() > 1 and weight.shape[0] == getattr(model, "num_classes", None):
-            yield weight
 
 
 def default_start_layer(num_layers: int) -> int:

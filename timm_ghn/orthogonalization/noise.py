@@ -122,9 +122,9 @@ def correlation_std(matrix: Tensor, correlation: Correlation = "paper", name: st
         distinct = distinct * scale
     counts = counts.to(distinct.dtype)
     if transposed:
-        standardized, total = _standardized(distinct.mT, counts, None)
+        standardized, total = _standardized(distinct.mT, torch.ones(num_variables, dtype=counts.dtype), counts)
     else:
-        standardized, total = _standardized(distinct, None, counts)
+        standardized, total = _standardized(distinct, counts)
     num_entries = num_variables**2
     if num_entries < 2:
         return 0.0
@@ -142,7 +142,7 @@ def _distinct_channels(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix[:distinct], torch.bincount(torch.arange(channels, device="cpu") % distinct, minlength=distinct)
 
 
-def _standardized(variables: Tensor, observed: Tensor | None, occurring: Tensor | None) -> tuple[Tensor, Tensor]:
+def _standardized(variables: Tensor, occurring: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns the rows of `X`, centred and scaled to norm 1, and their sum; a row that is constant becomes 0.
 
     Both are weighted, so that products of two rows are sums over all observations, and products of two columns are
@@ -150,8 +150,8 @@ def _standardized(variables: Tensor, observed: Tensor | None, occurring: Tensor 
 
     Args:
         variables: `(n, m)`, float32 or float64.
+        occurring: `(n,)`, how often each variable counts.
         observed: `(m,)`, how often each observation counts; None for once.
-        occurring: `(n,)`, how often each variable counts; None for once.
 
     Returns:
         `(n, m)`, entry `i, j` multiplied by the roots of both counts; and `(m,)` in float64, the sum of all variables.
@@ -161,29 +161,18 @@ def _standardized(variables: Tensor, observed: Tensor | None, occurring: Tensor 
     length = max(1, _SMALL // max(1, variables.shape[1]))
     for start in range(0, variables.shape[0], length):
         rows = slice(start, start + length)
-        part = torch.sub(variables[rows], _mean(variables[rows], observed), out=standardized[rows])
-        before = variables[rows]
-        if observed is not None:
-            root = observed.sqrt()
-            part.mul_(root)
-            before = before * root
+        part, before = standardized[rows], variables[rows]
+        if observed is None:
+            torch.sub(before, before.mean(dim=1, keepdim=True), out=part)
+        else:
+            torch.sub(before, (before @ observed).unsqueeze(1) / observed.sum(), out=part).mul_(observed.sqrt())
+            before = before * observed.sqrt()
         norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
         constant = norm <= 8 * torch.finfo(norm.dtype).eps * torch.linalg.vector_norm(before, dim=1, keepdim=True)
-        part.mul_(torch.where(constant, 0.0, norm.reciprocal()))
-        if occurring is None:
-            total += part.sum(dim=0, dtype=torch.float64)
-        else:
-            root = occurring[rows].sqrt().unsqueeze(1)
-            part.mul_(root)
-            total += (part * root).sum(dim=0, dtype=torch.float64)
+        root = occurring[rows].sqrt().unsqueeze(1)
+        part.mul_(torch.where(constant, 0.0, norm.reciprocal())).mul_(root)
+        total += (part * root).sum(dim=0, dtype=torch.float64)
     return standardized, total
-
-
-def _mean(variables: Tensor, observed: Tensor | None) -> Tensor:
-    """Returns the means of the rows, `(n, 1)`."""
-    if observed is None:
-        return variables.mean(dim=1, keepdim=True)
-    return (variables @ observed).unsqueeze(1) / observed.sum()
 
 
 def _gram_norm_squared(standardized: Tensor) -> float:

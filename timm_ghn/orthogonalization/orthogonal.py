@@ -96,8 +96,9 @@ def orthogonal_factor_(matrix: Tensor, name: str) -> None:
     rank = tall.shape[1]
     if rank > _PANEL:
         period = _period(tall)
-        if period:
-            _subtract_first_block_(tall, period)
+        for start in range(period, rank, period) if period else ():
+            block = tall[:, start : start + period]
+            block.sub_(tall[:, : block.shape[1]])
         norms = torch.stack([rows.square().sum(dim=0) for rows in torch.split(tall, _ROWS)]).sum(dim=0)
         if period and not norms[period:].any():
             rank = period  # exact copies: reflections of the first block complete it
@@ -120,10 +121,9 @@ def checked_scales(matrix: Tensor, name: str) -> tuple[float, ...]:
         InitError: The matrix holds NaN or infinity.
     """
     low, high = (float(bound) for bound in torch.aminmax(matrix))
-    largest = max(-low, high)
-    if not math.isfinite(largest):
-        raise InitError(f"{name}: the weight holds NaN or infinity, so it cannot be orthogonalized")
-    exponent = math.frexp(largest)[1]
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InitError(f"{name} holds NaN or infinity, so it was not changed; repair the weights first")
+    exponent = math.frexp(max(-low, high))[1]
     half = exponent // 2
     return () if abs(exponent) <= 16 else (2.0**-half, 2.0 ** (half - exponent))
 
@@ -139,13 +139,6 @@ def _period(matrix: Tensor) -> int:
     width = min(period, matrix.shape[1] - period)
     first, second = matrix[:, :width], matrix[:, period : period + width]
     return period if bool((second - first).norm() < 0.1 * first.norm()) else 0
-
-
-def _subtract_first_block_(matrix: Tensor, period: int) -> None:
-    """Replaces each block of columns but the first by its difference to the first."""
-    for start in range(period, matrix.shape[1], period):
-        block = matrix[:, start : start + period]
-        block.sub_(matrix[:, : block.shape[1]])
 
 
 def _gram_schmidt_(matrix: Tensor, norms: Tensor, start: int, stop: int) -> bool:

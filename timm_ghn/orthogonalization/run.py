@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from timm_ghn.errors import InitError
 from timm_ghn.orthogonalization.layers import WeightLayer, resolve_start_layer, weight_layers
 from timm_ghn.orthogonalization.noise import add_noise_
-from timm_ghn.orthogonalization.orthogonal import orthogonal_factor_, wide_dtype
+from timm_ghn.orthogonalization.orthogonal import checked_scales, orthogonal_factor_, wide_dtype
 from timm_ghn.settings import Correlation, check_choice, check_noise, check_seed
 from timm_ghn.trace.inputs import check_model
 
@@ -228,7 +227,8 @@ def orthogonalize_(
     weights = [model.get_parameter(layer.parameter) for layer in selected]
     for layer, weight in zip(selected, weights, strict=True):
         _check_weight(weight, layer)
-        _check_finite(weight, layer)
+        if weight.numel():
+            checked_scales(weight, layer.parameter)
     if kept:
         _logger.warning("kept as they are: %s", ", ".join(kept))
     results = postprocess_many(zip(selected, weights, strict=True), settings, in_place=True)
@@ -250,15 +250,6 @@ def _check_weight(weight: Tensor, layer: WeightLayer) -> None:
             f"{layer.parameter} is on the meta device and has no values: create the model outside of "
             'torch.device("meta"), or load weights first, by model.load_state_dict(..., assign=True)'
         )
-
-
-def _check_finite(weight: Tensor, layer: WeightLayer) -> None:
-    """Raises InitError for NaN or infinity."""
-    if weight.numel() == 0:
-        return
-    low, high = torch.aminmax(weight)
-    if not (math.isfinite(float(low)) and math.isfinite(float(high))):
-        raise InitError(f"{layer.parameter} holds NaN or infinity, so nothing was changed; repair the weights first")
 
 
 @contextmanager
