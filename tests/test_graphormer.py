@@ -20,6 +20,7 @@ from hypothesis import given
 from reference_data import samples
 from test_ghn_model import CASES, chain, graphs, weight
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import MODULES, on_meta, smallest_model
 
 from timm_ghn.errors import CheckpointError
@@ -173,6 +174,30 @@ def test_biases_in_parts_equal_all_at_once(tiny: GHN, monkeypatch: pytest.Monkey
         whole = tiny.embed_nodes(graph)
         monkeypatch.setattr(graphormer, "BIAS_BYTES", 4 * 4 * 70 * 16)  # 16 attending nodes at a time
         torch.testing.assert_close(tiny.embed_nodes(graph), whole, rtol=1e-4, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that an operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (list, tuple)) else [made]:
+            if isinstance(tensor, Tensor):
+                self.size = max(self.size, tensor.numel() * tensor.element_size())
+        return made
+
+
+def test_memory_for_large_graphs_is_bounded(tiny: GHN) -> None:
+    """All biases of 3,000 nodes and 4 heads are 144 MB, and grow with the square of the nodes."""
+    sizes = {}
+    for count in (750, 1500, 3000):
+        with torch.no_grad(), Largest() as largest:
+            assert bool(tiny.embed_nodes(deep_graph(count)).isfinite().all())
+        sizes[count] = largest.size
+    assert sizes[750] == 4 * 4 * 750**2
+    assert sizes[1500] < sizes[3000] <= graphormer.BIAS_BYTES < 4 * 4 * 3000**2
 
 
 def test_gradients_reach_every_parameter_of_the_encoder() -> None:

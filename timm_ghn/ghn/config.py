@@ -131,6 +131,13 @@ class GHNConfig:
         out_channels, in_channels, height, width = self.max_shape
         return self.tiles * out_channels, self.tiles * in_channels, height, width
 
+    @property
+    def kind(self) -> str:
+        """Which published kind of GHN this is, and whether a GHN-3 knows orthogonalized kernels from its training."""
+        if self.hypernet == "graphormer":
+            return "GHN-3" if self.start_layer is None else "GHN-3, trained for orthogonalized kernels"
+        return "MLP" if self.hypernet == "mlp" else "GHN-2" if self.ve else "GHN-1"
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GHNConfig:
         """Build a configuration from JSON or from the `config` entry of a ppuda checkpoint.

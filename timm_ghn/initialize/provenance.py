@@ -43,10 +43,10 @@ def describe_origin(
         start_layer: L; None without post-processing.
 
     Returns:
-        Plain values: `method`; `version` of this package and `numerics` of its rules; `ghn`, the GHN's name, and
-        `ghn_hash`, the SHA-256 of its configuration and weights; `noise`, beta of the paper, 0 if nothing is
-        post-processed; `start_layer`, L; `num_layers`; and the settings `seed`, `correlation`, `reading`, `rescale`
-        and `frozen` of `timm_ghn.Init`.
+        Plain values: `method`; `version` of this package and `numerics` of its rules; `ghn`, the GHN's name,
+        `ghn_hash`, the SHA-256 of its configuration and weights, and `ghn_kind`, such as "GHN-2"; `noise`, beta of the
+        paper, 0 if nothing is post-processed; `start_layer`, L; `num_layers`; and the settings `seed`, `correlation`,
+        `reading`, `rescale` and `frozen` of `timm_ghn.Init`.
     """
     processes = start_layer is not None and any(x.number >= start_layer and not x.is_classifier for x in layers)
     return {
@@ -55,6 +55,7 @@ def describe_origin(
         "numerics": numerics.VERSION,
         "ghn": None if hypernetwork is None else hypernetwork.name,
         "ghn_hash": None if hypernetwork is None else hypernetwork.hash,
+        "ghn_kind": None if hypernetwork is None else hypernetwork.model.config.kind,
         "noise": init.noise if processes and init.spec.source is Source.GHN else 0.0,
         "start_layer": start_layer,
         "num_layers": len(layers),

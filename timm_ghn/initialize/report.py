@@ -12,7 +12,7 @@ from typing import Any
 from timm_ghn.text import table
 
 GHN3_NOTE = "L, the noise and the scale rule are those of GHN-2: nothing is published for GHN-3."
-"""Last line of the table of an initialization with a GHN-3 that is known by name."""
+"""Last line of the table of an initialization with a GHN-3 that was not trained for orthogonalized kernels."""
 
 
 class Status(str, Enum):
@@ -158,8 +158,8 @@ class Report:
             parameters: Whether to list every parameter.
         """
         lines = [str(self), "", *(self._parameter_lines() if parameters else table(*self.summary()))]
-        of_ghn3 = str(self.provenance.get("ghn")).startswith("ghn3-")
-        return "\n".join([*lines, "", GHN3_NOTE] if of_ghn3 else lines)
+        is_untuned = self.provenance.get("ghn_kind") == "GHN-3"
+        return "\n".join([*lines, "", GHN3_NOTE] if is_untuned else lines)
 
     def summary(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
         """Header and rows of a table with a line for each status and reason."""

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from timm_ghn.errors import TrainingError
+from timm_ghn.ghn import load_ghn
 from timm_ghn.images import HOW_TO_GET_IMAGES
 from timm_ghn.training.config import PRESETS, TrainConfig
 from timm_ghn.training.export import export_run
@@ -58,7 +59,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--teacher", metavar="NAME", help=f"trained network to learn from: {PACKAGED} or a model of timm"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--from-ghn", type=Path, metavar="FILE", help="begin with the weights of this GHN")
+    parser.add_argument("--from-ghn", metavar="GHN", help="begin with this GHN (a name or a file), and its sizes")
     parser.add_argument("--stop-after", type=int, metavar="N", help="stop at this update, to be resumed")
     parser.add_argument("--minutes", type=float, metavar="N", help="stop after so long, all told, to be resumed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
@@ -88,13 +89,15 @@ def make_config(args: argparse.Namespace) -> TrainConfig:
 
     Raises:
         TrainingError: If a value is out of range.
+        CheckpointError, UnknownGhnError, DownloadError: If the GHN to begin with cannot be loaded.
     """
     config = PRESETS[args.preset]
     names = [name for name, _, _ in _SETTINGS]
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     shape = {name: getattr(args, name) for name, _ in _GHN_SETTINGS if getattr(args, name) is not None}
     families = {name: share for name, share in config.families.items() if name not in args.without_family}
-    return replace(config, ghn=replace(config.ghn, **shape), families=families, **changes)
+    ghn = config.ghn if args.from_ghn is None else load_ghn(args.from_ghn).config
+    return replace(config, ghn=replace(ghn, **shape), families=families, **changes)
 
 
 def run_train(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from timm_ghn.errors import TrainingError
-from timm_ghn.ghn.checkpoint import read
+from timm_ghn.ghn import load_ghn
 from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.ghn.model import GHN
 from timm_ghn.images import load_images
@@ -35,13 +35,13 @@ class Beginning:
     """What a run begins with.
 
     Attributes:
-        ghn: File of a GHN; None for a new one.
+        ghn: Name or file of a GHN; None for a new one.
         resume: Whether it goes on from the checkpoint in its folder instead, if there is one.
         teacher: Name of the teacher, see `teacher_targets`; None for none.
         size: Side to which images are brought, in pixels.
     """
 
-    ghn: Path | None = None
+    ghn: str | Path | None = None
     resume: bool = False
     teacher: str | None = None
     size: int = 32
@@ -54,7 +54,7 @@ def prepare(
 
     Raises:
         TrainingError: If images are missing, the folder holds another run, or the GHN is of another kind.
-        CheckpointError: If the file of a GHN is none.
+        CheckpointError, UnknownGhnError, DownloadError: If the GHN cannot be loaded.
         MissingDependencyError: If the teacher's weights are not installed.
     """
     before = _check_folder(out, config, beginning.resume)
@@ -63,7 +63,7 @@ def prepare(
     elif config.components:
         raise TrainingError("this configuration learns from a teacher: name one with --teacher")
     file = beginning.ghn if before is None else out / before.weights
-    given = None if file is None else read(file)
+    given = None if file is None else load_ghn(str(file))
     splits = load_splits(images, config, beginning, processes)
     shape = replace(config.ghn, num_classes=splits.num_outputs)
     ghn = new_ghn(shape, config.share, config.seed) if given is None else _continued(given, shape, config.seed)
