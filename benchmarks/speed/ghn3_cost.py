@@ -6,8 +6,8 @@
     python benchmarks/speed/ghn3_cost.py --nodes 250 500 1000 2000 3000    # the encoder alone, on chains
 
 GHN3 and PPUDA are checkouts of github.com/SamsungSAILMontreal/ghn3 and github.com/facebookresearch/ppuda. Models are
-torchvision's, which ghn3 reads. Each case runs in a process of its own, on one thread. Memory is the peak of the process
-beyond what it had before the GHN was made, so the weights of the GHN count. Measure on an idle machine.
+torchvision's, which ghn3 reads. Each case runs in a process of its own, on one thread. Memory is the peak of the
+process beyond what it had before the GHN was made, so the weights of the GHN count. Measure on an idle machine.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import multiprocessing
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from tqdm import tqdm
 
@@ -32,9 +34,10 @@ def random_ghn(make: Callable[[], Any]) -> Any:
     """A GHN with cheap random weights: torch's own draws take longer than a prediction for the largest."""
     import torch
 
-    with torch.device("meta"):
-        ghn = make()
-    ghn = ghn.to_empty(device="cpu").eval()
+    with contextlib.ExitStack() as stack:
+        for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_"):
+            stack.enter_context(mock.patch.object(torch.nn.init, name, lambda tensor, *_, **__: tensor))
+        ghn = make().eval()
     values = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02
     for parameter in ghn.parameters():
         for part in parameter.data.view(-1).split(len(values)):
@@ -86,6 +89,7 @@ def measure(code: str, name: str, model: str | None, nodes: int, paths: list[str
     import torchvision
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # ghn3 is written for an older torch
     sys.path[:0] = paths
     network = None if model is None else torchvision.models.get_model(model).eval()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
