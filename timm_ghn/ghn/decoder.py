@@ -24,7 +24,6 @@ from timm_ghn.ghn.layout import Block, Tiles, join, tilings
 _CODE_STD = 0.7
 """Standard deviation of the codes of an untrained GHN, by which the blocks of a kernel differ."""
 
-
 Window = tuple[range, ...]
 """A part of a grid: for each dimension, where it lies."""
 
@@ -200,15 +199,8 @@ def _bias(layer: nn.Conv2d) -> Tensor:
 _POLYNOMIAL = (3.4445, -4.7750, 2.0315)
 """Coefficients of an odd quintic that moves singular values from (0, 1] towards 0.7 to 1.2 (the Muon optimizer's)."""
 
-
 _STEPS = 5
 """How often it is applied: singular values above 1 / 100 of a block's norm become nearly equal."""
-
-
-def unit_factor(gram: Tensor) -> Tensor:
-    """For Gram matrices G = X X^T (N, m, m): F for which F X has norm 1 and nearly equal singular values."""
-    factor = even_factor(gram)
-    return factor * (factor * (factor @ gram)).sum((1, 2), keepdim=True).clamp_min(1e-24).rsqrt()
 
 
 def even_factor(gram: Tensor) -> Tensor:
@@ -218,15 +210,15 @@ def even_factor(gram: Tensor) -> Tensor:
     """
     a, b, c = _POLYNOMIAL
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    first = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-24)[:, None, None]
-    gram = gram / first
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-24)[:, None, None]
+    gram = gram / trace
     total = eye
     for step in range(_STEPS):
         factor = a * eye + gram @ (b * eye + c * gram)
         total = factor @ total if step else factor
         if step < _STEPS - 1:
             gram = factor @ gram @ factor
-    return total * first.rsqrt()
+    return total * trace.rsqrt()
 
 
 def condition(blocks: Sequence[Tensor], kernels: str) -> list[Tensor]:
@@ -245,14 +237,10 @@ def condition(blocks: Sequence[Tensor], kernels: str) -> list[Tensor]:
     if kernels == "normalized":
         scales = [matrix.square().mean((1, 2), keepdim=True).clamp_min(1e-24).rsqrt() for matrix in matrices]
         return [(matrix * scale).view_as(block) for matrix, scale, block in zip(matrices, scales, blocks, strict=True)]
-    tall = [matrix.shape[1] > matrix.shape[2] for matrix in matrices]
-    wide = [matrix.transpose(1, 2) if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)]
+    wide = [matrix if matrix.shape[1] <= matrix.shape[2] else matrix.transpose(1, 2) for matrix in matrices]
     factors = _evening_factors([matrix @ matrix.transpose(1, 2) for matrix in wide])
-    even = [
-        math.sqrt(block[0].numel()) * factor @ matrix
-        for factor, matrix, block in zip(factors, wide, blocks, strict=True)
-    ]
-    turned = [matrix.transpose(1, 2) if turn else matrix for matrix, turn in zip(even, tall, strict=True)]
+    even = [math.sqrt(matrix[0].numel()) * factor @ matrix for factor, matrix in zip(factors, wide, strict=True)]
+    turned = [x if x.shape == matrix.shape else x.transpose(1, 2) for x, matrix in zip(even, matrices, strict=True)]
     return [matrix.reshape(block.shape) for matrix, block in zip(turned, blocks, strict=True)]
 
 
@@ -262,16 +250,20 @@ _BUCKETS = (4, 16, 32)
 
 def _evening_factors(grams: Sequence[Tensor]) -> list[Tensor]:
     """For batches of Gram matrices G = X X^T: F for which F X has norm 1 and nearly equal singular values."""
-    sides = [gram.shape[1] for gram in grams]
-    buckets = [next((size for size in _BUCKETS if side <= size), side) for side in sides]
-    padded: dict[int, list[Tensor]] = {}
-    for gram, side, bucket in zip(grams, sides, buckets, strict=True):
-        padded.setdefault(bucket, []).append(F.pad(gram, (0, bucket - side, 0, bucket - side)))
-    done = {
-        bucket: iter(torch.split(unit_factor(torch.cat(parts)), [len(part) for part in parts]))
-        for bucket, parts in padded.items()
-    }
-    return [next(done[bucket])[:, :side, :side] for side, bucket in zip(sides, buckets, strict=True)]
+    buckets: dict[int, list[int]] = {}
+    for index, gram in enumerate(grams):
+        side = gram.shape[1]
+        buckets.setdefault(next((size for size in _BUCKETS if side <= size), side), []).append(index)
+    factors = list(grams)
+    for size, members in buckets.items():
+        padding = [size - grams[index].shape[1] for index in members]
+        padded = torch.cat([F.pad(grams[index], (0, pad, 0, pad)) for index, pad in zip(members, padding, strict=True)])
+        factor = even_factor(padded)
+        factor = factor * (factor * (factor @ padded)).sum((1, 2), keepdim=True).clamp_min(1e-24).rsqrt()
+        for index, part in zip(members, torch.split(factor, [len(grams[index]) for index in members]), strict=True):
+            side = grams[index].shape[1]
+            factors[index] = part[:, :side, :side]
+    return factors
 
 
 def kernel_scale(shape: tuple[int, ...], is_table: bool) -> float:

@@ -89,17 +89,12 @@ class ShapeEncoder(nn.Module):
         self.embed_spatial = nn.Embedding(len(self.kernels) + 1, hid // 4)
         self.embed_channel = nn.Embedding(len(self.channels) + 1, hid // 4)
 
-    def indices(self, shape: Shape | None) -> tuple[int, int, int, int]:
+    def indices(self, shape: Shape | None) -> tuple[int, ...]:
         """Rows of the two tables: out and in channels, height and width."""
+        tables = (self.channels, self.channels, self.kernels, self.kernels)
         if shape is None:
-            return (len(self.channels), len(self.channels), len(self.kernels), len(self.kernels))
-        out_channels, in_channels, height, width = shape_4d(shape)
-        return (
-            self.channels.index(out_channels),
-            self.channels.index(in_channels),
-            self.kernels.index(height),
-            self.kernels.index(width),
-        )
+            return tuple(len(table) for table in tables)
+        return tuple(table.index(size) for table, size in zip(tables, shape_4d(shape), strict=True))
 
     def forward(self, nodes: Iterable[Node]) -> Tensor:
         """Shape embeddings (N, hid) of the nodes.
@@ -107,11 +102,8 @@ class ShapeEncoder(nn.Module):
         Raises:
             GraphError: If a shape has no dimensions or more than four.
         """
-        rows: dict[Shape | None, tuple[int, int, int, int]] = {}
-        for shape in (shapes := [node.shape for node in nodes]):
-            if shape not in rows:
-                rows[shape] = self.indices(shape)
-        weight = self.embed_channel.weight
-        index = torch.tensor([rows[shape] for shape in shapes], dtype=torch.long, device=weight.device)
+        shapes = [node.shape for node in nodes]
+        rows = {shape: self.indices(shape) for shape in set(shapes)}
+        index = torch.tensor([rows[shape] for shape in shapes], device=self.embed_channel.weight.device)
         channels = self.embed_channel(index[:, :2]).flatten(1)
         return torch.cat([channels, self.embed_spatial(index[:, 2:]).flatten(1)], dim=1)

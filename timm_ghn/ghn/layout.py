@@ -16,8 +16,8 @@ from torch import Tensor
 
 from timm_ghn.graph.nodes import Layout, Shape
 
-Block = tuple[int, int, int, int]
-"""A part (K, C, h, w) of the largest block that a decoder emits."""
+Block = Shape
+"""Size (K, C, h, w) of a part of the largest block that a decoder emits."""
 
 
 def tile(block: Tensor, shape: Shape) -> Tensor:
@@ -118,13 +118,6 @@ def join(parts: Sequence[Tensor], tiles: Sequence[Tiles]) -> Tensor:
 
 
 # Layouts
-
-
-def repeats(kernel: Shape, shape: Shape, layout: Layout) -> int:
-    """How many times a parameter of `shape` stores the predicted kernel: the depth, or the number of experts."""
-    if layout is Layout.DEPTH:
-        return shape[2]
-    return shape[0] if layout is Layout.MIXTURE else 1
 
 
 def is_consistent(kernel: Shape, shape: Shape, layout: Layout) -> bool:

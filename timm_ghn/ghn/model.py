@@ -85,12 +85,11 @@ class Prediction:
         layout.tile_(view, block[(None,) * (view.dim() - block.dim())])
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Parameters that one call of a decoder emits: those of one kind and of one size of block."""
+_Group = tuple[Role, Shape]
+"""What one call of a decoder emits, by role and size of block. All vectors but those of classes count as biases."""
 
-    kind: str  # "kernel", "table", "class_weight", "vector" or "class_bias"
-    block: Shape = ()
+_KERNELS = (Role.WEIGHT, Role.POS_ENC)
+"""Roles of parameters that are cut from whole blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,17 +184,23 @@ class GHN(nn.Module):
         """Predictions for all targets of all graphs, with the index of their graph."""
         groups = self._groups(graphs)
         features = self.embed_nodes(graphs)
-        chunks = [(group, part) for group, jobs in groups.items() for part in _chunks(jobs, self._bytes(group))]
+        sizes = {group: max(1, CHUNK_BYTES // self._bytes(group)) for group in groups}
+        chunks = [
+            (group, jobs[start : start + sizes[group]])
+            for group, jobs in groups.items()
+            for start in range(0, len(jobs), sizes[group])
+        ]
         # With gradients, all groups are decoded together: more memory, but far fewer operations and cheaper gradients.
         batches = [chunks] if torch.is_grad_enabled() else [[chunk] for chunk in chunks]
         for batch in batches:
-            for (_, jobs), blocks in zip(batch, self._emit(batch, features), strict=True):
-                for job, block in zip(jobs, self._normalize(jobs, blocks).unbind(), strict=True):
+            for ((role, _), jobs), blocks in zip(batch, self._emit(batch, features), strict=True):
+                for job, block in zip(jobs, self._normalize(role, jobs, blocks).unbind(), strict=True):
                     yield job.graph, self._finish(job, block)
 
     def _emit(self, batch: Sequence[tuple[_Group, Sequence[_Job]]], features: Tensor) -> list[Tensor]:
         """Blocks (n, ...) of some groups for the nodes of their jobs, not yet scaled by fan-in."""
-        tilings = {group: self._tilings(group) for group, _ in batch if group.kind in _EMITTED}
+        limits = self.config.max_shape
+        tilings = {(role, block): layout.tilings(block, limits) for (role, block), _ in batch if role in _KERNELS}
         parts = self.decoder.cut(tiles.block for parts_of in tilings.values() for tiles in parts_of)
         emitted: list[list[Tensor]] = []
         for group, jobs in batch:
@@ -204,7 +209,7 @@ class GHN(nn.Module):
                 emitted.append([self.decoder(x, tiles, parts.get(tiles.block)) for tiles in tilings[group]])
             else:
                 emitted.append([self._decode(group, x)])
-        kernels = [index for index, (group, _) in enumerate(batch) if group.kind == "kernel"]
+        kernels = [index for index, ((role, _), _) in enumerate(batch) if role is Role.WEIGHT]
         blocks = [block for index in kernels for block in emitted[index]]
         conditioned = iter(decoders.condition([block.flatten(0, 2) for block in blocks], self.config.kernels))
         for index in kernels:
@@ -213,10 +218,6 @@ class GHN(nn.Module):
             layout.join(found, tilings[group]) if group in tilings else found[0]
             for (group, _), found in zip(batch, emitted, strict=True)
         ]
-
-    def _tilings(self, group: _Group) -> list[layout.Tiles]:
-        out_channels, in_channels, height, width = group.block
-        return layout.tilings((out_channels, in_channels, height, width), self.config.max_shape)
 
     def _groups(self, graphs: Sequence[Graph]) -> dict[_Group, list[_Job]]:
         """All targets, grouped by what a decoder emits at once."""
@@ -231,34 +232,34 @@ class GHN(nn.Module):
         return groups
 
     def _group(self, job: _Job) -> _Group:
-        role = job.target.role
-        if role in (Role.WEIGHT, Role.POS_ENC):
-            largest = self.config.largest_kernel
-            sizes = tuple(min(size, limit) for size, limit in zip(shape_4d(job.shape), largest, strict=True))
-            return _Group("kernel" if role is Role.WEIGHT else "table", sizes)
+        role, largest = job.target.role, self.config.largest_kernel
+        if role in _KERNELS:
+            return role, tuple(min(size, limit) for size, limit in zip(shape_4d(job.shape), largest, strict=True))
         if role is Role.CLASS_WEIGHT:
-            return _Group("class_weight", (self.config.num_classes, min(job.shape[1], self.config.largest_kernel[1])))
-        return _Group("class_bias") if role is Role.CLASS_BIAS else _Group("vector")
+            return role, (self.config.num_classes, min(job.shape[1], largest[1]))
+        return Role.CLASS_BIAS if role is Role.CLASS_BIAS else Role.BIAS, ()
 
     def _bytes(self, group: _Group) -> int:
         """Memory that a node of a group needs: its block, or the hidden features of the decoder."""
-        places = math.prod(group.block[2:]) * 8 * self.config.hid
-        return 4 * max(math.prod(group.block), places, 2 * max(self.config.max_shape[:2]), self.config.num_classes)
+        _, block = group
+        places = math.prod(block[2:]) * 8 * self.config.hid
+        return 4 * max(math.prod(block), places, 2 * max(self.config.max_shape[:2]), self.config.num_classes)
 
     def _decode(self, group: _Group, x: Tensor) -> Tensor:
         """What is no kernel (n, ...) of a group for node features (n, hid), neither scaled nor cut to its target."""
-        if group.kind == "class_weight":
-            return self.decoder.class_weights(x, group.block[1])
+        role, block = group
+        if role is Role.CLASS_WEIGHT:
+            return self.decoder.class_weights(x, block[1])
         vectors: Tensor = self.decoder_1d(x).view(len(x), 2, -1)
-        return cast(Tensor, self.bias_class(vectors[:, 1])) if group.kind == "class_bias" else vectors
+        return cast(Tensor, self.bias_class(vectors[:, 1])) if role is Role.CLASS_BIAS else vectors
 
-    def _normalize(self, jobs: Sequence[_Job], blocks: Tensor) -> Tensor:
+    def _normalize(self, role: Role, jobs: Sequence[_Job], blocks: Tensor) -> Tensor:
         """Scale the blocks of some jobs of one group, as `weight_norm` says: all at once, in few operations."""
         if not self.config.weight_norm:
             return blocks
-        if blocks.ndim == 3 and jobs[0].target.role is not Role.CLASS_WEIGHT:  # norm weights and other vectors
+        if role is Role.BIAS:  # two vectors of each node: a norm weight, and any other
             return torch.stack([2 * torch.sigmoid(blocks[:, 0] / 2), torch.tanh(blocks[:, 1] / 5)], dim=1)
-        if blocks.ndim == 2:
+        if role is Role.CLASS_BIAS:
             return torch.tanh(blocks / 5)
         factors = [self._scale(job) for job in jobs]
         return blocks * blocks.new_tensor(factors).view(-1, *(1,) * (blocks.ndim - 1))
@@ -271,13 +272,12 @@ class GHN(nn.Module):
     def _finish(self, job: _Job, block: Tensor) -> Prediction:
         """Cut a block to what its target needs."""
         target, shape = job.target, job.shape
-        if target.role in (Role.WEIGHT, Role.POS_ENC, Role.CLASS_WEIGHT):
+        if target.role in (*_KERNELS, Role.CLASS_WEIGHT):
             kernel = shape[:2] if target.role is Role.CLASS_WEIGHT else shape_4d(shape)
             if self.config.cut == "centre" and kernel[2:] != block.shape[2:]:
                 block = F.interpolate(block, kernel[2:], mode="bilinear")
             block = block[: kernel[0]] if kernel[0] < len(block) else block
-            copies = layout.repeats(kernel, target.shape, target.layout)
-            block = block / copies if target.layout is Layout.DEPTH else block
+            block = block / target.shape[2] if target.layout is Layout.DEPTH else block
             return Prediction(target, block, kernel)
         if target.role is not Role.CLASS_BIAS:
             block = block[0 if target.role is Role.NORM_WEIGHT else 1]
@@ -289,10 +289,6 @@ def _make_encoder(config: GHNConfig) -> GatedGNN | Graphormer | MLP:
     if config.hypernet == "graphormer":
         return Graphormer(config.hid, config.layers, config.heads)
     return GatedGNN(config.hid, config.ve) if config.hypernet == "gatedgnn" else MLP(config.hid, (config.hid,) * 2)
-
-
-_EMITTED = ("kernel", "table")
-"""Kinds of groups whose blocks are whole kernels."""
 
 
 def _kernel_shape(target: Target, shape: Shape | None) -> Shape:
@@ -312,9 +308,3 @@ def _kernel_shape(target: Target, shape: Shape | None) -> Shape:
             f"{target.name}: shape {target.shape} cannot hold a {shape} prediction in layout {target.layout.value}"
         )
     return shape
-
-
-def _chunks(jobs: Sequence[_Job], size: int) -> Iterator[Sequence[_Job]]:
-    """Split jobs whose blocks have `size` bytes each into parts of at most `CHUNK_BYTES`."""
-    count = max(1, CHUNK_BYTES // size)
-    return (jobs[start : start + count] for start in range(0, len(jobs), count))

@@ -41,15 +41,21 @@ SILENCE_SECONDS = 5.0
 
 
 @dataclass
-class _State:
-    """What this process has tried and said; guarded by `lock`."""
+class Attempts:
+    """What this process has tried and said; guarded by `lock`.
+
+    Attributes:
+        lock: Held while the default GHN is looked for.
+        failure: Why the published default GHN cannot be had.
+        warned: Whether the user was told so.
+    """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    unreachable: DownloadError | CheckpointError | None = None
+    failure: DownloadError | CheckpointError | None = None
     warned: bool = False
 
 
-_state = _State()
+ATTEMPTS = Attempts()
 
 
 def list_ghns() -> list[NamedGHN]:
@@ -129,17 +135,18 @@ def default_ghn(*, shared: bool = False) -> GHN:
     chosen = os.environ.get(DEFAULT_VARIABLE)
     if chosen:
         return load_ghn(chosen, shared=shared)
-    with _state.lock:
-        if _state.unreachable is None or NAMED_GHNS[DEFAULT].on_disk:
+    attempts = ATTEMPTS
+    with attempts.lock:
+        if attempts.failure is None or NAMED_GHNS[DEFAULT].on_disk:
             try:
-                return load_ghn(DEFAULT, download=_state.unreachable is None, shared=shared)
+                return load_ghn(DEFAULT, download=attempts.failure is None, shared=shared)
             except (DownloadError, CheckpointError) as error:
-                _state.unreachable = error
-        reason = _state.unreachable
+                attempts.failure = error
+        reason = attempts.failure
         if not NAMED_GHNS[BUNDLED].on_disk:
             raise DownloadError(f"{reason} (this installation has no bundled GHN to fall back on)") from reason
-        if not _state.warned:
-            _state.warned = True
+        if not attempts.warned:
+            attempts.warned = True
             is_first = multiprocessing.parent_process() is None and os.environ.get("LOCAL_RANK", "0") == "0"
             _logger.log(
                 logging.WARNING if is_first else logging.DEBUG,

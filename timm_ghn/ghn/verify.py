@@ -19,6 +19,7 @@ from torch import nn
 from timm_ghn.errors import CheckpointError
 from timm_ghn.ghn.model import GHN
 from timm_ghn.graph import to_graph
+from timm_ghn.trace.meta import build_on_meta
 
 ABSOLUTE, RELATIVE = 1e-2, 1e-4
 """Tolerances: that of ghn3's own check, and four digits for the largest norms."""
@@ -85,11 +86,7 @@ def predicted_norm(ghn: GHN, model: nn.Module) -> float | None:
 
 
 def _build(network: str) -> nn.Module:
-    """A network of torchvision without memory for its weights, where its constructor allows that."""
+    """A network of torchvision without memory for its weights."""
     arguments = {"init_weights": False} if network in ("googlenet", "inception_v3") else {}  # else a warning, and scipy
-    try:
-        with torch.device("meta"):
-            model: nn.Module = torchvision.models.get_model(network, weights=None, **arguments)
-    except (RuntimeError, NotImplementedError):
-        model = torchvision.models.get_model(network, weights=None, **arguments)
+    model: nn.Module = build_on_meta(lambda: torchvision.models.get_model(network, weights=None, **arguments))
     return model

@@ -81,12 +81,7 @@ def orthogonal_factor(matrix: Tensor, name: str = "matrix") -> Tensor:
 def orthogonal_factor_(matrix: Tensor, name: str) -> None:
     """Does what `orthogonal_factor` does, in place; less than half of the size of the matrix is allocated.
 
-    Args:
-        matrix: `(K, D)`, float32 or float64, on the CPU, contiguous, without gradients.
-        name: What error messages call the matrix.
-
-    Raises:
-        InitError: The matrix holds NaN or infinity; it is then not changed.
+    The matrix is float32 or float64, on the CPU, contiguous, without gradients. It is not changed if it raises.
     """
     if matrix.numel() == 0:
         return

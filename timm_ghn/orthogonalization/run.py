@@ -29,7 +29,7 @@ _QUEUED_PER_WORKER = 4
 """Bounds how many weights wait while the next ones are predicted. Only those that run need memory beyond their own."""
 
 _ALIGNMENT = 64
-"""Bytes, as of memory that torch allocates on CPUs."""
+"""Bytes, as of memory that torch allocates on CPUs. Matrix products round in another way elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,19 @@ class PostProcess:
 def postprocess_tensor(weight: Tensor, layer: WeightLayer, settings: PostProcess, *, in_place: bool = False) -> Tensor:
     """Post-processes one weight: Eq. 1, then Eq. 2.
 
-    The result depends on the weight, the number of the layer and the settings alone. To that end it is computed on the
-    CPU by one thread, wherever the weight lies. A weight of more than two dimensions is the matrix `K x rest` of its
-    first dimension as stored, also that of a transposed convolution, as in ppuda. The kernels of a mixture (`kernel` of
-    the layer) are post-processed one by one, each with noise of its own.
+    The result depends on the weight, the number of the layer and the settings alone, so it is computed on the CPU by
+    one thread, wherever the weight lies. A weight of more than two dimensions is the matrix `K x rest` of its first
+    dimension as stored, also that of a transposed convolution, as in ppuda. The kernels of a mixture (`kernel` of the
+    layer) are post-processed one by one, each with noise of its own.
 
     Args:
         weight: `(K, ...)` of a floating dtype, of two or more dimensions.
         layer: Which layer it is.
         settings: What is done.
-        in_place: Whether the weight is overwritten with the result. If it is a float32 or float64 tensor on the CPU,
-            contiguous and aligned, it is also where the result is computed; otherwise that is a copy. Beyond these,
-            less than the size of the weight is allocated if it is wide, and less than twice its size if it is tall or
-            its channels do not repeat.
+        in_place: Whether the weight is overwritten with the result. A float32 or float64 tensor on the CPU, contiguous
+            and aligned, is also where the result is computed; of others there is a copy. Beyond these, less than the
+            size of the weight is allocated if it is wide, and less than twice its size if it is tall or its channels do
+            not repeat.
 
     Returns:
         The weight if it is overwritten, else a new tensor of the same shape, dtype and device.
@@ -90,7 +90,8 @@ def postprocess_tensor(weight: Tensor, layer: WeightLayer, settings: PostProcess
     with torch.inference_mode(in_place and weight.is_inference()), torch.no_grad():
         source = weight.detach()
         dtype = wide_dtype(source.dtype)
-        here = in_place and source.dtype == dtype and _is_like_new(source)
+        is_on_cpu = source.device.type == "cpu" and source.dtype == dtype and source.is_contiguous()
+        here = in_place and is_on_cpu and source.data_ptr() % _ALIGNMENT == 0
         result = source if here else torch.empty(source.shape, dtype=dtype, device="cpu").copy_(source)
         if result.numel() > 0:
             with single_threaded():
@@ -98,14 +99,6 @@ def postprocess_tensor(weight: Tensor, layer: WeightLayer, settings: PostProcess
         if in_place:
             return weight if here else weight.copy_(result)
         return result.to(device=weight.device, dtype=weight.dtype)
-
-
-def _is_like_new(tensor: Tensor) -> bool:
-    """Tells whether a tensor is on the CPU, contiguous, and as aligned as one that torch allocates.
-
-    Matrix products round in another way where memory is not aligned.
-    """
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
 
 
 def _process_(weight: Tensor, layer: WeightLayer, settings: PostProcess) -> None:
@@ -135,9 +128,8 @@ def postprocess_many(
         items: Layers and their weights; all of them are processed.
         settings: What is done.
         workers: Number of threads, `torch.get_num_threads()` by default. It does not change the result.
-        in_place: Whether the weights themselves, such as the memory of parameters, are overwritten. What is allocated
-            is then only what `postprocess_tensor` needs for one weight per thread. After an error, or if the iterator
-            is not exhausted, some weights are final and others are not.
+        in_place: As of `postprocess_tensor`. After an error, or if the iterator is not exhausted, some weights are
+            final and others are not.
         queued: How many weights are worked on or wait at once, a few per thread by default. One more is held while it
             is waited for them.
 
@@ -256,10 +248,8 @@ def _check_weight(weight: Tensor, layer: WeightLayer) -> None:
 def single_threaded() -> Iterator[None]:
     """Lets torch use one thread in the calling thread, because sums depend on how they are split among threads."""
     num_threads = torch.get_num_threads()
-    if num_threads != 1:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        if num_threads != 1:
-            torch.set_num_threads(num_threads)
+        torch.set_num_threads(num_threads)

@@ -32,7 +32,6 @@ import torch
 
 from timm_ghn.ghn import Prediction
 from timm_ghn.ghn.decoder import kernel_scale
-from timm_ghn.ghn.layout import repeats
 from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.nodes import Layout, Op, Role, Target
 
@@ -87,7 +86,7 @@ def nominal_scale(prediction: Prediction) -> float:
         return 1.0
     nominal = kernel_scale(prediction.kernel, is_table=False)
     if prediction.target.layout is Layout.DEPTH:
-        nominal /= repeats(prediction.kernel, prediction.target.shape, Layout.DEPTH)
+        nominal /= prediction.target.shape[2]
     return nominal
 
 
