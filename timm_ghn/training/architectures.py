@@ -41,7 +41,8 @@ class Bounds:
         min_macs: Fewest multiply-adds of convolutions and linear layers, those of linear layers counted as a third.
         max_macs: Most of them.
         max_outputs: Most elements in the outputs of these layers: small networks are bound by memory traffic.
-        max_params: Most parameters.
+        max_params: Most parameters, with weights: a bound is drawn for each network. The cost of an update grows with
+            the parameters, what a GHN learns from it much less: so most networks are small, and some are large.
         max_layers: Most layers.
     """
 
@@ -49,7 +50,7 @@ class Bounds:
     min_macs: float = 0.5e6
     max_macs: float = 16e6
     max_outputs: float = 5e5
-    max_params: float = 4e6
+    max_params: Mapping[float, float] = field(default_factory=lambda: {0.4e6: 3.0, 1e6: 2.0, 4e6: 1.0})
     max_layers: int = 100
 
 
@@ -88,19 +89,19 @@ def draw_architecture(stream: str, index: int, shares: Mapping[str, float], boun
     names = sorted(shares)
     family = rng.choices(names, [shares[name] for name in names])[0]
     for attempt in range(_MAX_DRAWS):
-        size = rng.choices(list(bounds.sizes), list(bounds.sizes.values()))[0]
+        size, max_params = (rng.choices(list(of), list(of.values()))[0] for of in (bounds.sizes, bounds.max_params))
         architecture = Architecture(family, f"{stream}/{index}/{attempt}", size)
-        if _is_within(architecture, bounds):
+        if _is_within(architecture, max_params, bounds):
             return architecture
     raise TrainingError(f"no network of the family {family!r} is within the bounds on cost: {bounds}")
 
 
-def _is_within(architecture: Architecture, bounds: Bounds) -> bool:
+def _is_within(architecture: Architecture, max_params: float, bounds: Bounds) -> bool:
     try:
         with torch.device("meta"):
             model = architecture.build(100)
         layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-        too_large = sum(parameter.numel() for parameter in model.parameters()) > bounds.max_params
+        too_large = sum(parameter.numel() for parameter in model.parameters()) > max_params
         if too_large or len(layers) > bounds.max_layers:
             return False
         macs, outputs = count_macs(model, architecture.size)

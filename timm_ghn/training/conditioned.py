@@ -11,6 +11,8 @@ from torch import Tensor
 from timm_ghn.initialize.plan import Assignment
 from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_tensor
 
+_NO_NOISE = PostProcess(noise=0.0)
+
 
 class _Orthogonal(torch.autograd.Function):
     """Equations 1 and 2, and for the gradient those of a rotation: what the GHN emits is nearly orthogonal already.
@@ -21,6 +23,10 @@ class _Orthogonal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, layer: WeightLayer, settings: PostProcess, block: int) -> Tensor:
+        if min(weight.shape[0], weight[0].numel()) <= block:  # no vector repeats: none is decided by the noise
+            result = postprocess_tensor(weight, layer, _NO_NOISE)
+            ctx.factor = result.norm() / weight.norm().clamp_min(1e-12)
+            return result
         result = postprocess_tensor(weight, layer, settings)
         predicted = _predicted(weight, block)
         scale = (result * predicted).norm() / (weight * predicted).norm().clamp_min(1e-12)
