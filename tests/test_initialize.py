@@ -24,6 +24,7 @@ import timm_ghn
 from timm_ghn.errors import CaptureError, CheckpointError, GraphError, InitError, UnknownGhnError
 from timm_ghn.ghn import GHN
 from timm_ghn.initialize.report import Report, Status
+from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_tensor
 
 
 @pytest.fixture(scope="module")
@@ -442,3 +443,32 @@ def test_the_backbone_hardly_depends_on_the_head(arguments: dict[str, Any]) -> N
     assert one.start_layer == two.start_layer
     expected, found = whole.layer2[0].conv1.weight.detach(), other.layer2[0].conv1.weight.detach()
     assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+class Paired(nn.Module):
+    """A scale of the size of its input, which is no layer, before a layer that no GHN predicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.scale = nn.Module()
+        self.scale.weight = nn.Parameter(torch.ones(8, 8))
+        self.kept = nn.Bilinear(8, 8, 8)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (self.first(x) * self.scale.weight).mean((2, 3))
+        return self.last(self.kept(x, x))
+
+
+def test_layers_are_those_of_the_input_that_the_caller_gives(caplog: pytest.LogCaptureFixture) -> None:
+    model = Paired()
+    before = model.kept.weight.detach().clone()
+    report = timm_ghn.init_model(model, ghn="bundled", start_layer=1, seed=3, input_size=8)
+    rows = {row.name: row for row in report.parameters}
+    assert report.num_layers == 3
+    assert rows["scale.weight"].status is not Status.ORTHOGONALIZED
+    assert rows["kept.weight"].status is Status.ORTHOGONALIZED
+    layer = WeightLayer(2, "kept.weight", "kept")
+    assert torch.equal(model.kept.weight, postprocess_tensor(before, layer, PostProcess(seed=3)))
+    assert caplog.text == ""

@@ -19,6 +19,7 @@ from importlib.machinery import ModuleSpec
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from timm_ghn.initialize.memo import Memo
 from timm_ghn.request import Request
 from timm_ghn.settings import Init
 
@@ -31,6 +32,9 @@ _logger = logging.getLogger(__name__)
 
 _ORIGINAL = "__timm_ghn__"
 """Attribute of the changed function: a function that does what it did before."""
+
+_memo = Memo(size=8)
+"""What is known of the last four models or so: their outlines, and what a GHN predicted for them."""
 
 
 def install() -> None:
@@ -120,7 +124,7 @@ def dispatch(args: tuple[Any, ...], kwargs: dict[str, Any], init: str | Mapping[
         return original(*args, **kwargs)
     from timm_ghn.initialize.create import create
 
-    return create(request)[0]
+    return create(request, _memo)[0]
 
 
 def _hooked(*args: Any, init: Any = None, **kwargs: Any) -> Any:

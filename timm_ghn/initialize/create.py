@@ -11,6 +11,7 @@ from torch import nn
 
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
+from timm_ghn.initialize.memo import Memo
 from timm_ghn.initialize.model import initialize_
 from timm_ghn.initialize.report import Report
 from timm_ghn.request import Request
@@ -20,8 +21,12 @@ from timm_ghn.settings import Source
 _logger = logging.getLogger(__name__)
 
 
-def create(request: Request) -> tuple[nn.Module, Report]:
+def create(request: Request, memo: Memo | None = None) -> tuple[nn.Module, Report]:
     """Build a model with the weights that are asked for.
+
+    Args:
+        request: What is asked for.
+        memo: What was read and predicted of other models.
 
     Returns:
         The model, and what its parameters got.
@@ -39,12 +44,12 @@ def create(request: Request) -> tuple[nn.Module, Report]:
             model = request.build()
         report = initialize_(model, request.init)
     else:
-        model, report = _initialized(request)
+        model, report = _initialized(request, memo)
     _logger.info("%s", report)
     return model, report
 
 
-def _initialized(request: Request) -> tuple[nn.Module, Report]:
+def _initialized(request: Request, memo: Memo | None) -> tuple[nn.Module, Report]:
     """Build a model whose random numbers are put off, and give it weights of an organization or computed ones."""
     init = request.init
     if torch.device(request.arguments.get("device") or torch.get_default_device()).type == "meta":
@@ -62,5 +67,6 @@ def _initialized(request: Request) -> tuple[nn.Module, Report]:
 
         report = from_organization(request, model, deferred)
     if report is None:
-        report = initialize_(model, init, input_size=request.input_size(model), deferred=deferred, recipe=recipe)
+        size = request.input_size(model)
+        report = initialize_(model, init, input_size=size, deferred=deferred, recipe=recipe, memo=memo)
     return model, report

@@ -17,7 +17,7 @@ from timm_ghn.errors import InitError
 from timm_ghn.ghn import Prediction
 from timm_ghn.initialize.plan import Plan, postprocess_settings
 from timm_ghn.initialize.report import Report, Status, why_scaled
-from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_many, single_threaded, weight_layers
+from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_many, single_threaded
 from timm_ghn.scale.rule import bounding_factor
 from timm_ghn.seeding import derived_seed
 from timm_ghn.settings import Source
@@ -71,6 +71,7 @@ def fill_generated(
 def fill_others(
     model: nn.Module,
     report: Report,
+    layers: Callable[[], Iterable[WeightLayer]],
     settings: PostProcess,
     deferred: DeferredRandom,
     finished: Finished,
@@ -82,6 +83,7 @@ def fill_others(
     Args:
         model: The model.
         report: What every parameter gets.
+        layers: Gives the layers of the model, at least those that are post-processed.
         settings: Settings of the post-processing.
         deferred: What was put off while the model was built.
         finished: Called for each parameter that is not generated.
@@ -99,7 +101,7 @@ def fill_others(
         return
 
     def source() -> Iterator[tuple[WeightLayer, Tensor]]:
-        for layer in weight_layers(model):
+        for layer in layers():
             if layer.parameter in transformed:
                 weight = model.get_parameter(layer.parameter)
                 deferred.replay(weight, layer.parameter)
@@ -127,7 +129,7 @@ def _predictions(plan: Plan, scaled: dict[str, tuple[float, str]]) -> Iterator[P
     """
     if plan.hypernetwork is None or plan.graph is None:
         return
-    for prediction in plan.hypernetwork.model.predict(plan.graph):
+    for prediction in plan.hypernetwork.predict(plan.graph):
         name = prediction.target.name
         assigned = plan.assignments[name]
         if assigned.source is not Source.GHN:

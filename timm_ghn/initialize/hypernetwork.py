@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from timm_ghn.ghn import GHN, content_hash, default_ghn, load_ghn
+from timm_ghn.ghn import GHN, Prediction, content_hash, default_ghn, load_ghn
+from timm_ghn.graph import Graph
+from timm_ghn.initialize.memo import Memo
 from timm_ghn.orthogonalization import single_threaded
 from timm_ghn.settings import Init, Source
+
+_MAX_REMEMBERED = 16 * 2**20
+"""Bytes of blocks beyond which predictions are not remembered. Those of ResNet-50 by the bundled GHN take 3 MB."""
 
 
 @dataclass(frozen=True)
@@ -17,18 +23,41 @@ class Hypernetwork:
         model: The GHN.
         name: What it is called in the provenance.
         hash: SHA-256 of its configuration and weights.
+        memo: Predictions for other models; None to remember none.
     """
 
     model: GHN
     name: str
     hash: str
+    memo: Memo | None = field(default=None, compare=False)
+
+    def predict(self, graph: Graph) -> Iterator[Prediction]:
+        """Predict as `GHN.predict` does, or give again what was predicted for that graph; nobody may change a block."""
+        key = (self.hash, graph)
+        found: list[Prediction] | None = None if self.memo is None else self.memo.find(key)
+        if found is not None:
+            yield from found
+            return
+        made: list[Prediction] = []
+        size = 0
+        for prediction in self.model.predict(graph):
+            yield prediction
+            size += prediction.block.nbytes
+            if self.memo is not None and size <= _MAX_REMEMBERED:
+                made.append(prediction)
+        if self.memo is not None and size <= _MAX_REMEMBERED:
+            self.memo.keep(key, made)
 
 
-def find_hypernetwork(init: Init) -> Hypernetwork | None:
+def find_hypernetwork(init: Init, memo: Memo | None = None) -> Hypernetwork | None:
     """The GHN that an initialization asks for, and its hash; None for methods without one.
 
     One thread loads it: once torch has started threads, children that are forked later hang in their first parallel
     loop.
+
+    Args:
+        init: The settings.
+        memo: Where its predictions are remembered.
 
     Raises:
         CheckpointError, UnknownGhnError, DownloadError: If it cannot be loaded.
@@ -38,5 +67,5 @@ def find_hypernetwork(init: Init) -> Hypernetwork | None:
     with single_threaded():
         ghn = load_ghn(init.ghn, shared=True) if init.ghn is not None else default_ghn(shared=True)
         if isinstance(init.ghn, GHN) or ghn.info is None:  # its weights may have changed since it was loaded
-            return Hypernetwork(ghn, ghn.info.name if ghn.info else "in memory", content_hash(ghn))
-    return Hypernetwork(ghn, ghn.info.name, ghn.info.hash)
+            return Hypernetwork(ghn, ghn.info.name if ghn.info else "in memory", content_hash(ghn), memo)
+    return Hypernetwork(ghn, ghn.info.name, ghn.info.hash, memo)

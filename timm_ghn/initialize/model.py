@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import timm
@@ -20,9 +21,12 @@ from timm_ghn.ghn import Prediction
 from timm_ghn.graph import Layout
 from timm_ghn.initialize.fill import fill_computed, fill_generated, fill_others
 from timm_ghn.initialize.hypernetwork import Hypernetwork, find_hypernetwork
+from timm_ghn.initialize.memo import Memo
+from timm_ghn.initialize.outline import Outline, read_outline
 from timm_ghn.initialize.plan import Plan, make_plan, postprocess_settings
 from timm_ghn.initialize.provenance import model_name, record_
 from timm_ghn.initialize.report import Report
+from timm_ghn.orthogonalization import weight_layers
 from timm_ghn.settings import Init, Source
 from timm_ghn.storage.cache import Entry, WeightCache, cache_key
 from timm_ghn.storage.fingerprint import fingerprint
@@ -80,6 +84,7 @@ def initialize_(
     example_input: Any = None,
     deferred: DeferredRandom | None = None,
     recipe: Mapping[str, Any] | None = None,
+    memo: Memo | None = None,
 ) -> Report:
     """Initialize a model in place; see `init_model` for the arguments and errors.
 
@@ -87,24 +92,30 @@ def initialize_(
         deferred: What was put off while the model was built, if nobody has it yet: after an error it may be incomplete.
             Parameters that are not predicted get it.
         recipe: What determines the model's code and graph, JSON-compatible, if that is known.
+        memo: What was read and predicted of models with a recipe.
     """
     start = time.perf_counter()
     parameters = dict(model.named_parameters())
     deferred = DeferredRandom(init.seed or 0) if deferred is None else deferred
-    hypernetwork = find_hypernetwork(init)
+    hypernetwork = find_hypernetwork(init, memo)
     cacheable = init.spec.source in (Source.GHN, Source.GAUSSIAN)
     cache = WeightCache.default() if init.cache and cacheable else None
-    key = _recipe_key(recipe, init, hypernetwork, model) if cache and recipe is not None else None
-    report = _restore(cache, key, parameters, deferred) if cache and key else None
-    plan = None
+    inputs: dict[str, Any] = {"input_size": input_size, "example_input": example_input}
+    key = outline = plan = report = None
+    remembers = memo is not None and hypernetwork is not None
+    identity = _identity(recipe, model) if recipe is not None and (cache or remembers) else None
+    if cache and identity:
+        key = cache_key({**identity, **_request_inputs(init, hypernetwork)})
+        report = _restore(cache, key, parameters, deferred)
     if report is None:
-        plan = make_plan(
-            model, init, hypernetwork, input_size=input_size, example_input=example_input, deferred=deferred
-        )
+        if memo and identity and hypernetwork:
+            outline = _outline(memo, identity, model, init, inputs)
+        plan = make_plan(model, init, hypernetwork, **inputs, deferred=deferred, outline=outline)
         report = _generate(plan, cache, deferred, key, model_name(model))
     if hypernetwork is not None:  # the same GHN may have had another name when an entry of the cache was written
         report = replace(report, provenance={**report.provenance, "ghn": hypernetwork.name})
-    fill_others(model, report, postprocess_settings(init), deferred, lambda *_: None)
+    layers = plan.processed if plan else partial(weight_layers, model, **inputs)
+    fill_others(model, report, layers, postprocess_settings(init), deferred, lambda *_: None)
     if plan is not None:
         fill_computed(plan)
     report = replace(report, model=model_name(model), seconds=time.perf_counter() - start)
@@ -158,9 +169,9 @@ def _restore(
         return None
     try:
         report = replace(Report.from_dict(entry.report), from_cache=True)
-        partial = _partial(entry)
-        deferred.drop(parameters[name] for name in entry.names - partial)
-        for name in partial:
+        partly = _partly_kept(entry)
+        deferred.drop(parameters[name] for name in entry.names - partly)
+        for name in partly:
             deferred.replay(parameters[name], name)
         entry.copy_to({name: parameters[name].data for name in entry.names})
     except UNREADABLE as error:
@@ -169,7 +180,7 @@ def _restore(
     return report
 
 
-def _partial(entry: Entry) -> frozenset[str]:
+def _partly_kept(entry: Entry) -> frozenset[str]:
     """Weights of which a part may stay: the prefix rows of a table of tokens."""
     return frozenset(name for name, tile in entry.tiles.items() if tile["layout"] == Layout.TOKENS.value)
 
@@ -187,23 +198,33 @@ def _cache_inputs(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _recipe_key(
-    recipe: Mapping[str, Any], init: Init, hypernetwork: Hypernetwork | None, model: nn.Module
-) -> str | None:
-    """The key of a model that need not be recorded; None if it runs code that is not timm's own."""
+def _identity(recipe: Mapping[str, Any], model: nn.Module) -> dict[str, Any] | None:
+    """What determines a model, but for its values; None if the model runs code that is not timm's own."""
     code = fingerprint(model)
     if code is None:
         return None
-    settings = {name: value for name, value in init.to_dict().items() if name not in ("ghn", "cache")}
-    inputs = {
-        "recipe": recipe,
-        "init": settings,
+    return {"recipe": recipe, "code": code, "parameters": _signature(dict(model.named_parameters()))}
+
+
+def _request_inputs(init: Init, hypernetwork: Hypernetwork | None) -> dict[str, Any]:
+    """What else determines the weights of such a model."""
+    return {
+        "init": {name: value for name, value in init.to_dict().items() if name not in ("ghn", "cache")},
         "ghn": None if hypernetwork is None else hypernetwork.hash,
-        "code": code,
-        "parameters": _signature(dict(model.named_parameters())),
         "versions": [__version__, timm.__version__, torch.__version__],
     }
-    return cache_key(inputs)
+
+
+def _outline(
+    memo: Memo, identity: Mapping[str, Any], model: nn.Module, init: Init, inputs: Mapping[str, Any]
+) -> Outline:
+    """The outline of a model, read now unless that was done before."""
+    key = cache_key({**identity, "reading": init.reading})
+    found: Outline | None = memo.find(key)
+    if found is None:
+        found = read_outline(model, init.reading, **inputs)
+        memo.keep(key, found)
+    return found
 
 
 def _signature(parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,9 +14,9 @@ from timm_ghn.baselines import BASELINES, Computation, Setting
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN
-from timm_ghn.graph import Graph, Layout, Reading, Role, Target, capture, condense
-from timm_ghn.graph.analyses import Analyses
+from timm_ghn.graph import Graph, Layout, Role, Target
 from timm_ghn.initialize.hypernetwork import Hypernetwork, find_hypernetwork
+from timm_ghn.initialize.outline import Outline, read_outline
 from timm_ghn.initialize.provenance import describe_origin
 from timm_ghn.initialize.report import ParameterReport, Report, Status
 from timm_ghn.orthogonalization import (
@@ -97,6 +97,10 @@ class Plan:
         """Parameters whose values depend on the plan alone, not on what they were before."""
         return tuple(n for n, assigned in self.assignments.items() if assigned.source in (Source.GHN, Source.GAUSSIAN))
 
+    def processed(self) -> tuple[WeightLayer, ...]:
+        """The layers that are post-processed, in order."""
+        return tuple(assigned.layer for assigned in self.assignments.values() if assigned.layer is not None)
+
     def report(self, model: str, scaled: Mapping[str, tuple[float, str]] | None = None) -> Report:
         """The report of a plan that was carried out.
 
@@ -137,6 +141,7 @@ def make_plan(
     input_size: int | Sequence[int] | None = None,
     example_input: Any = None,
     deferred: DeferredRandom | None = None,
+    outline: Outline | None = None,
 ) -> Plan:
     """Decide what every parameter gets. Nothing is written; the values of kept parameters are read.
 
@@ -147,56 +152,73 @@ def make_plan(
         input_size: As of `init_model`.
         example_input: As of `init_model`.
         deferred: What was put off while the model was built: values that it is still going to get.
+        outline: That of the model, if it was read already.
 
     Raises:
         InitError: If L lies outside of the model, all parameters are frozen, or the method does not apply.
         CaptureError: If the forward pass cannot be recorded.
         GraphError: If the model has no layer that can be predicted.
     """
-    parameters = dict(model.named_parameters())
     deferred = DeferredRandom(0) if deferred is None else deferred
-    is_frozen = (name for name, p in parameters.items() if not p.requires_grad and init.frozen != "init")
-    kept = kept_parameters(model) | dict.fromkeys(is_frozen, FROZEN)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    kept = _kept(model, init)
     free = frozenset(parameters.keys() - kept.keys())
-    _check_model(init, parameters, dict(model.named_buffers()), kept)
+    _check_model(init, parameters, buffers, kept)
     inputs: dict[str, Any] = {"input_size": input_size, "example_input": example_input}
-    trace = None if hypernetwork is None else capture(model, **inputs)
-    layers = weight_layers(model, **inputs, trace=trace)
+    if hypernetwork is not None and outline is None:
+        outline = read_outline(model, init.reading, **inputs)
+    layers = weight_layers(model, **inputs) if outline is None else outline.layers
     start_layer = _start_layer(init, layers, hypernetwork)
-    selected = () if start_layer is None else selected_layers(layers, start_layer)
-    processed = {layer.parameter: layer for layer in selected if layer.parameter in free}
-    reasons: dict[str, str] = {}
-    chosen: dict[str, Assignment] = {}
-    graph, computation = None, None
-    if hypernetwork is not None and trace is not None:
-        analyses = Analyses(trace)
-        graph = condense(trace, reading=Reading(init.reading), analyses=analyses)
-        targets, reasons = _choose_targets(graph, hypernetwork.model, free)
-        structure = None
+    targets: Mapping[str, Target] = {}
+    reasons: Mapping[str, str] = {}
+    structure, computation = None, None
+    if hypernetwork is not None and outline is not None:
+        targets, reasons = _choose_targets(outline.graph, hypernetwork.model, free)
         if init.rescale == "auto":
             others = {name: parameter for name, parameter in parameters.items() if name not in targets}
-            structure = find_structure(trace, partial(_start, others, deferred), analyses=analyses)
-            if init.spec.orthogonal:
-                orthogonal = (layer for layer in layers if structure.needs_orthogonal(layer.parameter))
-                processed |= {x.parameter: x for x in orthogonal if x.parameter in free and not x.is_classifier}
-        chosen = _predictions(targets, graph, structure, hypernetwork.model, processed)
+            structure = find_structure(
+                outline.analyses.trace, partial(_start, others, deferred), analyses=outline.analyses
+            )
+    processed = _processed(layers, free, start_layer, structure)
+    if hypernetwork is not None and outline is not None:
+        chosen = _predictions(targets, outline.graph, structure, hypernetwork.model, processed)
     elif init.spec.source is Source.BASELINE:
-        setting = Setting(model, init.method, init.seed or 0, free, input_size, example_input)
-        computation = BASELINES[init.method](setting)
+        computation = BASELINES[init.method](Setting(model, init.method, init.seed or 0, free, **inputs))
         chosen = dict.fromkeys(computation.names, Assignment(Source.BASELINE))
     elif init.spec.source is Source.GAUSSIAN:
         chosen = {name: Assignment(Source.GAUSSIAN, layer=layer) for name, layer in processed.items()}
-    for name, parameter in parameters.items():
-        if name not in chosen:
-            layer = processed.get(name)
-            reason = kept.get(name) or reasons.get(name, "" if layer else f"not changed by {init.method}")
-            chosen[name] = Assignment(Source.TIMM, layer=layer, reason=reason)
-            if layer is not None and not deferred.is_pending(parameter) and not bool(parameter.isfinite().all()):
-                raise InitError(f"{name} holds NaN or infinity, so nothing was changed; repair the weights first")
-    _check_kept(init, model, [name for name, assigned in chosen.items() if assigned.source is Source.TIMM], deferred)
+    else:
+        chosen = {}
+    reasons = {**reasons, **kept}
+    assignments = {n: chosen.get(n) or _as_before(n, init, processed.get(n), reasons) for n in parameters}
+    _check_values(init, parameters, buffers, assignments, deferred)
     origin = describe_origin(init, hypernetwork, layers, start_layer)
-    assignments = {name: chosen[name] for name in parameters}
+    graph = None if outline is None else outline.graph
     return Plan(init, origin, parameters, assignments, hypernetwork, graph, computation)
+
+
+def _kept(model: nn.Module, init: Init) -> dict[str, str]:
+    """Parameters that no method changes, and why, by name."""
+    frozen = (name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    return kept_parameters(model) | (dict.fromkeys(frozen, FROZEN) if init.frozen == "keep" else {})
+
+
+def _processed(
+    layers: Sequence[WeightLayer], free: frozenset[str], start_layer: int | None, structure: Structure | None
+) -> dict[str, WeightLayer]:
+    """The layers to post-process, by name of the parameter: from L on, and where the structure asks for it."""
+    if start_layer is None:
+        return {}
+    found = list(selected_layers(layers, start_layer))
+    if structure is not None:
+        found += [x for x in layers if not x.is_classifier and structure.needs_orthogonal(x.parameter)]
+    return {layer.parameter: layer for layer in found if layer.parameter in free}
+
+
+def _as_before(name: str, init: Init, layer: WeightLayer | None, reasons: Mapping[str, str]) -> Assignment:
+    """What a parameter gets that has its values from timm."""
+    reason = reasons.get(name, "" if layer else f"not changed by {init.method}")
+    return Assignment(Source.TIMM, layer=layer, reason=reason)
 
 
 def _check_model(
@@ -227,13 +249,23 @@ def _check_model(
         raise InitError(f"methods but 'rand' keep all parameters of the model: {reasons}")
 
 
-def _check_kept(init: Init, model: nn.Module, names: Iterable[str], deferred: DeferredRandom) -> None:
-    """Raises InitError if parameters or buffers that stay as they are hold no values."""
+def _check_values(
+    init: Init,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    assignments: Mapping[str, Assignment],
+    deferred: DeferredRandom,
+) -> None:
+    """Raises InitError if parameters or buffers that keep their values hold none, or none to orthogonalize."""
     if init.spec.source is Source.TIMM:
         return
-    kept = {**{name: model.get_parameter(name) for name in names}, **dict(model.named_buffers())}
-    for name, tensor in kept.items():
-        if not deferred.is_pending(tensor) and bool(tensor.isnan().any()):
+    kept = {name: assigned for name, assigned in assignments.items() if assigned.source is Source.TIMM}
+    for name, tensor in [*((name, parameters[name]) for name in kept), *buffers.items()]:
+        if deferred.is_pending(tensor):
+            continue
+        if name in kept and kept[name].layer is not None and not bool(tensor.isfinite().all()):
+            raise InitError(f"{name} holds NaN or infinity, so nothing was changed; repair the weights first")
+        if bool(tensor.isnan().any()):
             raise InitError(
                 f"{name} holds NaN and would be kept, so nothing was changed. Memory from model.to_empty() alone holds "
                 "no values: build the model on a real device, or load weights first"

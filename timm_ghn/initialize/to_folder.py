@@ -109,7 +109,7 @@ def _streamed(request: Request, directory: str | os.PathLike[str], **options: An
     with folder as files, closing(_Writer(model, files, memory)) as writer:
         queued = torch.get_num_threads()
         scaled = fill_generated(plan, deferred, writer.finished, queued=queued)
-        fill_others(model, report, postprocess_settings(init), deferred, writer.finished, queued=queued)
+        fill_others(model, report, plan.processed, postprocess_settings(init), deferred, writer.finished, queued=queued)
         writer.write_buffers()
     return plan.report(report.model, scaled)
 
