@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import timm_ghn
 import timm_ghn.errors
-from timm_ghn.storage.cache import Entry, WeightCache
+from timm_ghn.storage.cache import WeightCache
 from timm_ghn.storage.reader import TensorReader
 from timm_ghn.storage.upkeep import UNREADABLE
 
@@ -319,8 +319,3 @@ def test_two_formats_live_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
         assert create()[1]
     assert create()[1]
     assert len(WeightCache.default().entries()) == 2
-
-
-def test_entries_do_not_depend_on_who_reads_them(entry: tuple[Path, bytes]) -> None:
-    other = Entry.open(entry[0], entry[0].stem)
-    assert other.report["provenance"]["method"] == "ghn-orth"

@@ -1,4 +1,4 @@
-"""The folder of a cache: what is there, whether it is sound, and making it smaller. Nothing here needs torch.
+"""The folder of a cache: what is there, whether it is sound, and making it smaller. Only `verify` needs torch.
 
 `<cache>/weights/<key>.safetensors` is an entry, `<cache>/weights/.<key>.lock` is held while one is computed.
 """
@@ -14,11 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from timm_ghn.errors import CacheError, TimmGhnError
 from timm_ghn.storage.atomic import STALE_SECONDS, is_stale, temporary_files
-from timm_ghn.storage.header import Header, TensorSpec
+from timm_ghn.storage.header import Header
 from timm_ghn.storage.paths import cache_directory
 
 if TYPE_CHECKING:
@@ -40,7 +38,6 @@ UNREADABLE = (
     OverflowError,
 )
 """What reading a file of any content may raise."""
-_CHUNK = 1 << 22
 _MADE = ("method", "version", "ghn", "ghn_hash", "noise", "start_layer", "num_layers", "seed")
 
 
@@ -120,9 +117,11 @@ class CacheFolder:
 
     def verify(self) -> Iterator[EntryInfo]:
         """Read and hash all entries; yields each as soon as that is done, with the problem that was found."""
+        from timm_ghn.storage.cache import Entry  # which needs torch
+
         for info in self.entries():
             try:
-                _verify(info)
+                Entry.open(info.path).verify()
             except FileNotFoundError:
                 continue  # somebody removed it meanwhile
             except UNREADABLE as error:
@@ -205,32 +204,6 @@ def read_description(metadata: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(description, dict):
         raise CacheError("its description is not a table")
     return description
-
-
-def tensor_digest(spec: TensorSpec) -> Any:
-    """The beginning of the hash of a tensor, 128-bit XXH3 over type, shape and bytes.
-
-    It is there to notice damage, at the speed of memory: whoever can write the file can write a matching hash as well,
-    of any kind. SHA-256 takes three times as long as reading does.
-    """
-    return xxhash.xxh3_128(f"{spec.dtype} {spec.shape}\0".encode())
-
-
-def _verify(info: EntryInfo) -> None:
-    """Read and hash every tensor of an entry. Raises one of `UNREADABLE` if the entry is not what was written."""
-    with open(info.path, "rb") as file:
-        header = Header.read(file)
-        digests = read_description(header.metadata)["digests"]
-        if digests.keys() != header.specs.keys():
-            raise CacheError("its tensors are not those of its description")
-        for name, spec in header.specs.items():
-            digest, missing = tensor_digest(spec), spec.num_bytes
-            file.seek(header.offsets[name])
-            while missing and (part := file.read(min(missing, _CHUNK))):
-                digest.update(part)
-                missing -= len(part)
-            if digest.hexdigest() != digests[name]:
-                raise CacheError(f"the content of {name} does not match its hash")
 
 
 def _info(path: Path) -> EntryInfo | None:
