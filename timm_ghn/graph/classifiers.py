@@ -25,15 +25,12 @@ def mark_classifiers(
     for source, target in edges:
         successors[source].append(target)
         predecessors[target].append(source)
-    heads = [False] * len(nodes)  # what is made of such weights alone, unlike the sum behind a residual branch
-    for index, node in enumerate(nodes):
-        is_weight = node.op is Op.CONV and node.shape is not None and math.prod(node.shape) == math.prod(node.shape[:2])
-        joins = node.op in behind and len(predecessors[index]) > 0
-        heads[index] = (
-            node.shape[0] in counts
-            if is_weight and node.shape
-            else joins and all(heads[n] for n in predecessors[index])
-        )
+    heads: list[bool] = []  # what is made of such weights alone, unlike the sum behind a residual branch
+    for node, sources in zip(nodes, predecessors, strict=True):
+        if node.op is Op.CONV and node.shape and math.prod(node.shape) == math.prod(node.shape[:2]):
+            heads.append(node.shape[0] in counts)
+        else:
+            heads.append(node.op in behind and bool(sources) and all(heads[source] for source in sources))
     marked = list(nodes)
     last = [True] * len(nodes)
     for index in reversed(range(len(nodes))):

@@ -35,10 +35,17 @@ from timm_ghn.graph.analyses import Analyses
 from timm_ghn.graph.classifiers import BEHIND_LOGITS, mark_classifiers
 from timm_ghn.graph.extents import UNKNOWN
 from timm_ghn.graph.graph import MAX_DISTANCE, Graph
-from timm_ghn.graph.kernels import adaptive_window, pool_shape
 from timm_ghn.graph.nodes import Node, Op, Role, Target
 from timm_ghn.graph.origins import OVER_CONSTANTS
-from timm_ghn.graph.targets import Found, bias_targets, norm_targets, table_target, weight_targets
+from timm_ghn.graph.targets import (
+    Found,
+    adaptive_window,
+    bias_targets,
+    norm_targets,
+    pool_shape,
+    table_target,
+    weight_targets,
+)
 from timm_ghn.trace.operations import LAYERS, Kind, factors, flat, kind_of, operands, row_of, weight_and_bias
 from timm_ghn.trace.records import Operation, Trace, Value
 

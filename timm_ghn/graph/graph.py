@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from timm_ghn.errors import GraphError
-from timm_ghn.graph._ppuda import PpudaGraph, to_ppuda
+from timm_ghn.errors import GraphError, MissingDependencyError
 from timm_ghn.graph.nodes import Layout, Node, Op, Role, Shape, Target
 
 __all__ = ["MAX_DISTANCE", "Graph", "Layout", "Node", "Op", "Role", "Shape", "Target"]
+
+PpudaGraph = Any
+"""`ppuda.deepnets1m.graph.Graph`; ppuda has no type hints and need not be installed."""
 
 MAX_DISTANCE = 50
 """Hops beyond which two nodes are not joined by a virtual edge (arXiv 2110.13100, section 4.1)."""
@@ -111,17 +114,7 @@ class Graph:
         """JSON-compatible form; `from_dict` reads it back."""
         return {
             "max_distance": self.max_distance,
-            "nodes": [
-                {
-                    "op": node.op.value,
-                    "shape": None if node.shape is None else list(node.shape),
-                    "targets": [
-                        {"name": t.name, "shape": list(t.shape), "role": t.role.value, "layout": t.layout.value}
-                        for t in node.targets
-                    ],
-                }
-                for node in self.nodes
-            ],
+            "nodes": [node.to_dict() for node in self.nodes],
             "edges": [list(edge) for edge in self.edges],
             "unused": [list(item) for item in self.unused],
         }
@@ -138,28 +131,13 @@ class Graph:
             GraphError: If the data is not of that form.
         """
         try:
-            nodes = tuple(
-                Node(
-                    op=Op(node["op"]),
-                    shape=None if node["shape"] is None else tuple(int(size) for size in node["shape"]),
-                    targets=tuple(
-                        Target(
-                            str(t["name"]),
-                            tuple(int(size) for size in t["shape"]),
-                            Role(t["role"]),
-                            Layout(t["layout"]),
-                        )
-                        for t in node["targets"]
-                    ),
-                )
-                for node in data["nodes"]
-            )
+            nodes = tuple(Node.from_dict(node) for node in data["nodes"])
             edges = tuple((int(source), int(target)) for source, target in data["edges"])
             unused = tuple((str(name), str(reason)) for name, reason in data["unused"])
             return cls(nodes, edges, int(data["max_distance"]), unused)
+        except GraphError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, GraphError):
-                raise
             raise GraphError(f"not a graph in timm-ghn's JSON form: {error!r}") from error
 
     @classmethod
@@ -195,7 +173,30 @@ class Graph:
     def to_ppuda(self) -> PpudaGraph:
         """The same graph as a `ppuda.deepnets1m.graph.Graph`, for `ghn(model, graphs=GraphBatch([g]))`.
 
+        Nodes keep their order. ppuda finds the parameter of a node by the name of its weight, and predicts no second
+        parameter but the bias of its own normalization layers: for other models than those that ppuda itself can read,
+        its GHN may give up. For a GHN without virtual edges (GHN-1), make the graph with `max_distance=1`.
+
         Raises:
             MissingDependencyError: If ppuda, or a package that it needs, is not installed.
         """
-        return to_ppuda(self.nodes, self.distances, self.distance_matrix)
+        try:
+            from ppuda.deepnets1m.graph import Graph as ReferenceGraph
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"Graph.to_ppuda needs ppuda: pip install 'timm-ghn[ppuda]' from a clone of timm-ghn ({error})"
+            ) from error
+        edges, adjacency = torch.from_numpy(self.distances), torch.from_numpy(self.distance_matrix).long()
+        operators = torch.tensor([[node.op.row] for node in self.nodes])
+        rows = [_ppuda_row(index, node) for index, node in enumerate(self.nodes) if node.shape is not None]
+        reference = ReferenceGraph(node_feat=operators, node_info=[rows], A=adjacency, edges=edges)
+        reference.n_cells = 1
+        reference._param_shapes = [node.shape for node in self.nodes]  # read by its `visualize`
+        return reference
+
+
+def _ppuda_row(index: int, node: Node) -> tuple[int, str, str, Shape | None, bool, bool]:
+    """ppuda's row of a node with a shape: index, parameter, operator, shape, whether it is a class weight or bias."""
+    roles = {target.role for target in node.targets}
+    name = node.targets[0].name if node.targets else node.op.value
+    return index, name, node.op.value, node.shape, Role.CLASS_WEIGHT in roles, Role.CLASS_BIAS in roles
