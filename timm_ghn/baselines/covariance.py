@@ -52,16 +52,7 @@ def kernel_covariance(side: int, sigma: float) -> Tensor:
 
 
 def sample_kernels(count: int, covariance: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw kernels.
-
-    Args:
-        count: K.
-        covariance: (D, D).
-        generator: CPU generator.
-
-    Returns:
-        float64 (K, D).
-    """
+    """Draw K kernels of a covariance (D, D), from a generator on the CPU: float64 (K, D)."""
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt()
     kernels: Tensor = torch.randn(count, len(covariance), dtype=torch.float64, generator=generator) @ root.T

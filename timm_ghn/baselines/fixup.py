@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,17 +35,14 @@ _NORMS = (
 )
 
 
-@dataclass(frozen=True)
-class Branch:
-    """A residual branch: the names of its weights in the order in which they run."""
-
-    weights: tuple[str, ...]
+Branch = tuple[str, ...]
+"""A residual branch: the names of its weights in the order in which they run."""
 
 
 def residual_branches(trace: Trace) -> tuple[Branch, ...]:
     """The residual branches of a recorded forward pass."""
 
-    def passed(operation: Operation, _: Value, known: Sequence[tuple[str, ...] | None]) -> tuple[str, ...]:
+    def passed(operation: Operation, _: Value, known: Sequence[Branch | None]) -> Branch:
         """The weights of all layers on the way to a value."""
         weight = weight_and_bias(operation)[0] if kind_of(operation) in LAYERS else None
         names = trace.parameters.get(weight.index, ()) if weight is not None else ()
@@ -58,24 +54,19 @@ def residual_branches(trace: Trace) -> tuple[Branch, ...]:
     for operation, sources, _ in flow.steps:
         if kind_of(operation) is Kind.SUM and len(sources) == 2:
             first, second = (weights.get(index, ()) for index in sources)
-            shortcut, branch = sorted((_without(first, second), _without(second, first)), key=len)
+            ways = [tuple(n for n in first if n not in second), tuple(n for n in second if n not in first)]
+            shortcut, branch = sorted(ways, key=len)
             if len(branch) > len(shortcut) <= 1:
-                branches.append(Branch(branch))
+                branches.append(branch)
     return tuple(branches)
-
-
-def _without(names: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if name not in set(others))
 
 
 def fixup_scales(branches: Sequence[Branch]) -> Mapping[str, float]:
     """What He's initialization is multiplied with, for the weights inside of branches."""
     scales: dict[str, float] = {}
-    for branch in branches:
-        count = len(branch.weights)
-        scale = len(branches) ** (-1 / (2 * count - 2)) if count > 1 else 0.0
-        scales.update(dict.fromkeys(branch.weights[:-1], scale))
-        scales[branch.weights[-1]] = 0.0
+    for *inner, last in branches:
+        scales |= dict.fromkeys(inner, len(branches) ** (-1 / (2 * len(inner))) if inner else 0.0)
+        scales[last] = 0.0
     return scales
 
 
@@ -97,8 +88,7 @@ def fixup(setting: Setting) -> Computation:
         raise InitError(f"fixup is for residual networks, and {type(model).__name__} has no residual branches")
     parameters = dict(model.named_parameters())
     layers = weight_layers(model)
-    biases = [f"{layer.parameter.rpartition('.')[0]}.bias".lstrip(".") for layer in layers]
-    biases = [name for name in biases if name in parameters]
+    biases = [name for layer in layers if (name := f"{layer.module}.bias".lstrip(".")) in parameters]
     scales = fixup_scales(branches)
 
     def values() -> Iterator[tuple[str, Tensor]]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.baselines.setting import Computation, Setting
+from timm_ghn.baselines.setting import Computation, Setting, names_of
 from timm_ghn.seeding import derived_seed
 
 QUERY_KEY = (0.7, 0.7)
@@ -49,23 +49,21 @@ class AttentionWeights:
 
 def find_attention(model: nn.Module) -> Iterator[AttentionWeights]:
     """All self-attention modules of a model, by types and shapes."""
-    parameters = {name for name, _ in model.named_parameters()}
-    for prefix, module in model.named_modules():
+    names = names_of(model)
+    for module in model.modules():
         heads = getattr(module, "num_heads", None)
         if not isinstance(heads, int):
             continue
-        found: list[tuple[str, Tensor]] = [
-            (f"{name}.weight", child.weight) for name, child in module.named_children() if isinstance(child, nn.Linear)
-        ]
+        weights: list[Tensor] = [child.weight for child in module.children() if isinstance(child, nn.Linear)]
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            found.insert(0, ("in_proj_weight", module.in_proj_weight))
-        square = [(name, w) for name, w in found if w.shape[0] == w.shape[1]]
-        triple = [(name, w) for name, w in found if w.shape[0] == 3 * w.shape[1]]
-        if len(square) == len(triple) == 1 and square[0][1].shape[1] == triple[0][1].shape[1]:
-            names = (triple[0][0], square[0][0])
-            first, second = (f"{prefix}.{name}" if prefix else name for name in names)
-            if {first, second} <= parameters:
-                yield AttentionWeights(heads, triple[0][1], square[0][1], (first, second))
+            weights.append(module.in_proj_weight)
+        square = [weight for weight in weights if weight.shape[0] == weight.shape[1]]
+        triple = [weight for weight in weights if weight.shape[0] == 3 * weight.shape[1]]
+        if len(square) != 1 or len(triple) != 1 or square[0].shape[1] != triple[0].shape[1]:
+            continue
+        found = (id(triple[0]), id(square[0]))
+        if names.keys() >= set(found):  # tied weights belong to the first module
+            yield AttentionWeights(heads, triple[0], square[0], (names.pop(found[0]), names.pop(found[1])))
 
 
 def factors(width: int, rank: int, alpha: float, beta: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
