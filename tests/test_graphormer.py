@@ -250,7 +250,6 @@ def test_a_table_of_tokens_is_not_scaled(tiny: GHN) -> None:
         ({"heads": 5}, "hid is 16, not a multiple of 5 heads"),
         ({"layers": 0}, "layers is 0, not between 1 and 256"),
         ({"hypernet": "gatedgnn"}, "layers and heads need hypernet 'graphormer'"),
-        ({"decoder": "mlp"}, "tiles and cut need decoder 'conv'"),
         ({"cut": "middle"}, "cut is 'middle', not one of corner, centre"),
     ],
 )

@@ -13,6 +13,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -88,7 +89,7 @@ def parse(file: BinaryIO, name: str) -> GHN:
     tensors = {f"gnn.0.{key}" if key.startswith(_IN_FIRST_LAYER) else key: value for key, value in tensors.items()}
     config = _config(data["config"], tensors, name) if "config" in data else _infer_config(tensors, name)
     for key in ("decoder.conv.0.weight", "decoder.conv.2.weight", "decoder.class_layer_predictor.1.weight"):
-        if config.decoder == "conv" and key in tensors and tensors[key].ndim == 2:  # ghn3's linear layers
+        if key in tensors and tensors[key].ndim == 2:  # ghn3's linear layers
             tensors[key] = tensors[key][:, :, None, None]
     epoch = data.get("epoch")
     metadata = {"epoch": str(epoch)} if isinstance(epoch, int) and 0 <= epoch < 2**63 else {}
@@ -146,7 +147,7 @@ def _read_safetensors(path: str, *_: int) -> GHN:
         with TensorReader(path) as file:
             metadata = dict(file.metadata)
             config = _config(_json(metadata.pop(CONFIG_KEY, None), path), {}, path)
-            _check_shapes({key: spec.shape for key, spec in file.specs.items()}, config, path)
+            _empty({key: spec.shape for key, spec in file.specs.items()}, config, path)
             tensors = {key: file.read(key) for key in file.specs}
     except TensorFileError as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); {ADVICE}") from error
@@ -197,20 +198,10 @@ def from_module(module: nn.Module, name: str = "live module") -> GHN:
     tensors = {key: tensor.clone() for key, tensor in module.state_dict().items()}
     if isinstance(module, GHN):
         return _build(module.config, tensors, name, {})
-    try:
-        config = {
-            "max_shape": tuple(int(size) for size in module.max_shape),  # type: ignore[union-attr]
-            "num_classes": int(module.num_classes),  # type: ignore[arg-type]
-            "hypernet": "gatedgnn" if hasattr(module.gnn, "gru") else "mlp",
-            "decoder": "conv" if hasattr(module.decoder, "conv") else "mlp",
-            "weight_norm": bool(module.weight_norm),
-            "ve": bool(module.ve),
-            "layernorm": bool(module.layernorm),
-            "hid": int(module.embed.weight.shape[1]),  # type: ignore[union-attr, index]
-        }
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{type(module).__name__} is not a ppuda GHN: {error}") from error
-    return _build(GHNConfig.from_dict(config), tensors, name, {})
+    weight_norm = getattr(module, "weight_norm", None)
+    if not isinstance(weight_norm, bool):
+        raise CheckpointError(f"{type(module).__name__} is not a ppuda GHN: it does not say whether it has weight_norm")
+    return _build(replace(_infer_config(tensors, name), weight_norm=weight_norm), tensors, name, {})
 
 
 def content_hash(ghn: GHN) -> str:
@@ -238,11 +229,10 @@ def _check_tensors(tensors: Any, name: str) -> dict[str, Tensor]:
 
 def _build(config: GHNConfig, tensors: Mapping[str, Tensor], name: str, metadata: Mapping[str, str]) -> GHN:
     """A GHN that owns the tensors, which are checked first; they are copied where their type or layout is another."""
-    _check_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, name)
+    ghn = _empty({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, name)
     for key, tensor in tensors.items():
         if not all(bool(part.isfinite().all()) for part in torch.split(tensor.flatten(), 2**22)):  # little memory
             raise CheckpointError(f"{name}: tensor {key} has NaN or infinite values; {ADVICE}")
-    ghn = _empty(config)
     owned = {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
     ghn.load_state_dict(owned, assign=True)
     ghn.info = GHNInfo(name, content_hash(ghn), dict(metadata))
@@ -260,15 +250,11 @@ class _SkipInitialization(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _empty(config: GHNConfig) -> GHN:
-    """A GHN on the meta device: names and shapes only."""
+def _empty(shapes: Mapping[str, tuple[int, ...]], config: GHNConfig, name: str) -> GHN:
+    """A GHN of that configuration without values. CheckpointError if its tensors have other names or shapes."""
     with torch.device("meta"), _SkipInitialization():
-        return GHN(config)
-
-
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: GHNConfig, name: str) -> None:
-    """Raise CheckpointError unless the tensors are those of a GHN of that configuration; nothing is allocated."""
-    expected = {key: tuple(tensor.shape) for key, tensor in _empty(config).state_dict().items()}
+        ghn = GHN(config)
+    expected = {key: tuple(tensor.shape) for key, tensor in ghn.state_dict().items()}
     wrong = [f"{key} is missing" for key in expected if key not in shapes]
     wrong += [f"{key[:80]} is unknown" for key in shapes if key not in expected]
     both = [(key, shapes[key], shape) for key, shape in expected.items() if key in shapes]
@@ -278,6 +264,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], config: GHNConfig, name
         raise CheckpointError(
             f"{name}: the tensors are not those of a GHN of its config: {', '.join(wrong[:3])}{more}; {ADVICE}"
         )
+    return ghn
 
 
 def _json(text: str | None, name: str) -> Any:

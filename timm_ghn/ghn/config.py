@@ -11,7 +11,7 @@ from timm_ghn.errors import CheckpointError
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "hypernet": ("gatedgnn", "graphormer", "mlp"),
-    "decoder": ("conv", "mlp"),
+    "decoder": ("conv",),
     "kernels": ("raw", "normalized", "orthogonal"),
     "cut": ("corner", "centre"),
 }
@@ -37,7 +37,7 @@ class GHNConfig:
         num_classes: Classes of the data set that the GHN was trained on.
         hypernet: What encodes nodes: "gatedgnn" (GHN-1 and GHN-2), "graphormer" (GHN-3), or "mlp", in which nodes do
             not see each other.
-        decoder: What turns features into kernels: "conv" or "mlp".
+        decoder: What turns features into kernels: "conv", as in all GHNs that are published.
         weight_norm: Whether predicted tensors are scaled by their fan-in (arXiv 2110.13100, section 4.2).
         ve: Whether virtual edges carry messages (arXiv 2110.13100, section 4.1).
         layernorm: Whether the final node features are normalized.
@@ -115,13 +115,7 @@ class GHNConfig:
             _require(self.hid % self.heads == 0, f"hid is {self.hid}, not a multiple of {self.heads} heads")
         else:
             _require(not self.layers and not self.heads, "layers and heads need hypernet 'graphormer'")
-        if self.decoder == "mlp":
-            _require(shape[0] == shape[1], f"max_shape {shape} needs as many in as out channels with decoder 'mlp'")
-            _require(self.tiles == 1 and self.cut == "corner", "tiles and cut need decoder 'conv'")
-        hid, places, classes = self.hid, shape[2] * shape[3], self.num_classes
-        count = 4 * hid * hid * places + 8 * hid * (4 * hid + shape[0] * shape[1])
-        if self.decoder == "mlp":
-            count = 2 * hid * shape[0] * (shape[1] * places + classes)
+        count = 4 * self.hid * self.hid * shape[2] * shape[3] + 8 * self.hid * (4 * self.hid + shape[0] * shape[1])
         limits = f"more than the {MAX_PARAMETERS:,} that this version reads"
         _require(count <= MAX_PARAMETERS, f"the decoder would have about {count:,} parameters, {limits}")
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_ghn.ghn.config import GHNConfig
-from timm_ghn.ghn.gnn import MLP
 from timm_ghn.ghn.layout import Block, Tiles, join, tilings
 
 _CODE_STD = 0.7
@@ -125,34 +124,6 @@ class ConvDecoder(nn.Module):
         kernels = join([self(x, part) for part in tiles], tiles).flatten(2)
         predictor = cast(nn.Conv2d, self.class_layer_predictor[1])
         return predictor.weight.flatten(1) @ F.relu(kernels) + _bias(predictor)[:, None]
-
-
-class MLPDecoder(nn.Module):
-    """Two linear layers that emit the whole block (GHN-1's ablation)."""
-
-    def __init__(self, config: GHNConfig) -> None:
-        super().__init__()
-        self.max_shape = config.max_shape
-        out_channels, in_channels, height, width = config.max_shape
-        middle = 2 * config.hid
-        self.mlp = MLP(config.hid, (middle, out_channels * in_channels * height * width), last_activation=False)
-        self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Linear(middle, config.num_classes * out_channels))
-
-    def cut(self, blocks: Iterable[Block]) -> dict[Block, ConvParts]:
-        """Nothing: this decoder cuts as it emits."""
-        return {}
-
-    def forward(self, x: Tensor, tiles: Tiles, parts: ConvParts | None = None) -> Tensor:
-        """Blocks (N, 1, 1, K, C, h, w), contiguous, for node features (N, hid); `parts` is not used."""
-        block = tiles.block
-        first, last = self.mlp.linear(0), self.mlp.linear(1)
-        (weight,), (bias,) = (_cut_all(rows, self.max_shape, [_corner(block)]) for rows in (last.weight, last.bias))
-        return F.linear(F.relu(first(x)), weight.flatten(0, 3), bias.flatten()).view(len(x), 1, 1, *block)
-
-    def class_weights(self, x: Tensor, in_channels: int) -> Tensor:
-        """Class weights (N, num_classes, C) for node features (N, hid)."""
-        weights: Tensor = self.class_layer_predictor(self.mlp.linear(0)(x))
-        return weights.view(len(x), -1, self.max_shape[1])[:, :, :in_channels]
 
 
 def _corner(sizes: Sequence[int]) -> Window:

@@ -123,7 +123,7 @@ class GHN(nn.Module):
         self.embed = nn.Embedding(len(Op), hid)
         self.shape_enc = ShapeEncoder(hid, config.num_classes, config.max_shape[3])
         self.gnn = _make_encoder(config)
-        self.decoder = decoders.ConvDecoder(config) if config.decoder == "conv" else decoders.MLPDecoder(config)
+        self.decoder = decoders.ConvDecoder(config)
         channels = max(config.max_shape[:2])
         # A norm weight, then a norm bias or any other bias, which further layers turn into one of the classes.
         self.decoder_1d = MLP(hid, (2 * hid, 2 * channels), last_activation=False)
@@ -206,7 +206,7 @@ class GHN(nn.Module):
         for group, jobs in batch:
             x = features[torch.tensor([job.node for job in jobs], device=features.device)]
             if group in tilings:
-                emitted.append([self.decoder(x, tiles, parts.get(tiles.block)) for tiles in tilings[group]])
+                emitted.append([self.decoder(x, tiles, parts[tiles.block]) for tiles in tilings[group]])
             else:
                 emitted.append([self._decode(group, x)])
         kernels = [index for index, ((role, _), _) in enumerate(batch) if role is Role.WEIGHT]
