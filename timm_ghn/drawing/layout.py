@@ -83,10 +83,7 @@ def lay_out(graph: Graph, rows: int) -> Layout:
 
 def _levels(graph: Graph) -> list[int]:
     """The level of each node; a node without sources, other than the input, stands just before its first reader."""
-    levels = [0] * len(graph)
-    for level, nodes in enumerate(graph.levels):
-        for node in nodes:
-            levels[node] = level
+    levels: list[int] = graph.levels.tolist()
     for node in set(range(1, len(graph))) - {target for _, target in graph.edges}:
         readers = [levels[target] for source, target in graph.edges if source == node]
         levels[node] = max(min(readers, default=0) - 1, 0)

@@ -86,7 +86,7 @@ def make_schedule(graphs: Sequence[Graph], virtual_edges: bool, like: Tensor) ->
         in reach, so their size is bounded by N^2 and is far less for deep networks, where only `max_distance` levels
         are in reach.
     """
-    level = _merged_levels(graphs)
+    level = np.concatenate([graph.levels for graph in graphs])
     by_level = np.argsort(level, kind="stable")
     position = np.empty_like(by_level)
     position[by_level] = np.arange(len(by_level))
@@ -102,16 +102,6 @@ def make_schedule(graphs: Sequence[Graph], virtual_edges: bool, like: Tensor) ->
     forward = _pushes(sources, targets, distances, starts, virtual_edges, like)
     backward = _pushes(targets, sources, distances, starts, virtual_edges, like)
     return torch.from_numpy(position).to(like.device), forward, backward[::-1]
-
-
-def _merged_levels(graphs: Sequence[Graph]) -> IntArray:
-    levels = np.empty(sum(len(graph) for graph in graphs), dtype=np.int64)
-    offset = 0
-    for graph in graphs:
-        for depth, nodes in enumerate(graph.levels):
-            levels[offset + np.asarray(nodes)] = depth
-        offset += len(graph)
-    return levels
 
 
 def _reachable(graph: Graph, virtual_edges: bool) -> tuple[IntArray, IntArray, IntArray]:

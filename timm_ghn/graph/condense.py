@@ -4,23 +4,7 @@ The analyses (`timm_ghn.graph.analyses`) come first: which values depend on the 
 a channel, which are attention. Then one pass over the operations makes a node of each that the vocabulary has a word
 for, and joins the neighbours of all others. Nothing here looks at the name of a layer or a model.
 
-Choices where DeepNets-1M (what GHN-2 was trained on) has no direct counterpart:
-
-==============================  =======================================================================
-in the model                    in the graph
-==============================  =======================================================================
-group / instance norm           bn (both normalize the channels of images)
-layer / RMS norm                ln
-linear, matmul with a parameter conv, 1 x 1
-grouped convolution             sep_conv; dil_conv if dilated in both directions
-1-D, 3-D, transposed            conv of the closest 2-D kernel
-attention of any spelling       msa, where similarities (or a softmax) are applied to values
-product with a squeezed gate    cse; the squeeze itself is no node, as in DeepNets-1M's own blocks
-mean over all positions         glob_avg, with or without kept dimensions
-sum, difference, concatenation  sum, sum, concat; dropped when a single node feeds them
-learned table added to tokens   pos_enc, without incoming edges, and a sum
-recurrent layer                 conv, bias, conv, bias: input and hidden weights of every layer
-==============================  =======================================================================
+The choices where DeepNets-1M (what GHN-2 was trained on) has no direct counterpart are listed in docs/method.md.
 """
 
 from __future__ import annotations

@@ -85,15 +85,12 @@ class Graph:
         return np.stack([sources, targets, self.distance_matrix[sources, targets].astype(np.int64)], axis=1)
 
     @cached_property
-    def levels(self) -> tuple[tuple[int, ...], ...]:
-        """Nodes by the length of the longest path that leads to them: no two nodes of a level see each other."""
-        depth = [0] * len(self.nodes)
+    def levels(self) -> npt.NDArray[np.int64]:
+        """Length (N,) of the longest path that leads to each node: no two nodes of a level see each other."""
+        level = [0] * len(self.nodes)
         for source, target in self.edges:  # sorted by source, and sources precede targets
-            depth[target] = max(depth[target], depth[source] + 1)
-        groups: list[list[int]] = [[] for _ in range(max(depth) + 1)]
-        for node, level in enumerate(depth):
-            groups[level].append(node)
-        return tuple(tuple(group) for group in groups)
+            level[target] = max(level[target], level[source] + 1)
+        return np.array(level, dtype=np.int64)
 
     @property
     def targets(self) -> tuple[Target, ...]:

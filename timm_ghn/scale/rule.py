@@ -1,22 +1,8 @@
-"""The scale of predicted parameters: what a prediction is multiplied with. docs/scale.md explains each part.
+"""The scale of predicted parameters: what a prediction is multiplied with. docs/scale.md lists the parts.
 
 A GHN gives similar layers similar weights, and a kernel with more channels than a block repeats it, r times along the
 input channels. So terms of a sum are in phase: n of them add up to n times one of them, where random weights give
 sqrt(n) times. Where no norm layer follows, predictions are divided by what makes up for that.
-
-============  ===================================================  ===================================================
-part          where                                                what is done
-============  ===================================================  ===================================================
-tensors       a tensor far from the scale that a decoder aims at   brought to that scale
-gains         a layer norm that does not end a branch              weights below 1 are brought to 1
-branches      the last layer of a residual branch, in a stream of  bias / (n g), kernel / (n g sqrt(r)), if n g > 1
-              n sums, times a learned scale that starts at g
-chains        more than 8 layers without a norm layer              kernels / sqrt(r), bias of the n-th layer / n
-products      layers behind a product of two activations           kernels / sqrt(r); one layer of a matrix product
-                                                                   over n terms / n
-batch norms   the last batch norm of branches, in streams that     weight and bias / n
-              overflow in evaluation before any training
-============  ===================================================  ===================================================
 
 Kernels that are orthogonalized are left as they are. The factors depend on graph, prediction, and the starting values
 of learned scales. They do not depend on data, on the device, or on what else the model held before.
