@@ -6,10 +6,10 @@ Two directions share the rules. `tile` and `arrange` build new tensors and are d
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,29 +40,18 @@ def tile(block: Tensor, shape: Shape) -> Tensor:
 
 
 def tile_(destination: Tensor, block: Tensor) -> None:
-    """Write `tile(block, destination.shape)` into `destination` with one copy for each region that divides evenly.
+    """Write `tile(block, destination.shape)` into `destination`, in one copy if the block fits a whole number of times.
 
     Args:
         destination: Tensor, or strided view of one, of any type and device.
         block: Tensor of the same rank.
     """
-    if destination.numel() == 0:
+    counts = [divmod(size, length) for size, length in zip(destination.shape, block.shape, strict=True)]
+    if any(rest for _, rest in counts):
+        destination.copy_(tile(block, tuple(destination.shape)))
         return
-    pieces = [_pieces(size, length) for size, length in zip(destination.shape, block.shape, strict=True)]
-    for region in itertools.product(*pieces):
-        part, source = destination, block
-        for dim, (start, size, length) in enumerate(region):
-            part = part.narrow(dim, start, size)
-            source = source.narrow(dim, 0, length)
-        split = [n for size, length in zip(part.shape, source.shape, strict=True) for n in (size // length, length)]
-        part.view(split).copy_(source.reshape([n for length in source.shape for n in (1, length)]))
-
-
-def _pieces(size: int, length: int) -> list[tuple[int, int, int]]:
-    """Split a dimension into (start, size, block length) where each size is a multiple of its block length."""
-    whole, rest = size - size % length, size % length
-    pieces = [(0, whole, length)] if whole else []
-    return [*pieces, (whole, rest, rest)] if rest else pieces
+    split = [n for (count, _), length in zip(counts, block.shape, strict=True) for n in (count, length)]
+    destination.view(split).copy_(block.reshape([n for length in block.shape for n in (1, length)]))
 
 
 # Kernels that are put together from blocks that differ
@@ -101,10 +90,9 @@ def tilings(kernel: Block, largest: Block) -> list[Tiles]:
 
 def _places(size: int, limit: int) -> list[tuple[range, int]]:
     """Places of the blocks along a dimension and their length: the whole ones, then the rest."""
-    return [
-        (range(start // limit, start // limit + extent // length), length)
-        for start, extent, length in _pieces(size, limit)
-    ]
+    count, rest = divmod(size, limit)
+    whole = [(range(count), limit)] if count else []
+    return [*whole, (range(count, count + 1), rest)] if rest else whole
 
 
 def join(parts: Sequence[Tensor], tiles: Sequence[Tiles]) -> Tensor:
@@ -163,20 +151,14 @@ def arrange(kernel: Tensor, shape: Shape, layout: Layout) -> Tensor:
     Returns:
         A tensor of `shape`, possibly a view of `kernel`; prefix rows of `Layout.TOKENS` are zero. Differentiable.
     """
-    if layout is Layout.DEPTH:
-        return kernel.unsqueeze(2).expand(shape)
-    if layout is Layout.MIXTURE:
-        return kernel.reshape(shape[1:]).expand(shape)
-    if layout is Layout.TOKENS:
-        rows = kernel.flatten(2).squeeze(0).t()
-        prefix = rows.new_zeros((shape[-2] - rows.shape[0], shape[-1]))
-        return torch.cat([prefix, rows]).reshape(shape)
-    if layout is Layout.CHANNELS_LAST:
-        return kernel.permute(0, 2, 3, 1).reshape(shape)
+    if layout is Layout.PLAIN:
+        return kernel.reshape(shape)
     if layout is Layout.TRANSPOSED:
         groups = _groups(tuple(kernel.shape), shape) or 1
         return kernel.reshape(groups, -1, *kernel.shape[1:]).transpose(1, 2).reshape(shape)
-    return kernel.reshape(shape)
+    made = kernel.new_zeros(shape)
+    cast(Tensor, kernel_view(made, tuple(kernel.shape), layout)).copy_(kernel)
+    return made
 
 
 def kernel_view(destination: Tensor, kernel: Shape, layout: Layout) -> Tensor | None:

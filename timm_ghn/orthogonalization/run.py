@@ -17,7 +17,7 @@ from timm_ghn.errors import InitError
 from timm_ghn.orthogonalization.layers import WeightLayer, resolve_start_layer, weight_layers
 from timm_ghn.orthogonalization.noise import add_noise_
 from timm_ghn.orthogonalization.orthogonal import checked_scales, orthogonal_factor_, wide_dtype
-from timm_ghn.settings import Correlation, check_choice, check_noise, check_seed
+from timm_ghn.settings import NOISE, Correlation, check_choice, check_noise, check_seed
 from timm_ghn.trace.inputs import check_model
 
 _logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class PostProcess:
         correlation: What Eq. 1 correlates: the channels ("paper"), or the rows of the tall matrix ("ppuda").
     """
 
-    noise: float = 3e-5
+    noise: float = NOISE
     orthogonal: bool = True
     seed: int = 0
     correlation: Correlation = "paper"
@@ -170,7 +170,7 @@ def orthogonalize_(
     model: nn.Module,
     *,
     start_layer: int | float | str | None = None,
-    noise: float = 3e-5,
+    noise: float = NOISE,
     seed: int = 0,
     orthogonal: bool = True,
     correlation: Correlation = "paper",
