@@ -25,6 +25,7 @@ from torchvision import tv_tensors
 from timm_ghn.errors import CaptureError
 from timm_ghn.graph import Graph, to_graph
 from timm_ghn.trace.capture import capture
+from timm_ghn.trace.skeleton import skeleton_of
 
 SIZE = (3, 16, 16)
 
@@ -339,3 +340,33 @@ def test_a_model_that_detects_is_read_up_to_its_features() -> None:
     with pytest.raises(CaptureError, match=r"give the part that works without values: model\.backbone"):
         to_graph(model)
     assert len(to_graph(model.backbone, input_size=(3, 320, 320)).targets) > 100
+
+
+@pytest.mark.parametrize("function", [F.hardsigmoid, F.hardswish, F.silu, F.relu])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_what_is_computed_in_place_is_a_new_value_of_its_input(
+    function: Callable[..., Tensor], is_transposed: bool
+) -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 1
+            function(x.mT if is_transposed else x, inplace=True)
+            return x
+
+    trace = capture(InPlace(), example_input=torch.ones(2, 3))
+    last = trace.operations[-1]
+    assert last.name == function.__name__
+    assert trace.outputs[0] in {value.index for value in last.outputs}
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "test_convnext"])
+def test_skeletons_are_whole_and_share_nothing_that_changes(name: str) -> None:
+    model = timm.create_model(name)
+    copied, _ = skeleton_of(model)
+    assert {k: p.shape for k, p in copied.state_dict().items()} == {k: p.shape for k, p in model.state_dict().items()}
+    assert all(tensor.is_meta for tensor in copied.state_dict().values())
+    for one, other in zip(model.modules(), copied.modules(), strict=True):
+        assert type(one) is type(other)
+        assert vars(one).keys() == vars(other).keys()
+        for value, twin in zip(vars(one).values(), vars(other).values(), strict=True):
+            assert value is not twin or not isinstance(value, (dict, list, set, Tensor, nn.Module))

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from timm_ghn.seeding import FILLS, PrivateRandom, derived_seed
+from timm_ghn.trace.recorder import tensors_in
 
 _CONSTANT_FILLS = {"zero_", "fill_", "constant_", "zeros_", "ones_", "copy_"}
 # Calls that read no values: they may run while fills are pending, since what they return shares the memory.
@@ -61,7 +61,7 @@ class DeferredRandom(PrivateRandom):
             return self._defer(subject, _Fill(func, args, kwargs), overwrites=True)
         if name in _VIEWS:
             return func(*args, **kwargs)
-        touched = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and self.is_pending(leaf)]
+        touched = [tensor for tensor in tensors_in((*args, *kwargs.values())) if self.is_pending(tensor)]
         if touched and all(leaf is subject for leaf in touched) and name.endswith("_") and not name.endswith("__"):
             if name not in _CONSTANT_FILLS or not _is_whole(touched[0]):
                 return self._defer(touched[0], _Fill(func, args, kwargs), overwrites=False)

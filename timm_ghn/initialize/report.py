@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
@@ -105,7 +105,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible form; `from_dict` reads it back."""
-        rows = [{**asdict(row), "shape": list(row.shape), "status": row.status.value} for row in self.parameters]
+        names = [field.name for field in fields(ParameterReport)]
+        rows = [{name: getattr(row, name) for name in names} for row in self.parameters]
+        for row in rows:
+            row.update(shape=list(row["shape"]), status=row["status"].value)
         return {
             "model": self.model,
             "provenance": self.provenance,

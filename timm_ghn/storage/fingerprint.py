@@ -74,8 +74,10 @@ def _describe(value: object) -> str:
     Raises:
         _ForeignCodeError: If code belongs to it that neither timm nor torch defines.
     """
-    if isinstance(value, _PLAIN):
+    if value is None or type(value) in _PLAIN:  # before others, as most of the thousands of attributes of a model are
         return repr(value)
+    if isinstance(value, dict):  # nearly all of them empty
+        return _describe([*value.items()]) if value else ""
     if isinstance(value, FunctionType):
         return _describe_function(value)
     if isinstance(value, (staticmethod, classmethod, MethodType)):
@@ -84,8 +86,8 @@ def _describe(value: object) -> str:
         return _describe((value.fget, value.fset))
     if isinstance(value, (functools.partial, functools.partialmethod)):
         return _describe((value.func, value.args, value.keywords))
-    if isinstance(value, dict):
-        return _describe([*value.items()]) if value else ""
+    if isinstance(value, _PLAIN):
+        return repr(value)
     if isinstance(value, (list, tuple)):
         return f"({', '.join(map(_describe, value))})"
     if isinstance(value, (set, frozenset)):

@@ -5,14 +5,13 @@ On meta tensors many functions run Python code, for up to some milliseconds, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten
 
 _ATOMS = frozenset({type(None), bool, int, float, str, type, FunctionType, BuiltinFunctionType, torch.dtype})
 """Types of values that cannot change."""
@@ -49,9 +48,9 @@ class Results:
         layout = self._layouts.get(key)
         return _like_input(function, args, kwargs) if layout is None else _made(layout)
 
-    def keep(self, key: Hashable | None, result: Any, args: Sequence[Any]) -> None:
-        """Note what a call made, unless it gave back an argument or a part of one."""
-        if key is not None and _is_new(result, [leaf for leaf in tree_flatten(args)[0] if isinstance(leaf, Tensor)]):
+    def keep(self, key: Hashable | None, result: Any, operands: Iterable[Tensor]) -> None:
+        """Note what a call made of some tensors, unless it gave back one of them or a part of one."""
+        if key is not None and _is_new(result, list(operands)):
             self._layouts[key] = _layout(result)
 
 
@@ -73,11 +72,12 @@ _LIKE_INPUT: Mapping[Callable[..., Any], tuple[str, ...]] = {
     F.hardsigmoid: ("input", "inplace"),
     F.hardswish: ("input", "inplace"),
     F.layer_norm: ("input", "normalized_shape", "weight", "bias"),
+    F.silu: ("input", "inplace"),
 }  # slow functions that many models call with ever other shapes, and the names of their first parameters
 
 
 def _like_input(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What a few functions make of an input whose elements are in order: a tensor like it.
+    """What a few functions make of an input whose elements are in order: a tensor like it, or the input itself.
 
     None if the function is another one, or if anything about the arguments is unusual or may be wrong.
     """
@@ -97,11 +97,12 @@ def _like_input(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
         kept = (named.get("running_mean"), named.get("running_var"))
         is_usual = len(shape) > 0 and named.get("training") is False and all(isinstance(item, Tensor) for item in kept)
     else:
-        is_usual = not named.get("inplace") and named.get("approximate", "none") in ("none", "tanh")
+        is_usual = named.get("approximate", "none") in ("none", "tanh")
     others = [item for item in named.values() if isinstance(item, Tensor)]
     is_usual = is_usual and all(item.shape == shape and item.dtype == source.dtype for item in others)
-    result = torch.empty(source.shape, dtype=source.dtype, device="meta")
-    return result if is_usual and result.stride() == source.stride() else None
+    if not is_usual or not source.is_contiguous():
+        return None
+    return source if named.get("inplace") else torch.empty_like(source)
 
 
 class _UnusualError(Exception):

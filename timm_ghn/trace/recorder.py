@@ -167,7 +167,7 @@ class Recorder(TorchFunctionMode):
             result = self._call(func, args, kwargs)
         with torch._C.DisableTorchFunction():
             if is_called:
-                self._results.keep(key, result, (*args, *kwargs.values()))
+                self._results.keep(key, result, tensors_in((*args, *kwargs.values())))
             changed = [args[0]] if name == "setitem" else list(tensors_in(result))
             if changed:
                 outputs = tuple(self._new_value(tensor) for tensor in self._with_wholes(changed, args, kwargs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from timm_ghn.errors import CaptureError
 from timm_ghn.trace.hooks import isolate_hooks
+
+_CONSTANTS = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size})
+"""Types of values that a copy may share."""
 
 
 def skeleton_of(model: nn.Module) -> tuple[nn.Module, list[Tensor]]:
@@ -37,13 +40,41 @@ def skeleton_of(model: nn.Module) -> tuple[nn.Module, list[Tensor]]:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta
     tensors = [*memo.values()]
-    for module in model.modules():  # the dozen empty tables of a module take most of the time of copy.deepcopy
-        tables = [table for table in vars(module).values() if type(table) in (dict, OrderedDict) and not table]
-        memo.update((id(table), type(table)()) for table in tables)
+    for module in reversed(
+        [*model.modules()]
+    ):  # of most modules, which copy.deepcopy is slow with; the inner ones first
+        if (copied := _plain_copy(module, memo)) is not None:
+            memo[id(module)] = copied
     with _CopiesOnMeta(tensors):
         skeleton, memo = _copied(model, memo)
         isolate_hooks(skeleton, memo)
     return skeleton.eval(), tensors
+
+
+def _plain_copy(module: nn.Module, memo: Mapping[int, Any]) -> nn.Module | None:
+    """The copy of a module of torch or timm that holds nothing but constants and what was copied; None for others."""
+    kind = type(module)
+    if not kind.__module__.startswith(("torch.nn.", "timm.")) or hasattr(kind, "__deepcopy__"):
+        return None
+    state: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        container = type(value)
+        if container in _CONSTANTS:
+            state[name] = value
+        elif container not in (dict, OrderedDict, set, tuple):
+            return None
+        elif not value:  # the dozen tables of hooks
+            state[name] = container()
+        else:
+            is_table = container in (dict, OrderedDict)
+            items = value.values() if is_table else value
+            if not all(type(item) in _CONSTANTS or id(item) in memo for item in items):
+                return None
+            copies = [memo.get(id(item), item) for item in items]
+            state[name] = container(zip(value, copies, strict=True) if is_table else copies)
+    copied = kind.__new__(kind)
+    vars(copied).update(state)
+    return copied
 
 
 class _CopiesOnMeta(TorchFunctionMode):
