@@ -94,23 +94,20 @@ def make_schedule(graphs: Sequence[Graph], virtual_edges: bool, like: Tensor) ->
 
     offsets = np.cumsum([0, *(len(graph) for graph in graphs)])
     pairs = [_reachable(graph, virtual_edges) for graph in graphs]
-    sources, targets = (
-        position[np.concatenate([pair[end] + offset for pair, offset in zip(pairs, offsets[:-1], strict=True)])]
-        for end in (0, 1)
-    )
-    distances = np.concatenate([pair[2] for pair in pairs])
+    ends = np.concatenate([pair[:, :2] + offset for pair, offset in zip(pairs, offsets[:-1], strict=True)])
+    sources, targets = position[ends].T
+    distances = np.concatenate([pair[:, 2] for pair in pairs])
     forward = _pushes(sources, targets, distances, starts, virtual_edges, like)
     backward = _pushes(targets, sources, distances, starts, virtual_edges, like)
     return torch.from_numpy(position).to(like.device), forward, backward[::-1]
 
 
-def _reachable(graph: Graph, virtual_edges: bool) -> tuple[IntArray, IntArray, IntArray]:
-    """Source, target and distance of all pairs of nodes between which a message travels."""
-    if not virtual_edges:
-        edges = np.asarray(graph.edges, dtype=np.int64).reshape(-1, 2)
-        return edges[:, 0], edges[:, 1], np.ones(len(edges), dtype=np.int64)
-    sources, targets = np.nonzero(graph.distance_matrix)
-    return sources, targets, graph.distance_matrix[sources, targets].astype(np.int64)
+def _reachable(graph: Graph, virtual_edges: bool) -> IntArray:
+    """Source, target and distance (M, 3) of all pairs of nodes between which a message travels."""
+    if virtual_edges:
+        return graph.distances
+    edges = np.asarray(graph.edges, dtype=np.int64).reshape(-1, 2)
+    return np.pad(edges, ((0, 0), (0, 1)), constant_values=1)
 
 
 def _pushes(
@@ -133,16 +130,8 @@ def _pushes(
     if virtual_edges:
         flat[cell + 1] = np.float32(1.0) / distances.astype(np.float32)
     buffer = torch.from_numpy(flat).to(like)
-    return [
-        Push(
-            int(starts[i]),
-            int(starts[i + 1]),
-            int(first[i]),
-            int(last[i]),
-            buffer[begin[i] : begin[i + 1]].view(-1, int(widths[i])),
-        )
-        for i in range(len(widths))
-    ]
+    bounds = zip(starts[:-1].tolist(), starts[1:].tolist(), first.tolist(), last.tolist(), strict=True)
+    return [Push(*bound, buffer[begin[i] : begin[i + 1]].view(-1, int(widths[i]))) for i, bound in enumerate(bounds)]
 
 
 class GatedGNN(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from timm_ghn.graph.origins import Origins
@@ -24,28 +24,17 @@ class Mixtures:
 
 
 def find_mixtures(origins: Origins) -> Mixtures:
-    """Mixed kernels: go back from each to the operations that parameters enter."""
-    makers = {output.index: operation for operation, _, outputs in origins.flow.steps for output in outputs}
-    experts, mixed = dict[int, tuple[int, ...]](), set[int]()
-    for operation, _, _ in origins.flow.steps:
-        weight, _ = weight_and_bias(operation)
-        if kind_of(operation) in LAYERS and weight is not None and origins.is_data(weight):
-            experts[weight.index] = _experts(weight, origins, makers, mixed)
-    return Mixtures(experts, mixed)
+    """Mixed kernels: the last parameters that entered each of them, and the values in which they did."""
 
+    def step(operation: Operation, output: Value, known: Sequence[dict[int, int] | None]) -> dict[int, int] | None:
+        """The value in which each parameter entered, by number of the parameter."""
+        learned = [index for value in operands(operation) for index in origins.of(value).values]
+        if learned or kind_of(operation) is Kind.LINEAR:
+            return dict.fromkeys(learned, output.index)
+        return {index: value for entered in known if entered for index, value in entered.items()}
 
-def _experts(weight: Value, origins: Origins, makers: Mapping[int, Operation], mixed: set[int]) -> tuple[int, ...]:
-    pending, found = [weight.index], dict[int, None]()
-    seen = set[int]()
-    while pending:
-        maker = makers.get(pending.pop())
-        if maker is None or maker.outputs[0].index in seen:
-            continue
-        seen.add(maker.outputs[0].index)
-        learned = [index for value in operands(maker) for index in origins.of(value).values]
-        if learned:
-            found.update(dict.fromkeys(learned))
-            mixed.update(output.index for output in maker.outputs)
-        elif kind_of(maker) is not Kind.LINEAR:
-            pending.extend(value.index for value in maker.inputs if origins.is_data(value))
-    return tuple(found)
+    entered = origins.flow.follow(step)
+    weights = (weight_and_bias(operation)[0] for operation, _, _ in origins.flow.steps if kind_of(operation) in LAYERS)
+    kernels = {value.index: entered[value.index] for value in weights if value is not None and origins.is_data(value)}
+    mixed = {value for found in kernels.values() for value in found.values()}
+    return Mixtures({kernel: tuple(found) for kernel, found in kernels.items()}, mixed)
