@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.distributed.fsdp
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -99,6 +100,15 @@ def test_one_layer(seeded_checkpoint: Path) -> None:
     out = run("one_layer.py", "test_resnet", ghn=seeded_checkpoint)
     assert "1. predicted by the GHN" in out
     assert "the same as init='ghn-orth' gives, up to 0e+00" in out
+
+
+@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="FSDP2 is part of torch from 2.6 on")
+def test_init_sharded(seeded_checkpoint: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    out = run(*torchrun, "init_sharded.py", "test_vit", ghn=seeded_checkpoint)
+    assert "test_vit: ghn-orth, 306,890 parameters" in out
+    assert "rank 0 of 2 holds 156,709 of 306,890 parameters" in out
+    assert "loss of the first step: " in out
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

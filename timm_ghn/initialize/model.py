@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -31,6 +31,7 @@ from timm_ghn.settings import Init, Source
 from timm_ghn.storage.cache import Entry, WeightCache, cache_key
 from timm_ghn.storage.fingerprint import fingerprint
 from timm_ghn.storage.upkeep import UNREADABLE
+from timm_ghn.trace.distributed import is_sharded, unwrapped
 from timm_ghn.trace.inputs import check_model
 
 _logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def init_model(
     *,
     input_size: int | Sequence[int] | None = None,
     example_input: Any = None,
+    build: Callable[[], nn.Module] | None = None,
     **settings: Any,
 ) -> Report:
     """Initialize a model that is in memory, in place.
@@ -51,7 +53,9 @@ def init_model(
     given.
 
     Args:
-        model: Any module, from timm or not. Parameters that are not predicted keep their values, and so do frozen ones
+        model: Any module, from timm or not. Its parameters may be DTensors (FSDP2, tensor parallelism); then all ranks
+            have to call this with equal arguments. Of `DistributedDataParallel`, `DataParallel` and `torch.compile`,
+            the model within is initialized. Parameters that are not predicted keep their values, and so do frozen ones
             (`requires_grad=False`) unless the settings say `frozen="init"`. Training mode, `requires_grad` and buffers
             stay as they are.
         method: A name of `METHODS`, such as "ghn-orth", "orth" or "lsuv", or `Init` with all settings.
@@ -59,6 +63,9 @@ def init_model(
             height and width of a square.
         example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors (positional or keyword arguments
             of forward). "lsuv" measures on it.
+        build: Builds the model once more, as `lambda: timm.create_model(name)` does, for models that were built on the
+            meta device and got memory from `to_empty`: parameters that are not predicted and buffers get the values
+            that they would have in `timm.create_model(name, init=...)`. The cache is not used then.
         **settings: Fields of `Init`: `ghn`, `noise`, `start_layer`, `seed`, ...
 
     Returns:
@@ -72,7 +79,11 @@ def init_model(
     """
     check_model(model)
     init = Init.of(method, **{**({"cache": False} if isinstance(method, str) else {}), **settings})
-    model = getattr(model, "_orig_mod", model)  # of torch.compile: recording it would compile it again
+    model = unwrapped(model)
+    if build is not None or is_sharded(model):
+        from timm_ghn.initialize.sharded import initialize_sharded_
+
+        return initialize_sharded_(model, init, build, input_size=input_size, example_input=example_input)
     return initialize_(model, init, input_size=input_size, example_input=example_input)
 
 

@@ -30,6 +30,7 @@ from timm_ghn.orthogonalization import (
 from timm_ghn.scale.rule import Structure, gaining_norms
 from timm_ghn.scale.structure import find_structure
 from timm_ghn.settings import Init, Source
+from timm_ghn.trace.distributed import whole
 
 FROZEN = "frozen: requires_grad is False"
 
@@ -200,7 +201,7 @@ def make_plan(
 def _kept(model: nn.Module, init: Init) -> dict[str, str]:
     """Parameters that no method changes, and why, by name."""
     frozen = (name for name, parameter in model.named_parameters() if not parameter.requires_grad)
-    return kept_parameters(model) | (dict.fromkeys(frozen, FROZEN) if init.frozen == "keep" else {})
+    return (dict.fromkeys(frozen, FROZEN) if init.frozen == "keep" else {}) | kept_parameters(model)
 
 
 def _processed(
@@ -232,7 +233,8 @@ def _check_model(
         raise InitError(
             f"{on_meta} is on the meta device, where parameters and buffers that are kept have no values. Build the "
             "model outside of torch.device('meta'): timm.create_model(..., init='ghn-orth') draws no random numbers in "
-            "vain either. Memory from model.to_empty() alone holds no values"
+            "vain either. Memory from model.to_empty() alone holds no values: give init_model build= then, a function "
+            "that builds the model"
         )
     inference = next((name for name, parameter in parameters.items() if parameter.is_inference()), None)
     if inference is not None and not torch.is_inference_mode_enabled():
@@ -263,12 +265,14 @@ def _check_values(
     for name, tensor in [*((name, parameters[name]) for name in kept), *buffers.items()]:
         if deferred.is_pending(tensor):
             continue
+        tensor = whole(tensor)
         if name in kept and kept[name].layer is not None and not bool(tensor.isfinite().all()):
             raise InitError(f"{name} holds NaN or infinity, so nothing was changed; repair the weights first")
         if bool(tensor.isnan().any()):
             raise InitError(
                 f"{name} holds NaN and would be kept, so nothing was changed. Memory from model.to_empty() alone holds "
-                "no values: build the model on a real device, or load weights first"
+                "no values: build the model on a real device, load weights first, or give build=, a function that "
+                "builds the model"
             )
 
 
@@ -305,6 +309,7 @@ def _start(kept: Mapping[str, Tensor], deferred: DeferredRandom, name: str) -> f
     parameter = kept.get(name)
     if parameter is None or parameter.numel() == 0 or deferred.is_pending(parameter):
         return None
+    parameter = whole(parameter)
     first = parameter.detach().flatten()[0]
     return float(first.abs()) if bool((parameter == first).all()) else None
 

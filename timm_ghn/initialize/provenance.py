@@ -13,6 +13,7 @@ from timm_ghn._version import __version__
 from timm_ghn.initialize.report import Report
 from timm_ghn.orthogonalization import WeightLayer
 from timm_ghn.settings import Init, Source
+from timm_ghn.trace.distributed import plain_type
 from timm_ghn.trace.inputs import timm_config
 
 if TYPE_CHECKING:
@@ -117,4 +118,4 @@ def _sentence(origin: Mapping[str, Any]) -> str:
 
 def model_name(model: nn.Module) -> str:
     """What a model is called in reports: its architecture in timm, else its class."""
-    return str(timm_config(model).get("architecture") or type(model).__name__)
+    return str(timm_config(model).get("architecture") or plain_type(model).__name__)

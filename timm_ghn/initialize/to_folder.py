@@ -10,31 +10,27 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter, defaultdict
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from timm_ghn.deferred import DeferredRandom, storage_id
+from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.initialize.create import create
-from timm_ghn.initialize.fill import fill_generated, fill_others
 from timm_ghn.initialize.hypernetwork import find_hypernetwork
 from timm_ghn.initialize.memory import LazyMemory
-from timm_ghn.initialize.plan import make_plan, postprocess_settings
+from timm_ghn.initialize.plan import make_plan
 from timm_ghn.initialize.provenance import model_name, record_
 from timm_ghn.initialize.report import Report
+from timm_ghn.initialize.stream import stream
 from timm_ghn.request import Request
 from timm_ghn.settings import Init, Source
 from timm_ghn.storage.folder import MAX_SHARD_SIZE, check_destination, model_folder, save
-from timm_ghn.storage.header import TensorSpec, specs_of
-from timm_ghn.storage.writer import WeightFiles
+from timm_ghn.storage.header import specs_of
 
 _logger = logging.getLogger(__name__)
 
@@ -105,13 +101,8 @@ def _streamed(request: Request, directory: str | os.PathLike[str], **options: An
     report = plan.report(model_name(model))
     record_(model, report)
     specs = specs_of(model.state_dict())
-    folder = model_folder(model, specs, directory, model_args=_shaping(request, model), **options)
-    with folder as files, closing(_Writer(model, files, memory)) as writer:
-        queued = torch.get_num_threads()
-        scaled = fill_generated(plan, deferred, writer.finished, queued=queued)
-        fill_others(model, report, plan.processed, postprocess_settings(init), deferred, writer.finished, queued=queued)
-        writer.write_buffers()
-    return plan.report(report.model, scaled)
+    with model_folder(model, specs, directory, model_args=_shaping(request, model), **options) as files:
+        return stream(plan, model, deferred, memory, model.state_dict(), files.write)
 
 
 def _shaping(request: Request, model: nn.Module) -> dict[str, Any] | None:
@@ -119,46 +110,3 @@ def _shaping(request: Request, model: nn.Module) -> dict[str, Any] | None:
     if hasattr(model, "_model_args"):
         return None
     return {key: value for key, value in request.arguments.items() if key not in ("dtype", "device")}
-
-
-class _Writer:
-    """Writes what has become final, under all its names, and gives its memory back.
-
-    Args:
-        model: The model.
-        files: Where its tensors go.
-        memory: What gives memory back.
-    """
-
-    def __init__(self, model: nn.Module, files: WeightFiles, memory: LazyMemory) -> None:
-        self._files = files
-        self._memory = memory
-        self._parameters = dict(model.named_parameters())
-        self._waiting = Counter(storage_id(parameter) for parameter in self._parameters.values())
-        self._entries: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)  # by storage
-        for name, tensor in model.state_dict().items():
-            self._entries[storage_id(tensor)].append((name, tensor))
-        size = sum(TensorSpec.of(tensor).num_bytes for entries in self._entries.values() for _, tensor in entries)
-        self._bar = tqdm(desc="writing", total=size, unit="B", unit_scale=True, delay=2, leave=False, disable=None)
-
-    def finished(self, name: str, *_: object) -> None:
-        """A parameter is final; it is written when all others in the same memory are, too."""
-        storage = storage_id(self._parameters[name])
-        self._waiting[storage] -= 1
-        if self._waiting[storage] == 0:
-            self._write(storage)
-            self._memory.release(self._parameters[name])
-
-    def write_buffers(self) -> None:
-        """Write what belongs to no parameter."""
-        for storage in self._entries.keys() - self._waiting.keys():
-            self._write(storage)
-
-    def close(self) -> None:
-        """End the progress bar."""
-        self._bar.close()
-
-    def _write(self, storage: int) -> None:
-        for name, tensor in self._entries[storage]:
-            self._files.write(name, tensor)
-            self._bar.update(TensorSpec.of(tensor).num_bytes)

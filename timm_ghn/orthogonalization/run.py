@@ -18,6 +18,7 @@ from timm_ghn.orthogonalization.layers import WeightLayer, resolve_start_layer, 
 from timm_ghn.orthogonalization.noise import add_noise_
 from timm_ghn.orthogonalization.orthogonal import checked_scales, orthogonal_factor_, wide_dtype
 from timm_ghn.settings import NOISE, Correlation, check_choice, check_noise, check_seed
+from timm_ghn.trace.distributed import is_distributed, place_, unwrapped, whole
 from timm_ghn.trace.inputs import check_model
 
 _logger = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ def orthogonalize_(
     changes.
 
     Args:
-        model: The model, on any device but "meta".
+        model: The model, on any device but "meta". Its parameters may be DTensors; then all ranks have to call this.
         start_layer: `L`, see `resolve_start_layer`; None for `default_start_layer`.
         noise: `beta` of Eq. 1; 0 for no noise.
         seed: Seed of the noise.
@@ -210,6 +211,7 @@ def orthogonalize_(
     """
     settings = PostProcess(noise=noise, orthogonal=orthogonal, seed=seed, correlation=correlation)
     check_model(model)
+    model = unwrapped(model)
     layers = weight_layers(model, input_size=input_size, example_input=example_input)
     start = resolve_start_layer(layers, start_layer)
     selected = selected_layers(layers, start)
@@ -220,11 +222,14 @@ def orthogonalize_(
     for layer, weight in zip(selected, weights, strict=True):
         _check_weight(weight, layer)
         if weight.numel():
-            checked_scales(weight, layer.parameter)
+            checked_scales(whole(weight), layer.parameter)
     if kept:
         _logger.warning("kept as they are: %s", ", ".join(kept))
-    results = postprocess_many(zip(selected, weights, strict=True), settings, in_place=True)
-    for done, (layer, _) in enumerate(results, start=1):
+    source = ((layer, whole(weight)) for layer, weight in zip(selected, weights, strict=True))
+    results = postprocess_many(source, settings, in_place=True)
+    for done, ((layer, result), weight) in enumerate(zip(results, weights, strict=True), start=1):
+        if is_distributed(weight):
+            place_(weight, result)
         if progress is not None:
             progress(done, len(selected), layer.parameter)
     return tuple(layer.parameter for layer in selected)

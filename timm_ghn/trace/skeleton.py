@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from timm_ghn.errors import CaptureError
+from timm_ghn.trace.distributed import copied_plainly, meta_like
 from timm_ghn.trace.hooks import isolate_hooks
 
 _CONSTANTS = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size})
@@ -36,7 +37,7 @@ def skeleton_of(model: nn.Module) -> tuple[nn.Module, list[Tensor]]:
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise CaptureError(f"{name} has no shape yet: run one forward pass of the lazy model first")
         # Tensor subclasses of parameters (timm and torch have some) are not needed to record shapes.
-        meta = torch.empty_like(tensor, device="meta", requires_grad=False)
+        meta = meta_like(tensor)
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta
     tensors = [*memo.values()]
@@ -89,7 +90,7 @@ class _CopiesOnMeta(TorchFunctionMode):
     ) -> Any:
         if func not in (Tensor.__deepcopy__, Tensor.clone):  # of plain tensors, and of parameters
             return func(*args, **(kwargs or {}))
-        meta = torch.empty_like(args[0], device="meta", requires_grad=False)
+        meta = meta_like(args[0])
         self._made.append(meta)
         if func is Tensor.__deepcopy__:
             args[1][id(args[0])] = meta
@@ -102,7 +103,7 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> tuple[nn.Module, dict[int
     while True:
         copies = {**memo, **shared}
         try:
-            return copy.deepcopy(model, copies), copies
+            return copied_plainly(model, copies), copies
         except Exception as error:
             stuck = _object_in_the_way(error)
             if stuck is None or isinstance(stuck, nn.Module) or id(stuck) in shared:
