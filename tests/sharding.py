@@ -74,7 +74,7 @@ def start_group(size: int, work: Callable[..., None], folder: Path, *args: Any) 
 def _joined(rank: int, size: int, work: Callable[..., None], folder: Path, *args: Any) -> None:
     torch.set_num_threads(1)
     where = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=300))
     try:
         work(rank, folder, *args)
     finally:
