@@ -409,6 +409,8 @@ def test_command_trains_evaluates_and_exports(tmp_path: Path, capsys: pytest.Cap
     assert run_train(_arguments(*line, "--export", str(tmp_path / "ghn.safetensors"))) == 0
     ghn = read(tmp_path / "ghn.safetensors")
     assert ghn.config.num_classes == 6
+    assert ghn.seen is not None
+    assert ghn.seen.networks >= 4
     again = ["--out", str(tmp_path / "run"), "--export-only", "--export", str(tmp_path / "again.safetensors")]
     assert run_train(_arguments(*again)) == 0
     assert content_hash(read(tmp_path / "again.safetensors")) == content_hash(ghn)

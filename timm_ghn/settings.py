@@ -122,6 +122,8 @@ class Init:
         correlation: Whose correlations scale the noise: the "paper"'s, between channels, or those of "ppuda"'s code.
         reading: How the graph is read, "default" or "ppuda" (see `timm_ghn.graph.Reading`).
         rescale: Whether the scale of predictions is kept sane: "auto" or "off" (see `timm_ghn.scale.rule`).
+        fallback: What happens to layers in surroundings that the GHN was never trained in, where its file has a table
+            of them: "auto" starts them as `orth` does, "off" predicts them as the paper does (`timm_ghn.ghn.seen`).
         frozen: What happens to parameters with `requires_grad=False`: "keep" leaves them as they are, which the report
             tells, "init" treats them as all others.
         cache: Whether results are looked up in the cache and kept there.
@@ -138,6 +140,7 @@ class Init:
     correlation: Correlation = "paper"
     reading: Literal["default", "ppuda"] = "default"
     rescale: Rescale = "auto"
+    fallback: Literal["auto", "off"] = "auto"
     frozen: Literal["keep", "init"] = "keep"
     cache: bool = True
 
@@ -155,6 +158,7 @@ class Init:
         check_choice("correlation", self.correlation, Correlation)
         check_choice("reading", self.reading, Literal["default", "ppuda"])
         check_choice("rescale", self.rescale, Rescale)
+        check_choice("fallback", self.fallback, Literal["auto", "off"])
         check_choice("frozen", self.frozen, Literal["keep", "init"])
         if not isinstance(self.cache, bool):
             raise InitError(f"cache={self.cache!r}: expected True or False")

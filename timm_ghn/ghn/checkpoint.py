@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -27,6 +28,7 @@ from timm_ghn.ghn import pickles
 from timm_ghn.ghn.config import GHNConfig, GHNInfo
 from timm_ghn.ghn.model import GHN
 from timm_ghn.ghn.pickles import ADVICE
+from timm_ghn.ghn.seen import Seen
 from timm_ghn.storage.atomic import save_atomically
 from timm_ghn.storage.reader import TensorReader
 from timm_ghn.storage.writer import write_file
@@ -35,6 +37,11 @@ CONFIG_KEY = "timm_ghn"
 """Metadata key of a safetensors file whose value is the GHN's configuration as JSON."""
 HASH_KEY = "ghn_hash"
 """Metadata key whose value is the `content_hash` that the file had when it was written."""
+
+SEEN_KEY = "seen"
+"""Tensor of a safetensors file that holds the codes of `timm_ghn.ghn.seen`, and metadata key of their networks."""
+MAX_SEEN = 2**20
+"""More codes than any table has."""
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _IN_FIRST_LAYER = ("centrality_embed_in.", "centrality_embed_out.", "input_dist_embed.")
@@ -147,19 +154,31 @@ def _read_safetensors(path: str, *_: int) -> GHN:
         with TensorReader(path) as file:
             metadata = dict(file.metadata)
             config = _config(_json(metadata.pop(CONFIG_KEY, None), path), {}, path)
-            _empty({key: spec.shape for key, spec in file.specs.items()}, config, path)
-            tensors = {key: file.read(key) for key in file.specs}
+            specs = dict(file.specs)
+            seen = _read_seen(file, path) if specs.pop(SEEN_KEY, None) else None
+            _empty({key: spec.shape for key, spec in specs.items()}, config, path)
+            tensors = {key: file.read(key) for key in specs}
     except TensorFileError as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); {ADVICE}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     expected = metadata.pop(HASH_KEY, None)
-    ghn = _build(config, _check_tensors(tensors, path), path, metadata)
+    metadata.pop(SEEN_KEY, None)
+    ghn = _build(config, _check_tensors(tensors, path), path, metadata, seen)
     if expected is not None and ghn.info is not None and ghn.info.hash != expected:
         raise CheckpointError(
             f"{path} is damaged: its content does not have the hash that it was written with; {ADVICE}"
         )
     return ghn
+
+
+def _read_seen(file: TensorReader, name: str) -> Seen:
+    """The table of surroundings in a file."""
+    spec, networks = file.specs[SEEN_KEY], file.metadata.get(SEEN_KEY, "")
+    is_number = networks.isdecimal() and len(networks) < 10
+    if spec.dtype != "int64" or len(spec.shape) != 1 or spec.shape[0] > MAX_SEEN or not is_number:
+        raise CheckpointError(f"{name}: tensor {SEEN_KEY} is not a table of surroundings; {ADVICE}")
+    return Seen(np.unique(file.read(SEEN_KEY).numpy()), int(networks))
 
 
 def write_safetensors(ghn: GHN, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
@@ -177,6 +196,9 @@ def write_safetensors(ghn: GHN, path: str | os.PathLike[str], metadata: Mapping[
     facts = {"format": "pt", **(metadata or {})}
     facts[CONFIG_KEY] = json.dumps(ghn.config.to_dict())
     facts[HASH_KEY] = content_hash(ghn)
+    if ghn.seen is not None:
+        tensors[SEEN_KEY] = torch.from_numpy(ghn.seen.codes)
+        facts[SEEN_KEY] = str(ghn.seen.networks)
     save_atomically(path, lambda temporary: write_file(temporary, tensors, facts))
 
 
@@ -197,7 +219,7 @@ def from_module(module: nn.Module, name: str = "live module") -> GHN:
     module = inner if isinstance(inner, nn.Module) and not hasattr(module, "gnn") else module
     tensors = {key: tensor.clone() for key, tensor in module.state_dict().items()}
     if isinstance(module, GHN):
-        return _build(module.config, tensors, name, {})
+        return _build(module.config, tensors, name, {}, module.seen)
     weight_norm = getattr(module, "weight_norm", None)
     if not isinstance(weight_norm, bool):
         raise CheckpointError(f"{type(module).__name__} is not a ppuda GHN: it does not say whether it has weight_norm")
@@ -205,12 +227,15 @@ def from_module(module: nn.Module, name: str = "live module") -> GHN:
 
 
 def content_hash(ghn: GHN) -> str:
-    """SHA-256 of a GHN's configuration and weights, whatever file it came from."""
+    """SHA-256 of a GHN's configuration, weights and table of surroundings, whatever file it came from."""
     digest = hashlib.sha256(json.dumps(ghn.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(ghn.state_dict().items()):
         values = tensor.detach().to("cpu", torch.float32).contiguous()
         digest.update(f"\0{name}\0{tuple(values.shape)}\0".encode())
         digest.update(values.numpy().astype("<f4", copy=False).data)
+    if ghn.seen is not None:
+        digest.update(f"\0{SEEN_KEY}\0{ghn.seen.networks}\0".encode())
+        digest.update(ghn.seen.codes.astype("<i8", copy=False).data)
     return digest.hexdigest()
 
 
@@ -227,7 +252,9 @@ def _check_tensors(tensors: Any, name: str) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _build(config: GHNConfig, tensors: Mapping[str, Tensor], name: str, metadata: Mapping[str, str]) -> GHN:
+def _build(
+    config: GHNConfig, tensors: Mapping[str, Tensor], name: str, metadata: Mapping[str, str], seen: Seen | None = None
+) -> GHN:
     """A GHN that owns the tensors, which are checked first; they are copied where their type or layout is another."""
     ghn = _empty({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, name)
     for key, tensor in tensors.items():
@@ -235,6 +262,7 @@ def _build(config: GHNConfig, tensors: Mapping[str, Tensor], name: str, metadata
             raise CheckpointError(f"{name}: tensor {key} has NaN or infinite values; {ADVICE}")
     owned = {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
     ghn.load_state_dict(owned, assign=True)
+    ghn.seen = seen
     ghn.info = GHNInfo(name, content_hash(ghn), dict(metadata))
     return ghn.eval()
 

@@ -18,6 +18,7 @@ from timm_ghn.ghn.config import GHNConfig, GHNInfo
 from timm_ghn.ghn.features import ShapeEncoder, shape_4d
 from timm_ghn.ghn.gnn import MLP, GatedGNN
 from timm_ghn.ghn.graphormer import Graphormer
+from timm_ghn.ghn.seen import Seen
 from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.nodes import Layout, Op, Role, Shape, Target
 
@@ -111,12 +112,14 @@ class GHN(nn.Module):
     Attributes:
         config: Hyperparameters.
         info: Where the weights came from; None for one that was not loaded.
+        seen: The surroundings of layers that it was trained in; None where that is not known.
     """
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__()
         self.config = config
         self.info: GHNInfo | None = None
+        self.seen: Seen | None = None
         hid = config.hid
         if config.layernorm:
             self.ln = nn.LayerNorm(hid)

@@ -52,18 +52,20 @@ def fill_generated(
     workers = torch.get_num_threads()
     # The thousands of small products of a GNN are slower on several threads, and sums depend on their number.
     with single_threaded(), torch.autocast("cpu", enabled=False):
-        if plan.hypernetwork is None:
-            source = _drawn(plan, deferred)
-        else:
-            predictions = _predictions(plan, scaled)
-            is_new = any(deferred.is_pending(parameter) for parameter in plan.parameters.values())
-            source = _predicted(plan, predictions if is_new else list(predictions), deferred, finished)
+        predictions: Iterable[Prediction] = _predictions(plan, scaled)
+        if not any(deferred.is_pending(parameter) for parameter in plan.parameters.values()):
+            predictions = list(predictions)
         settings = postprocess_settings(plan.init)
-        for layer, weight in postprocess_many(source, settings, workers, in_place=True, queued=queued):
-            parameter = plan.parameters[layer.parameter].data
-            if weight.data_ptr() != parameter.data_ptr():
-                parameter.copy_(weight)
-            finished(layer.parameter, None)
+        sources = (
+            (_predicted(plan, predictions, deferred, finished), settings),
+            (_drawn(plan, deferred), replace(settings, noise=0.0)),
+        )
+        for source, applied in sources:
+            for layer, weight in postprocess_many(source, applied, workers, in_place=True, queued=queued):
+                parameter = plan.parameters[layer.parameter].data
+                if weight.data_ptr() != parameter.data_ptr():
+                    parameter.copy_(weight)
+                finished(layer.parameter, None)
     return scaled
 
 

@@ -46,7 +46,7 @@ class Assignment:
         layer: As which layer it is post-processed; None if it is not.
         factor: What the prediction is multiplied with because of the structure of the network.
         gains: Whether it is the weight of a layer norm whose output is multiplied by what follows.
-        reason: Why its values are those of timm.
+        reason: Why its values are those of timm, or are drawn where a GHN was to predict.
     """
 
     source: Source
@@ -63,6 +63,8 @@ class Assignment:
             return Status.PREDICTED if self.layer is None else Status.PREDICTED_ORTHOGONALIZED
         if self.source is Source.BASELINE:
             return Status.COMPUTED
+        if self.source is Source.GAUSSIAN and self.reason:
+            return Status.DRAWN
         return Status.KEPT if self.layer is None else Status.ORTHOGONALIZED
 
     @property
@@ -172,9 +174,13 @@ def make_plan(
     start_layer = _start_layer(init, layers, hypernetwork)
     targets: Mapping[str, Target] = {}
     reasons: Mapping[str, str] = {}
+    unseen: Mapping[str, str] = {}
     structure, computation = None, None
     if hypernetwork is not None and outline is not None:
         targets, reasons = _choose_targets(outline.graph, hypernetwork.model, free)
+        if init.fallback == "auto":
+            unseen = _unseen(targets, outline.graph, hypernetwork.model)
+            targets, reasons = {n: target for n, target in targets.items() if n not in unseen}, {**reasons, **unseen}
         if init.rescale == "auto":
             others = {name: parameter for name, parameter in parameters.items() if name not in targets}
             structure = find_structure(
@@ -183,6 +189,8 @@ def make_plan(
     processed = _processed(layers, free, start_layer, structure)
     if hypernetwork is not None and outline is not None:
         chosen = _predictions(targets, outline.graph, structure, hypernetwork.model, processed)
+        drawn = (layer for layer in layers if layer.parameter in unseen and not layer.is_classifier)
+        chosen |= {x.parameter: Assignment(Source.GAUSSIAN, layer=x, reason=unseen[x.parameter]) for x in drawn}
     elif init.spec.source is Source.BASELINE:
         computation = BASELINES[init.method](Setting(model, init.method, init.seed or 0, free, **inputs))
         chosen = dict.fromkeys(computation.names, Assignment(Source.BASELINE))
@@ -325,3 +333,9 @@ def _choose_targets(graph: Graph, ghn: GHN, free: frozenset[str]) -> tuple[dict[
         elif target.name in free:
             chosen[target.name] = target
     return chosen, reasons
+
+
+def _unseen(targets: Mapping[str, Target], graph: Graph, ghn: GHN) -> dict[str, str]:
+    """Which predictions would be guesses, and why: parameters in surroundings that the GHN was not trained in."""
+    unseen = {} if ghn.seen is None else ghn.seen.unseen(graph)
+    return {name: f"not seen: {reason}" for name, reason in unseen.items() if name in targets}

@@ -47,7 +47,7 @@ def describe_origin(
         Plain values: `method`; `version` of this package and `numerics` of its rules; `ghn`, the GHN's name,
         `ghn_hash`, the SHA-256 of its configuration and weights, and `ghn_kind`, such as "GHN-2"; `noise`, beta of the
         paper, 0 if nothing is post-processed; `start_layer`, L; `num_layers`; and the settings `seed`, `correlation`,
-        `reading`, `rescale` and `frozen` of `timm_ghn.Init`.
+        `reading`, `rescale`, `fallback` and `frozen` of `timm_ghn.Init`.
     """
     processes = start_layer is not None and any(x.number >= start_layer and not x.is_classifier for x in layers)
     return {
@@ -64,6 +64,7 @@ def describe_origin(
         "correlation": init.correlation,
         "reading": init.reading,
         "rescale": init.rescale,
+        "fallback": init.fallback,
         "frozen": init.frozen,
     }
 

@@ -21,6 +21,7 @@ class Status(str, Enum):
     PREDICTED = "predicted"
     PREDICTED_ORTHOGONALIZED = "predicted and orthogonalized"
     ORTHOGONALIZED = "orthogonalized"
+    DRAWN = "orthogonal instead of predicted"
     COMPUTED = "computed"
     KEPT = "kept"
 
@@ -33,7 +34,7 @@ class ParameterReport:
         name: Qualified name.
         shape: Shape.
         status: What it got.
-        reason: Why it was kept, or why its prediction was scaled.
+        reason: Why it was kept or not predicted, or why its prediction was scaled.
         factor: What the prediction was multiplied with, before anything followed; 1 where it was left as it was.
     """
 
@@ -90,7 +91,7 @@ class Report:
     def generated(self) -> frozenset[str]:
         """Parameters whose values the provenance determines: predicted ones, or without a GHN those that are drawn."""
         drawn = Status.ORTHOGONALIZED if self.provenance["ghn_hash"] is None else None
-        statuses = (Status.PREDICTED, Status.PREDICTED_ORTHOGONALIZED, drawn)
+        statuses = (Status.PREDICTED, Status.PREDICTED_ORTHOGONALIZED, Status.DRAWN, drawn)
         return frozenset(row.name for row in self.parameters if row.status in statuses)
 
     def share(self, *statuses: Status) -> float:

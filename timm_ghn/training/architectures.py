@@ -5,21 +5,26 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
 
-from timm_ghn.errors import GraphError, TrainingError
+from timm_ghn.errors import CaptureError, GraphError, TrainingError
 from timm_ghn.ghn.model import GHN
+from timm_ghn.ghn.seen import Seen
+from timm_ghn.graph import to_graph
 from timm_ghn.graph.graph import Graph
 from timm_ghn.initialize.hypernetwork import Hypernetwork
 from timm_ghn.initialize.plan import make_plan
 from timm_ghn.settings import Init, Source
+from timm_ghn.trace.meta import build_on_meta
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.families import FAMILIES, Draw
 
@@ -27,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 _MAX_DRAWS = 200
 """Draws of one family after which a search within the bounds gives up."""
+
+_COUNTED = 1000
+"""Networks of a run whose surroundings are listed: more add next to nothing, and each takes half a second."""
 
 _IMPOSSIBLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What timm's constructors raise for arguments that do not go together; such a network is drawn again."""
@@ -156,7 +164,9 @@ class Network:
             model = architecture.build(ghn.config.num_classes)
         size = (3, architecture.size, architecture.size)
         try:
-            plan = make_plan(model, Init("ghn-orth"), Hypernetwork(ghn, "in training", ""), input_size=size)
+            plan = make_plan(
+                model, Init("ghn-orth", fallback="off"), Hypernetwork(ghn, "in training", ""), input_size=size
+            )
         except GraphError as error:
             raise TrainingError(f"no graph of {architecture}: {error}") from error
         self.graph = cast(Graph, plan.graph)
@@ -210,10 +220,32 @@ class Networks:
         return self._build(index)
 
 
+def training_architecture(config: TrainConfig, index: int) -> Architecture:
+    """The network of a run with a number."""
+    return draw_architecture(f"{config.seed}/train", index, config.families, Bounds())
+
+
 def training_networks(ghn: GHN, config: TrainConfig) -> Networks:
     """The networks of a run."""
-    stream = f"{config.seed}/train"
-    return Networks(lambda index: draw_architecture(stream, index, config.families, Bounds()), ghn, config.kept)
+    return Networks(lambda index: training_architecture(config, index), ghn, config.kept)
+
+
+def seen_in_training(config: TrainConfig, step: int) -> Seen:
+    """The surroundings that a GHN was trained in: those of layers of its first networks, `_COUNTED` at most.
+
+    Args:
+        config: The run.
+        step: Updates so far.
+    """
+
+    graphs = []
+    count = min(config.in_use(step)[1], _COUNTED)
+    for index in tqdm(range(count), desc="what was seen", unit="network", delay=2, disable=None):
+        architecture = training_architecture(config, index)
+        model = build_on_meta(partial(architecture.build, config.ghn.num_classes))
+        with suppress(CaptureError, GraphError):  # training leaves the network out as well
+            graphs.append(to_graph(model, input_size=architecture.size))
+    return Seen.of(graphs)
 
 
 class EvaluationNetworks(Iterable[Network]):

@@ -1,4 +1,4 @@
-"""From a training run to a GHN file, and the size embeddings of sizes that no training architecture had."""
+"""From a training run to a GHN file, with what training networks did not have: sizes, and surroundings of layers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from timm_ghn.errors import CheckpointError, TrainingError
 from timm_ghn.ghn.checkpoint import read, write_safetensors
 from timm_ghn.ghn.model import GHN
+from timm_ghn.training.architectures import seen_in_training
 from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.optimizer import make_optimizer
 
 
 def export_run(folder: Path, path: Path) -> GHN:
-    """Write the GHN of a run's last checkpoint as safetensors, its unseen sizes filled in.
+    """Write the GHN of a run's last checkpoint as safetensors, with unseen sizes filled in, and a table of what it saw.
 
     Args:
         folder: The run's folder.
@@ -40,6 +41,7 @@ def export_run(folder: Path, path: Path) -> GHN:
         raise TrainingError(f"{folder} holds no training run that can be exported: {error}") from error
     state = torch.load(folder / latest.optimizer, map_location="cpu", weights_only=True)
     fill_unseen_sizes(ghn, state["optimizer"])
+    ghn.seen = seen_in_training(latest.config, latest.step)
     facts = {"step": str(latest.step), "train_config": json.dumps(latest.config.to_dict(), sort_keys=True)}
     write_safetensors(ghn, path, facts)
     return ghn
