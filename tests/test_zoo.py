@@ -5,9 +5,9 @@ Nothing here knows the name of a model; a new timm brings its own.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
+import zlib
 from typing import Any
 
 import pytest
@@ -102,22 +102,32 @@ def check_layers(model: nn.Module, graph: Graph) -> None:
 
 
 def check_prediction(model: nn.Module, graph: Graph, ghn: GHN) -> None:
-    """Predicted tensors fit, are finite and not constant, and come out the same twice, bit for bit."""
+    """Predicted tensors fit, are finite and not constant, and come out the same twice, bit for bit.
+
+    Predictions of one shape are written in the same way, so that only the first of each is written.
+    """
     space = torch.empty(max(math.prod(target.shape) for target in graph.targets))
-    bits: dict[str, str] = {}
-    for prediction in ghn.predict(graph):
-        target = prediction.target
-        parameter = space[: math.prod(target.shape)].view(target.shape).fill_(0.0)
-        prediction.write_(parameter)
-        assert torch.isfinite(parameter).all(), target
-        assert parameter.any(), target
-        bits[target.name] = digest(prediction.block)
-    assert bits.keys() == {target.name for target in graph.targets}
-    assert bits == {prediction.target.name: digest(prediction.block) for prediction in ghn.predict(graph)}
+    written: set[Any] = set()
+    names: list[str] = []
+    for prediction, again in zip(ghn.predict(graph), ghn.predict(graph), strict=True):
+        target, block = prediction.target, prediction.block
+        names.append(target.name)
+        assert torch.isfinite(block).all(), target
+        assert block.any(), target
+        assert again.target == target
+        assert torch.equal(again.block, block), target
+        shapes = (target.shape, target.layout, prediction.kernel, block.shape)
+        if shapes not in written:
+            written.add(shapes)
+            parameter = space[: math.prod(target.shape)].view(target.shape).fill_(0.0)
+            prediction.write_(parameter)
+            assert torch.isfinite(parameter).all(), target
+            assert parameter.any(), target
+    assert sorted(names) == sorted(target.name for target in graph.targets)
 
 
-def digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+def digest(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().numpy().tobytes())
 
 
 def check_untouched(model: nn.Module, graph: Graph) -> None:
