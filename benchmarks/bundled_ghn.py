@@ -124,10 +124,10 @@ class Bench:
         """Images of a task; "oracle" for those of the classes that the GHN was trained on."""
         if task not in self.images:
             if task in ("held-out", "oracle"):
-                tiny = load_dataset("shards", self.args.data / _SHARDS, progress=False)
+                tiny = load_dataset("shards", self.args.data / _SHARDS)
                 self.images[task] = part_of(tiny, "held-out" if task == "held-out" else "trained")
             else:
-                self.images[task] = load_dataset(task, self.args.data, progress=False)
+                self.images[task] = load_dataset(task, self.args.data)
         return self.images[task]
 
     def config(self, task: str, model: str, init: str) -> FineTuneConfig:

@@ -454,7 +454,7 @@ def embeddings(args: argparse.Namespace) -> None:
     points = [graph_embedding(ghn, network.graph) for network in networks]
     accuracies: list[float | None] = [None] * len(networks)
     if args.data is not None:
-        images = load_benchmark("shards", args.data, progress=False).test
+        images = load_benchmark("shards", args.data).test
         ways = min(20, len(images.classes))
         index = BatchSampler(images).draw(2 * args.shots * ways, ways, torch.Generator().manual_seed(args.seed))
         batch = take_batch(images, index, "cpu")

@@ -8,7 +8,7 @@
 By default: CIFAR-10 with the first 100 images of each class, 32 x 32, random crops and flips, SGD with a cosine over
 300 epochs, 5 seeds, accuracy on the 10,000 test images after the last epoch. `--tune-lr` chooses the learning rate for
 each initialization on 5,000 held-out training images. Results are files in `--out`; what is there is not computed
-again, an interrupted run goes on from its last checkpoint, and several processes may share the folder.
+again, and several processes may share the folder.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     stored = args.stored_size or (configs[0].image_size if args.dataset == "folder" else 32)
-    data = load_dataset(args.dataset, args.data, size=stored, download=args.download, progress=sys.stderr.isatty())
+    data = load_dataset(args.dataset, args.data, size=stored, download=args.download)
     data = part_of(data, args.classes)
     execution = Execution(
         device=args.device,

@@ -146,7 +146,7 @@ _images: dict[str, Any] = {}
 def load_images(data: Path) -> None:
     """Prepare a worker: one thread, and the images."""
     torch.set_num_threads(1)
-    benchmark = load_benchmark("cifar10", data, progress=False)
+    benchmark = load_benchmark("cifar10", data)
     task = make_task(benchmark, FineTuneConfig("resnet18", split="validation"))
     few = task.test.subset(classes_in_turn(task.test.labels, VALIDATION))
     _images.update(task=replace(task, test=few), test=benchmark.test)

@@ -112,7 +112,7 @@ def train_trial(trial: Mapping[str, Any], work: Workload) -> None:
 
     torch.set_num_threads(work.threads)
     config, seed = FineTuneConfig.from_dict(trial["config"]), int(trial["seed"])
-    data = load_benchmark(work.dataset, work.data, size=work.stored_size, progress=False)
+    data = load_benchmark(work.dataset, work.data, size=work.stored_size)
     execution = Execution(work.device, evaluate_every=work.evaluate_every)
 
     def report(point: Point) -> None:
@@ -238,8 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Run all trials, and print and write what they came to."""
     configs = list(configurations(args))
-    # Missing data are told once, here; decoded images are then in the cache for all trials.
-    load_benchmark(args.dataset, args.data, size=args.stored_size, progress=sys.stderr.isatty())
+    # Missing data are told once, here.
+    load_benchmark(args.dataset, args.data, size=args.stored_size)
     trials = [{"config": config.to_dict(), "seed": seed} for config in configs for seed in args.seeds]
     device = "cuda" if args.gpus_per_trial else args.device
     data = None if args.data is None else str(Path(args.data).expanduser().resolve())

@@ -72,11 +72,11 @@ def test_one_seed_and_no_seed() -> None:
 
 
 def test_data_are_a_folder_a_prefix_or_a_name(folder: Path, tmp_path: Path) -> None:
-    assert find_benchmark(str(folder), progress=False).train.size == 64
+    assert find_benchmark(str(folder)).train.size == 64
     for part, seed in (("train", 0), ("test", 1)):
         write_shard(tmp_path / f"cifar10-{part}.safetensors", noisy_images(12, seed))
-    shards = find_benchmark(str(tmp_path / "cifar10"), size=16, progress=False)
-    named = find_benchmark(f"cifar10:{tmp_path}", size=16, progress=False)
+    shards = find_benchmark(str(tmp_path / "cifar10"), size=16)
+    named = find_benchmark(f"cifar10:{tmp_path}", size=16)
     assert torch.equal(shards.train.images, named.train.images)
     with pytest.raises(FineTuneError, match=r"no folder nix, .* no shards nix-train.*, .* known are cifar10"):
         find_benchmark("nix")

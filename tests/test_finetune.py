@@ -1,4 +1,4 @@
-"""Fine-tuning: data, batches, steps, checkpoints, results; on small networks and images."""
+"""Fine-tuning: data, batches, steps, results; on small networks and images."""
 
 from __future__ import annotations
 
@@ -146,12 +146,12 @@ def test_a_folder_that_is_sorted_by_class_is_tuned_and_tested_on_every_class(tmp
     size, classes = 20, 10
     labels = torch.arange(classes).repeat_interleave(size)
     write_folder(tmp_path, ImageSet(images(size * classes, 0).images, labels, tuple("abcdefghij")))
-    data = load_benchmark("folder", tmp_path, size=16, progress=False)
+    data = load_benchmark("folder", tmp_path, size=16)
     assert torch.bincount(data.test.labels).tolist() == [4] * classes
     task = make_task(data, replace(CONFIG, split="validation", labels_per_class=None))
     assert torch.bincount(task.test.labels).tolist() == [2] * classes
     assert torch.bincount(task.train.labels).tolist() == [14] * classes
-    again = load_benchmark("folder", tmp_path, size=16, progress=False)
+    again = load_benchmark("folder", tmp_path, size=16)
     assert torch.equal(data.test.images, again.test.images)
 
 
@@ -358,7 +358,7 @@ def test_settled_batch_norms_do_not_depend_on_running_averages(benchmark: Benchm
     assert plain.evaluate() != settled
 
 
-# --- going on -------------------------------------------------------------------------------------------------------
+# --- many runs ------------------------------------------------------------------------------------------------------
 
 WITH_DROPS = replace(
     CONFIG,
@@ -370,27 +370,8 @@ WITH_DROPS = replace(
 )
 
 
-@pytest.mark.parametrize("config", [CONFIG, WITH_DROPS], ids=["sgd", "adamw, dropout"])
-def test_a_resumed_run_ends_with_the_same_bits(benchmark: Benchmark, tmp_path: Path, config: FineTuneConfig) -> None:
-    task = make_task(benchmark, config)
-    straight = new_run(config, task)
-    train(straight, 4)
-    stopped = new_run(config, task)
-    train(stopped, 1)
-    stopped.save(tmp_path / "run.pt")
-    torch.manual_seed(99)
-    resumed = new_run(config, task)
-    resumed.load(tmp_path / "run.pt")
-    assert len(resumed.curve) == 1
-    train(resumed, 3)
-    assert_same(state(straight), state(resumed))
-    assert straight.curve == resumed.curve
-    assert straight.is_done
-    assert resumed.is_done
-
-
 def test_runs_at_the_same_time_end_with_the_same_bits_as_alone(benchmark: Benchmark, tmp_path: Path) -> None:
-    jobs = [Job(WITH_DROPS, 0), Job(WITH_DROPS, 1), Job(replace(CONFIG, epochs=2), 0)]
+    jobs = [Job(replace(WITH_DROPS, epochs=2), 0), Job(replace(WITH_DROPS, epochs=2), 1)]
     alone = run_jobs(jobs, benchmark, ResultStore(tmp_path / "alone"), CPU)
     together = run_together(jobs, benchmark, ResultStore(tmp_path / "together"), CPU, together=2)
     for first, second in zip(alone, together, strict=True):
@@ -405,7 +386,6 @@ def test_a_finished_run_is_not_made_again(benchmark: Benchmark, tmp_path: Path) 
     written = store.path(first.key).stat().st_mtime_ns
     assert run_jobs([Job(CONFIG, 0)], benchmark, store, CPU) == (first,)
     assert store.path(first.key).stat().st_mtime_ns == written
-    assert not store.checkpoint(first.key).exists()
     run_jobs([Job(replace(CONFIG, lr=0.03), 0), Job(CONFIG, 1)], benchmark, store, CPU)
     assert len(store.all()) == 3
 
@@ -439,7 +419,7 @@ def test_a_run_of_another_process_is_left_to_it(benchmark: Benchmark, tmp_path: 
     store = ResultStore(tmp_path)
     (first,) = run_jobs([Job(CONFIG, 0)], benchmark, store, CPU)
     store.path(first.key).unlink()
-    with FileLock(store.folder / "checkpoints" / f"{first.key}.lock"):
+    with FileLock(store.lock_path(first.key)):
         assert run_jobs([Job(CONFIG, 0)], benchmark, store, CPU) == ()
         with pytest.raises(FineTuneError, match="1 of 2 trials are left to other processes"):
             tune(grid(CONFIG, (0.02, 0.1), ()), (0,), benchmark, _store_with_claim(store, benchmark), CPU)
@@ -449,22 +429,10 @@ def _store_with_claim(store: ResultStore, benchmark: Benchmark) -> ResultStore:
     """A store in which a trial of the grid is claimed."""
     trial = replace(CONFIG, split="validation")
     key = trial.key(0, make_task(benchmark, trial).digest)
-    lock = FileLock(store.folder / "checkpoints" / f"{key}.lock")
+    lock = FileLock(store.lock_path(key))
     lock.acquire()
     store.held = lock  # type: ignore[attr-defined]
     return store
-
-
-def test_checkpoints_that_do_not_fit(benchmark: Benchmark, tmp_path: Path) -> None:
-    task = make_task(benchmark, CONFIG)
-    run = new_run(CONFIG, task)
-    path = tmp_path / "run.pt"
-    run.save(path)
-    with pytest.raises(FineTuneError, match="run with other settings"):
-        new_run(CONFIG, task, seed=1).load(path)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(FineTuneError, match=r"run.pt is damaged: .*delete it to start this run again"):
-        run.load(path)
 
 
 def test_a_killed_process_loses_no_finished_run(benchmark: Benchmark, tmp_path: Path) -> None:
@@ -473,7 +441,7 @@ def test_a_killed_process_loses_no_finished_run(benchmark: Benchmark, tmp_path: 
     out = tmp_path / "out"
     arguments = [
         *("--model", "test_resnet", "--inits", "rand", "--dataset", "folder", "--data", str(tmp_path / "images")),
-        *("--image-size", "16", "--stem", "original", "--labels", "7", "--epochs", "40", "--num-seeds", "3"),
+        *("--image-size", "16", "--stem", "original", "--labels", "7", "--epochs", "15", "--num-seeds", "3"),
         *("--device", "cpu", "--out", str(out)),
     ]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
@@ -612,22 +580,15 @@ def test_a_folder_of_classes(tmp_path: Path, benchmark: Benchmark) -> None:
         load_benchmark("folder", tmp_path / "whole", size=16)
 
 
-def test_jpeg_shards_are_decoded_once(
-    tmp_path: Path, benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_jpeg_shards(tmp_path: Path, benchmark: Benchmark) -> None:
     write_shard(tmp_path / "cifar10-train.safetensors", benchmark.train)
     write_shard(tmp_path / "cifar10-test.safetensors", benchmark.test)
     first = load_benchmark("cifar10", tmp_path, size=16)
     assert "JPEG" in first.copy
     assert torch.equal(first.train.labels, benchmark.train.labels)
-    kept = sorted((Path(os.environ["TIMM_GHN_CACHE"]) / "images").glob("*.safetensors"))
-    assert len(kept) == 2
     second = load_benchmark("shards", tmp_path / "cifar10", size=16)
-    assert torch.equal(first.test.images, second.test.images)
+    assert torch.equal(second.test.images, first.test.images)
     assert second.train.classes == first.train.classes
-    kept[0].write_bytes(kept[0].read_bytes()[:200])
-    assert torch.equal(load_benchmark("cifar10", tmp_path, size=16).train.images, first.train.images)
-    assert "is damaged and will be made again" in caplog.text
 
 
 # --- settings and errors --------------------------------------------------------------------------------------------
@@ -687,7 +648,7 @@ def test_starting_from_a_file(tmp_path: Path) -> None:
     head = {"fc.weight", "fc.bias"}
     for name, value in network.state_dict().items():
         assert name in head or torch.equal(value, source.state_dict()[name])
-    with pytest.raises(FineTuneError, match=r"does not fit the model: .* is missing"):
+    with pytest.raises(FineTuneError, match=r"does not fit the model: .* is missing or has another shape"):
         build_network(replace(config, model="test_convnext"), 3, 0)
 
 
@@ -781,19 +742,6 @@ def test_runs_at_the_same_time_on_a_gpu_agree_with_runs_alone(
     together = run_together(jobs, benchmark, ResultStore(tmp_path / "together"), execution, together=3)
     for first, second in zip(alone, together, strict=True):
         assert second.curve[-1].train_loss == pytest.approx(first.curve[-1].train_loss, rel=1e-3)
-
-
-@needs_cuda
-def test_a_run_resumed_on_cuda(benchmark: Benchmark, tmp_path: Path) -> None:
-    task = make_task(benchmark, WITH_DROPS)
-    execution = Execution("cuda", capture=CapturedStep)
-    straight, stopped, resumed = (new_run(WITH_DROPS, task, execution=execution) for _ in range(3))
-    train(straight, 4)
-    train(stopped, 2)
-    stopped.save(tmp_path / "run.pt")
-    resumed.load(tmp_path / "run.pt")
-    train(resumed, 2)
-    assert resumed.curve[-1].train_loss == pytest.approx(straight.curve[-1].train_loss, rel=1e-3)
 
 
 @needs_cuda

@@ -1,22 +1,22 @@
 """Labelled images for training: decoded once, and kept in memory as bytes.
 
 Three sources give the same `ImageSet`: JPEG shards (safetensors files with `jpeg`, `offsets` and `labels`), a folder
-of classes (torchvision's ImageFolder layout), and any map-style data set of (image, label) pairs.
+of classes (torchvision's ImageFolder layout), and the data sets of torchvision.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torchvision.datasets import VisionDataset
 from tqdm import tqdm
 
 from timm_ghn.errors import ImageError
@@ -25,14 +25,6 @@ _SHARD_TENSORS = ("jpeg", "offsets", "labels")
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 _NOT_THE_USERS = ("__MACOSX", "@eaDir")
 """Folders that archives of macOS and Synology's file servers add, with files that look like images."""
-
-
-class MapDataset(Protocol):
-    """What torchvision's data sets are: a length and (image, label) items."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +75,7 @@ def load_images(paths: Sequence[str | Path], size: int = 32, *, progress: bool =
     Args:
         paths: Shard files with the same classes, or a single folder.
         size: Side of the images; others are resized (shorter side) and cropped at the center.
-        progress: Whether to show a bar.
+        progress: Whether to show a bar, on a terminal.
 
     Raises:
         ImageError: If a path is missing, a file is damaged, or the shards disagree.
@@ -168,13 +160,15 @@ def load_folder(path: Path, size: int = 32, *, progress: bool = True) -> ImageSe
     return ImageSet(images, torch.tensor(labels), classes)
 
 
-def _decode_all(sources: Iterable[tuple[Path | io.BytesIO, str]], count: int, size: int, progress: bool) -> Tensor:
-    """Decode JPEG and other files to uint8 (count, 3, size, size); the text beside each names it in messages."""
+def _decode_all(
+    sources: Iterable[tuple[Path | io.BytesIO | Image.Image, str]], count: int, size: int, progress: bool
+) -> Tensor:
+    """Decode files, and convert images, to uint8 (count, 3, size, size); the text beside each names it in messages."""
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    bar = tqdm(sources, "decoding", count, unit="image", disable=not progress, leave=False)
+    bar = tqdm(sources, "decoding", count, unit="image", delay=2, leave=False, disable=None if progress else True)
     for index, (source, where) in enumerate(bar):
         try:
-            with Image.open(source) as image:
+            with source if isinstance(source, Image.Image) else Image.open(source) as image:
                 images[index] = _to_bytes(image, size)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ImageError(f"cannot decode {where}: {error}") from error
@@ -191,33 +185,23 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in _IMAGE_SUFFIXES and not any(map(_is_hidden, path.parts))
 
 
-def from_dataset(dataset: MapDataset, size: int = 32, *, progress: bool = True) -> ImageSet:
-    """Decode a map-style data set of (PIL image or tensor, label) pairs, such as torchvision's.
+def from_dataset(dataset: VisionDataset, size: int = 32) -> ImageSet:
+    """Convert a data set of torchvision's, whose items are a PIL image and a label.
 
     Raises:
-        ImageError: If an item is something else.
+        ImageError: If the scale of an image's pixels is not known.
     """
-    images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
     labels: list[int] = []
-    for index in tqdm(range(len(dataset)), desc="decoding", unit="image", disable=not progress, leave=False):
-        try:
+
+    def images() -> Iterator[tuple[Image.Image, str]]:
+        for index in range(len(dataset)):
             image, label = dataset[index]
             labels.append(int(label))
-            images[index] = _to_bytes(_as_image(image), size)
-        except (TypeError, ValueError) as error:
-            raise ImageError(f"item {index} of the data set is not an (image, label) pair: {error}") from error
-    names = getattr(dataset, "classes", None) or [str(label) for label in range(max(labels, default=0) + 1)]
-    return ImageSet(images, torch.tensor(labels, dtype=torch.int64), tuple(str(name) for name in names))
+            yield image, f"image {index} of the data set"
 
-
-def _as_image(image: object) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] in (1, 3):
-        tensor = image.detach().cpu()
-        array = (tensor.double() if tensor.is_floating_point() else tensor).expand(3, -1, -1).permute(1, 2, 0).numpy()
-        return Image.fromarray(_as_bytes(array, 1 if array.dtype.kind in "fb" else 255))
-    raise ValueError(f"neither a PIL image nor a (3, H, W) tensor, but {type(image)}")
+    decoded = _decode_all(images(), len(dataset), size, progress=True)
+    names = getattr(dataset, "classes", None) or range(max(labels, default=0) + 1)
+    return ImageSet(decoded, torch.tensor(labels), tuple(map(str, names)))
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:

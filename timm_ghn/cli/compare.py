@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_name(args.model)
     configs = [_config(args, init) for init in dict.fromkeys(args.inits)]
-    data = find_benchmark(args.data, size=args.image_size, download=args.download, progress=sys.stderr.isatty())
+    data = find_benchmark(args.data, size=args.image_size, download=args.download)
     configs = [_fitted(config, args, len(data.train), data.train.size) for config in configs]
     out = args.out or Path(f"compare-{args.model.replace('/', '-')}")
     store = ResultStore(out)

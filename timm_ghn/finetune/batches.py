@@ -18,8 +18,7 @@ from timm_ghn.seeding import derived_seed
 def epoch_picks(config: FineTuneConfig, count: int, seed: int, epoch: int) -> Tensor:
     """Which image comes when in an epoch, and how it is cropped and mirrored.
 
-    The table depends on the settings, the seed and the epoch alone: not on the device, nor on what ran before, so that
-    a resumed run goes on with the same images.
+    The table depends on the settings, the seed and the epoch alone, neither on the device nor on what ran before.
 
     Args:
         config: Settings of the augmentation.

@@ -113,7 +113,7 @@ class FineTuneConfig:
 
     @property
     def starts_from(self) -> str:
-        """What the weights are called in tables."""
+        """Name of the start in tables."""
         return f"file:{self.init_file}" if self.init_file else self.init
 
     def to_dict(self) -> dict[str, Any]:

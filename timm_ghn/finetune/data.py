@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torchvision import datasets
 
 from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.config import VALIDATION_IMAGES, FineTuneConfig
-from timm_ghn.images import ImageSet, MapDataset, from_dataset, load_folder, load_shards
+from timm_ghn.images import ImageSet, from_dataset, load_folder, load_shards
 from timm_ghn.seeding import derived_seed
-from timm_ghn.storage.atomic import write_atomically
-from timm_ghn.storage.paths import cache_directory
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +41,7 @@ class Benchmark:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a run is trained and measured on.
+    """The images of a run.
 
     Attributes:
         train: Images to train on.
@@ -152,19 +145,17 @@ def statistics_of(data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 # --- loading --------------------------------------------------------------------------------------------------------
 
-_TORCHVISION: dict[str, Callable[[Path, bool, bool], MapDataset]] = {
+_TORCHVISION: dict[str, Callable[[Path, bool, bool], datasets.VisionDataset]] = {
     "cifar10": lambda root, train, download: datasets.CIFAR10(root, train, download=download),
     "cifar100": lambda root, train, download: datasets.CIFAR100(root, train, download=download),
     "svhn": lambda root, train, download: datasets.SVHN(root, "train" if train else "test", download=download),
     "fashion-mnist": lambda root, train, download: datasets.FashionMNIST(root, train, download=download),
 }
 DATASETS = (*_TORCHVISION, "folder", "shards")
-"""What `load_benchmark` knows."""
+"""Names that `load_benchmark` takes."""
 
 
-def load_benchmark(
-    name: str, path: str | Path | None = None, *, size: int = 32, download: bool = False, progress: bool = True
-) -> Benchmark:
+def load_benchmark(name: str, path: str | Path | None = None, *, size: int = 32, download: bool = False) -> Benchmark:
     """Load a data set.
 
     - "cifar10", "cifar100", "svhn", "fashion-mnist": torchvision's files in `path`, or JPEG shards named
@@ -179,7 +170,6 @@ def load_benchmark(
         path: Folder or prefix; "data" by default.
         size: Side in pixels that images are kept at; others are resized and cropped.
         download: Whether torchvision may download what is missing.
-        progress: Whether to show bars.
 
     Raises:
         FineTuneError: If the data are not there; the message says how to get them.
@@ -187,22 +177,21 @@ def load_benchmark(
     """
     root = Path(path if path is not None else "data").expanduser()
     if name == "folder":
-        return _from_folder(root, size, progress)
+        return _from_folder(root, size)
     if name == "shards":
-        return _from_shards(root.name, root, size, progress)
+        return _from_shards(root.name, root, size)
     if name in _TORCHVISION:
-        return _named(name, root, size, download, progress)
+        return _named(name, root, size, download)
     raise FineTuneError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
 
 
-def find_benchmark(text: str, *, size: int | None = None, download: bool = False, progress: bool = True) -> Benchmark:
+def find_benchmark(text: str, *, size: int | None = None, download: bool = False) -> Benchmark:
     """Load the data that a user names in one word.
 
     Args:
         text: A folder of classes; a data set's name, such as "cifar10" or "cifar10:FOLDER"; or the prefix of shards.
         size: Side in pixels that images are kept at; None for 64 in a folder, and 32 otherwise.
         download: Whether torchvision may download what is missing.
-        progress: Whether to show bars.
 
     Raises:
         FineTuneError, ImageError: If there is nothing of that name, or as `load_benchmark`.
@@ -210,35 +199,35 @@ def find_benchmark(text: str, *, size: int | None = None, download: bool = False
     name, _, root = text.partition(":")
     path = Path(text).expanduser()
     if name in _TORCHVISION:
-        return load_benchmark(name, root or None, size=size or 32, download=download, progress=progress)
+        return load_benchmark(name, root or None, size=size or 32, download=download)
     if path.is_dir():
-        return load_benchmark("folder", path, size=size or 64, progress=progress)
+        return load_benchmark("folder", path, size=size or 64)
     if _shard_files(path, "train"):
-        return load_benchmark("shards", path, size=size or 32, progress=progress)
+        return load_benchmark("shards", path, size=size or 32)
     raise FineTuneError(
         f"there is no folder {text}, there are no shards {text}-train*.safetensors, and no data set is named so; known "
         f"are {', '.join(_TORCHVISION)}"
     )
 
 
-def _named(name: str, root: Path, size: int, download: bool, progress: bool) -> Benchmark:
+def _named(name: str, root: Path, size: int, download: bool) -> Benchmark:
     """torchvision's copy if it is there, else shards, else a download."""
     for fetch in (False, True) if download else (False,):
         try:
             parts = [_TORCHVISION[name](root, train, fetch) for train in (True, False)]
         except RuntimeError:  # torchvision's word for missing and for damaged files
             if _shard_files(root / name, "train"):
-                return _from_shards(name, root / name, size, progress)
+                return _from_shards(name, root / name, size)
             continue
         except OSError as error:
             raise FineTuneError(f"{name} could not be read from or downloaded to {root}: {error}") from error
-        train, test = (from_dataset(part, size, progress=progress) for part in parts)
+        train, test = (from_dataset(part, size) for part in parts)
         return Benchmark(name, train, test, "original files, torchvision")
     needs = " (it needs scipy)" * (name == "svhn")
     raise FineTuneError(f"{name} is not in {root}: --download gets it{needs}, or name its folder with --data")
 
 
-def _from_folder(root: Path, size: int, progress: bool) -> Benchmark:
+def _from_folder(root: Path, size: int) -> Benchmark:
     """torchvision's ImageFolder layout, divided or not."""
     if not root.is_dir():
         raise FineTuneError(f"there is no folder {root}; a folder with one sub-folder a class is expected")
@@ -246,12 +235,12 @@ def _from_folder(root: Path, size: int, progress: bool) -> Benchmark:
         other = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
         if other is None:
             raise FineTuneError(f"{root} has a folder 'train', but neither 'test' nor 'val' beside it")
-        train, test = (load_folder(part, size, progress=progress) for part in (root / "train", other))
+        train, test = (load_folder(part, size) for part in (root / "train", other))
         if train.classes != test.classes:
             differ = sorted(set(train.classes) ^ set(test.classes))
             raise FineTuneError(f"{root}: train and {other.name} have different classes: {', '.join(differ[:5])}")
         return Benchmark(root.name, train, test, f"folder {root.name}")
-    images = load_folder(root, size, progress=progress)
+    images = load_folder(root, size)
     is_test = stratified(images.labels, 0.2, "to measure on")
     return Benchmark(root.name, images.subset(~is_test), images.subset(is_test), f"folder, fifths: {root.name}")
 
@@ -263,39 +252,9 @@ def _shard_files(prefix: Path, part: str) -> list[Path]:
     return sorted(prefix.parent.glob(f"{prefix.name}-{part}*.safetensors"))
 
 
-def _from_shards(name: str, prefix: Path, size: int, progress: bool) -> Benchmark:
+def _from_shards(name: str, prefix: Path, size: int) -> Benchmark:
     train, test = _shard_files(prefix, "train"), _shard_files(prefix, "test") or _shard_files(prefix, "val")
     if not train or not test:
         raise FineTuneError(f"there are no shards {prefix}-train*.safetensors and {prefix}-test*.safetensors")
     copy = "JPEG shards (not bit-identical to the original)"
-    return Benchmark(name, _decoded(train, size, progress), _decoded(test, size, progress), copy)
-
-
-def _decoded(files: Sequence[Path], size: int, progress: bool) -> ImageSet:
-    """Images of shards; decoded once, then kept in the cache, where several processes share the memory."""
-    digest = hashlib.sha256(f"timm-ghn images 1 {size}".encode())
-    for file in files:
-        digest.update(file.read_bytes())
-    kept = cache_directory() / "images" / f"{digest.hexdigest()[:32]}.safetensors"
-    found = _read_decoded(kept)
-    if found is not None:
-        return found
-    images = load_shards(files, size, progress=progress)
-    tensors = {"images": images.images, "labels": images.labels}
-    try:
-        write_atomically(kept, save(tensors, {"classes": "\n".join(images.classes)}))
-    except OSError as error:
-        _logger.warning("decoded images are not kept: %s", error)
-    return images
-
-
-def _read_decoded(path: Path) -> ImageSet | None:
-    try:
-        with safe_open(path, "pt") as file:
-            classes = file.metadata()["classes"].split("\n")
-            return ImageSet(file.get_tensor("images"), file.get_tensor("labels"), tuple(classes))
-    except FileNotFoundError:
-        return None
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        _logger.warning("%s is damaged and will be made again: %s", path, error)
-        return None
+    return Benchmark(name, load_shards(train, size), load_shards(test, size), copy)

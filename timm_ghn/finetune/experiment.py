@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from time import monotonic
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from timm_ghn.finetune.run import Execution, Point, Run
 _logger = logging.getLogger(__name__)
 
 Reporter = Callable[[Point], None]
-"""Called after an epoch; what it raises ends the run, which goes on from its checkpoint another time."""
+"""Called after an epoch; what it raises ends the run, which begins anew another time."""
 
 _INITIAL_IMAGES = 64
 """Training images that initializations which look at data are given."""
@@ -42,7 +41,7 @@ def run_jobs(
 ) -> tuple[RunResult, ...]:
     """Make the runs that are not in the store, and return the results of all that are by then.
 
-    A run that another process works on is left to it. A run that was interrupted goes on from its checkpoint.
+    A run that another process works on is left to it. A run that was interrupted begins anew.
 
     Args:
         jobs: The runs.
@@ -102,23 +101,15 @@ def _make(
     report: Reporter | None,
 ) -> None:
     """Train a network to the end, and write down the result."""
-    config, path = job.config, store.checkpoint(key)
+    config, start = job.config, bar.n
     first = task.train.subset(classes_in_turn(task.train.labels, _INITIAL_IMAGES))
     images = DeviceImages.of(first, task, config, torch.device("cpu")).plain(0, len(first))[0].contiguous()
     run = Run(config, job.seed, task, build_network(config, len(task.train.classes), job.seed, images), execution)
-    if path.exists():
-        run.load(path)
-        _logger.info("%s goes on after %d epochs", key, len(run.curve))
-    start, saved = bar.n, monotonic()
     bar.set_postfix_str(f"{config.starts_from}, seed {job.seed}")
-    bar.update(len(run.curve) * _steps(config, task) // config.epochs)
     while not run.is_done:
         run.train_epoch(bar.update)
         if report is not None:
             report(run.curve[-1])
-        if monotonic() - saved >= execution.save_seconds:
-            run.save(path)
-            saved = monotonic()
     bar.update(start + _steps(config, task) - bar.n)
     if run.diverged:
         _logger.warning("%s diverged in epoch %d: its loss is not finite, and it does not count; a learning rate below "

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
-import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from timm_ghn.finetune.config import PRETRAINED, FineTuneConfig
 from timm_ghn.finetune.stem import adjust_stem
 from timm_ghn.ghn import content_hash, default_ghn, load_ghn
 from timm_ghn.initialize.model import init_model
-from timm_ghn.orthogonalization import weight_layers
+from timm_ghn.orthogonalization import classifier_prefixes
 from timm_ghn.seeding import derived_seed, seeded
 from timm_ghn.settings import METHODS, Init, Source
 from timm_ghn.storage.paths import file_sha256
@@ -69,7 +68,7 @@ def build_network(config: FineTuneConfig, num_classes: int, seed: int, images: T
 
 
 def weights_digest(config: FineTuneConfig) -> str:
-    """What the settings do not say of the weights: the content of the GHN, or of the file that they come from.
+    """Hash of the GHN or of the file that the weights come from, which the settings name without its content.
 
     Raises:
         FineTuneError: If the file cannot be read.
@@ -99,7 +98,6 @@ def _create(config: FineTuneConfig, num_classes: int) -> nn.Module:
     return model
 
 
-@torch.no_grad()
 def _load_file(model: nn.Module, path: str) -> None:
     """Load weights; a classifier of another number of classes stays new.
 
@@ -110,12 +108,9 @@ def _load_file(model: nn.Module, path: str) -> None:
         state: Mapping[str, Tensor] = load_state_dict(path, use_ema=False, weights_only=True)
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise FineTuneError(f"--init-file {path} cannot be read: {error}") from error
-    head = tuple(f"{layer.module}." for layer in weight_layers(model) if layer.is_classifier)
-    own = model.state_dict()
-    for name, value in own.items():
-        found = state.get(name)
-        if found is not None and found.shape == value.shape:
-            value.copy_(found)
-        elif not name.startswith(head):
-            shape = "is missing" if found is None else f"is {tuple(found.shape)}, not {tuple(value.shape)}"
-            raise FineTuneError(f"--init-file {path} does not fit the model: {name} {shape}")
+    own, head = model.state_dict(), classifier_prefixes(model)
+    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    for name in own.keys() - fitting.keys():
+        if not name.startswith(head):
+            raise FineTuneError(f"--init-file {path} does not fit the model: {name} is missing or has another shape")
+    model.load_state_dict(fitting, strict=False)

@@ -1,4 +1,4 @@
-"""Results of runs on disk, one file a run, and what they come to."""
+"""Results of runs on disk, one file a run, and their means."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ResultStore:
     """A folder of results. Several processes may work on one.
 
     Args:
-        folder: Where `runs/`, `checkpoints/` and `weights/` are.
+        folder: Where `runs/`, `weights/` and `locks/` are.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -92,9 +92,9 @@ class ResultStore:
         """File of a finished run."""
         return self.folder / "runs" / f"{key}.json"
 
-    def checkpoint(self, key: str) -> Path:
-        """File of an unfinished run."""
-        return self.folder / "checkpoints" / f"{key}.pt"
+    def lock_path(self, key: str) -> Path:
+        """File that is locked while a process works on a run."""
+        return self.folder / "locks" / f"{key}.lock"
 
     def weights(self, key: str) -> Path:
         """File of what a finished run has learned, if it was kept."""
@@ -112,7 +112,7 @@ class ResultStore:
             return None
 
     def write(self, result: RunResult, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Keep a result, and drop the checkpoint that it came from.
+        """Keep a result.
 
         Args:
             result: The result.
@@ -128,7 +128,6 @@ class ResultStore:
             write_atomically(self.path(result.key), json.dumps(result.to_dict(), indent=1).encode())
         except OSError as error:
             raise FineTuneError(f"the result of {result.key} cannot be written: {error}") from error
-        self.checkpoint(result.key).unlink(missing_ok=True)
 
     def all(self) -> tuple[RunResult, ...]:
         """All finished runs, by name."""
@@ -138,8 +137,8 @@ class ResultStore:
     @contextmanager
     def claimed(self, key: str) -> Iterator[bool]:
         """Whether this process may work on a run; no other may meanwhile, and a killed one loses its claim."""
-        lock = FileLock(self.folder / "checkpoints" / f"{key}.lock")
-        self.checkpoint(key).parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.lock_path(key))
+        self.lock_path(key).parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -202,7 +201,7 @@ def differences(first: Summary, second: Summary) -> list[float]:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Where a run takes place, with the commit of this package if it runs from a clone of git."""
+    """Versions, device and threads of a run, and the commit of this package if it is a clone of git."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:

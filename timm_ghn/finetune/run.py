@@ -1,14 +1,12 @@
-"""One network on its way through training: steps, measurements, checkpoints."""
+"""One network on its way through training: steps and measurements."""
 
 from __future__ import annotations
 
 import copy
 import math
-import pickle
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +21,6 @@ from timm_ghn.finetune.config import FineTuneConfig, learning_rate
 from timm_ghn.finetune.data import Task, classes_in_turn
 from timm_ghn.finetune.network import Network
 from timm_ghn.seeding import derived_seed, seeded
-from timm_ghn.storage.atomic import save_atomically
 
 Step = Callable[[Tensor], None]
 """Takes columns (4, B) of `epoch_picks`, on the device, and updates the network."""
@@ -41,7 +38,6 @@ class Execution:
         evaluate_every: Epochs between two measurements; 0 for none. The last epoch is always measured.
         evaluate_at: Further epochs after which to measure.
         keep_weights: Whether the weights of a finished run are kept beside its result.
-        save_seconds: Seconds between two checkpoints.
         capture: What makes a faster step on CUDA of the step of a run; None to launch its kernels one by one.
     """
 
@@ -49,7 +45,6 @@ class Execution:
     evaluate_every: int = 10
     evaluate_at: tuple[int, ...] = ()
     keep_weights: bool = False
-    save_seconds: float = 60.0
     capture: Callable[[Run, Step], Step] | None = None
 
 
@@ -212,38 +207,6 @@ class Run:
         with seeded(seed, self.device), self._autocast():
             update_bn(batches, module)
         return module
-
-    # Checkpoints
-
-    def save(self, path: Path) -> None:
-        """Write everything that a run needs to go on, atomically."""
-        state = {
-            "network": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "seconds": self.seconds,
-            "curve": [asdict(point) for point in self.curve],
-            "config": self.config.to_dict(),
-            "seed": self.seed,
-        }
-        save_atomically(path, lambda place: torch.save(state, place))
-
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            FineTuneError: If it is damaged or of another run.
-        """
-        try:
-            state: Mapping[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-            if state["seed"] != self.seed or FineTuneConfig.from_dict(state["config"]) != self.config:
-                raise FineTuneError(f"{path} is the checkpoint of a run with other settings")
-            self.module.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.curve, self.seconds = [Point(**point) for point in state["curve"]], float(state["seconds"])
-        except FineTuneError:
-            raise
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-            raise FineTuneError(f"{path} is damaged: {error}; delete it to start this run again") from error
 
 
 def _find_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""What a comparison of initializations comes to: a table, one sentence, and a picture of the curves."""
+"""The outcome of a comparison of initializations: a table, one sentence, and a picture of the curves."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@
 
 from timm_ghn.orthogonalization.layers import (
     WeightLayer,
+    classifier_prefixes,
     default_start_layer,
     is_pointwise,
     kept_parameters,
@@ -27,6 +28,7 @@ __all__ = [
     "PostProcess",
     "Progress",
     "WeightLayer",
+    "classifier_prefixes",
     "correlation_std",
     "default_start_layer",
     "is_pointwise",

@@ -131,6 +131,11 @@ def weight_layers(
     return tuple(replace(layer, number=i, is_classifier=id(weight) in classifier) for i, (weight, layer) in numbered)
 
 
+def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of a classifier's parameters begin with; see `weight_layers`."""
+    return tuple(f"{layer.module}." for layer in weight_layers(model) if layer.is_classifier)
+
+
 def kept_parameters(model: nn.Module) -> dict[str, str]:
     """Parameters that are neither predicted nor post-processed, and the reason, by name.
 

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import logging
-import os
 import pickle
 import signal
 import threading
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from timm_ghn.errors import TrainingError
 from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.ghn.model import GHN
+from timm_ghn.storage.atomic import save_atomically
 from timm_ghn.training.architectures import Network, Networks
 from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.conditioned import as_users_get
@@ -285,9 +285,7 @@ class Trainer:
         average = f"average-{self.step:07d}.safetensors" if self.average is not None else None
         if self.average is not None and average is not None:
             write_safetensors(self.average, self.out / average, {"step": str(self.step)})
-        temporary = self.out / f".{state}.tmp"
-        torch.save({"optimizer": self.optimizer.state_dict()}, temporary)
-        os.replace(temporary, self.out / state)
+        save_atomically(self.out / state, lambda path: torch.save({"optimizer": self.optimizer.state_dict()}, path))
         elapsed = self.elapsed + time.monotonic() - self._started
         Checkpoint(self.step, self.skipped, elapsed, weights, average, state, self.config).write(self.out)
         for old in [path for pattern in _CHECKPOINT_FILES for path in self.out.glob(pattern)]:
