@@ -15,7 +15,7 @@ import torch
 
 import timm_ghn
 from timm_ghn.cli import main
-from timm_ghn.cli.cache import _age, _size
+from timm_ghn.cli.cache import parse_age, parse_size
 from timm_ghn.initialize import model as initialize
 from timm_ghn.storage.cache import WeightCache, cache_key
 
@@ -306,12 +306,12 @@ def test_wrong_uses_of_the_command(arguments: list[str], message: str, capsys: p
     ("text", "size"), [("20GB", 20 * 10**9), ("500 kb", 500_000), ("1.5GiB", 3 * 2**29), ("7", 7), ("3M", 3_000_000)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert _size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "20XB", "-5MB", "1e9"])
 def test_wrong_sizes_and_ages(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
-        _size(text)
+        parse_size(text)
     with pytest.raises(argparse.ArgumentTypeError, match="is no age"):
-        _age(text)
+        parse_age(text)

@@ -83,7 +83,7 @@ def test_a_damaged_ghn(capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(ppuda_checkpoint(seeded_ghn(SMALL)), entry.manual_path)
     status, found = findings(capsys)
     assert status == 1
-    assert "is not the published file" in found["GHNs"]["ghn2-imagenet"]
+    assert "not the published 7b5d6733" in found["GHNs"]["ghn2-imagenet"]
     entry.path.write_bytes(b"damaged")
     assert "ghn2-imagenet.safetensors is not a GHN" in findings(capsys)[1]["GHNs"]["ghn2-imagenet"]
 

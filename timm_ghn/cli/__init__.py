@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((item for item in arguments if not item.startswith("-")), None)
-    args = make_parser(with_train=command == "train").parse_args(arguments)
+    args = make_parser(command).parse_args(arguments)
     own_logging = args.command in _OWN_LOGGING and not args.verbose
 
     def handle() -> int:
@@ -56,19 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(PROGRAM, handle)
 
 
-def make_parser(*, with_train: bool = False) -> argparse.ArgumentParser:
-    """The parser of all commands.
-
-    Args:
-        with_train: Whether `train` gets its arguments, which takes an import of torch and of the training code.
-    """
+def make_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser of all commands, with the arguments of one: those of `train` take an import of torch."""
     parser = argparse.ArgumentParser(PROGRAM, description="Initialize timm models with weights that a GHN predicts.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="say more on stderr; twice for debugging")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in _COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP)
-        module.add_arguments(command)
-        if with_train and module is train:
-            train.add_all_arguments(command)
+        own = commands.add_parser(name, help=module.HELP)
+        if name == command:
+            module.add_arguments(own)
     return parser

@@ -35,8 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify = commands.add_parser("verify", help="read and hash everything; exit status 1 if something is damaged")
     verify.set_defaults(handler=_verify)
     prune = commands.add_parser("prune", help="remove what was not used for longest, and what killed processes left")
-    prune.add_argument("--max-size", type=_size, metavar="SIZE", help="what all entries may keep: 20GB, 500MiB")
-    prune.add_argument("--older-than", type=_age, metavar="AGE", help="remove what was not used for so long: 30d, 12h")
+    prune.add_argument("--max-size", type=parse_size, metavar="SIZE", help="what all entries may keep: 20GB, 500MiB")
+    prune.add_argument(
+        "--older-than", type=parse_age, metavar="AGE", help="remove what was not used for so long: 30d, 12h"
+    )
     prune.set_defaults(handler=_prune)
     remove = commands.add_parser("rm", help="remove entries")
     remove.add_argument("keys", nargs="*", metavar="KEY", help="key as `ls` shows it, or its beginning")
@@ -125,11 +127,13 @@ def format_age(seconds: float) -> str:
     return "now"
 
 
-def _size(text: str) -> int:
+def parse_size(text: str) -> int:
+    """Bytes, from text such as "20GB" or "4GiB"."""
     return int(_quantity(text, _SIZE_UNITS, "size; write 500MB, 20GB or 4GiB"))
 
 
-def _age(text: str) -> float:
+def parse_age(text: str) -> float:
+    """Seconds, from text such as "90m" or "30d"."""
     return _quantity(text, _TIME_UNITS, "age; write 90m, 12h, 30d or 8w")
 
 

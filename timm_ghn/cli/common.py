@@ -1,4 +1,4 @@
-"""What several commands share: arguments, names of models, and errors."""
+"""Arguments, names of models, and errors that several commands share."""
 
 from __future__ import annotations
 
@@ -112,6 +112,12 @@ def add_init_settings(parser: argparse.ArgumentParser) -> None:
         help="first layer to orthogonalize: its number from 1, a fraction of the depth, or the name of a module",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of noise and of random weights (default: 0)")
+
+
+def init_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the settings of `add_init_settings` that were given, as arguments of `Init`."""
+    given = {name: getattr(args, name) for name in ("ghn", "noise", "start_layer", "seed")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def parse_start_layer(text: str) -> int | float | str:

@@ -86,7 +86,7 @@ def _create_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
 
 
 def _summary(name: str, graph: Graph, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """What is said of a graph, JSON-compatible. Tied parameters count once."""
+    """Numbers about a graph, JSON-compatible. Tied parameters count once."""
     predicted = sum(sizes.get(item, 0) for item in {target.name for target in graph.targets})
     return {
         "model": name,

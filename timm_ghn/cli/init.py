@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from timm_ghn.cli.common import add_init_settings, add_model_kwargs, check_name, explained, method_tag
+from timm_ghn.cli.common import add_init_settings, add_model_kwargs, check_name, explained, init_settings, method_tag
 from timm_ghn.errors import CommandError
 from timm_ghn.settings import METHODS, Init
 
@@ -42,10 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     from timm_ghn.initialize.to_folder import init_to_folder
 
-    given = {"ghn": args.ghn, "noise": args.noise, "start_layer": args.start_layer}
-    settings = {key: value for key, value in given.items() if value is not None}
-    method = args.method or method_tag(args.name) or Init.method
-    init = Init(method, seed=args.seed, **settings)
+    init = Init(args.method or method_tag(args.name) or Init.method, **init_settings(args))
     types = {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
     kwargs = {**_model_kwargs(args), **types, "overwrite": args.force, "max_shard_size": args.max_shard_size}
     check_name(args.name)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from timm_ghn.cli.common import add_init_settings, select_names
+from timm_ghn.cli.common import add_init_settings, init_settings, select_names
 from timm_ghn.settings import METHODS, Init, Source
 from timm_ghn.text import table
 
@@ -50,11 +50,10 @@ def run(args: argparse.Namespace) -> int:
     from timm_ghn.hub.push import Outcome, push_all
 
     names = select_names(args.patterns)
-    given: dict[str, Any] = {"noise": args.noise, "start_layer": args.start_layer}
-    if args.ghn is not None:
-        given["ghn"] = load_ghn(args.ghn)
-    init = Init(args.method, seed=args.seed, **{key: value for key, value in given.items() if value is not None})
-    results = list(push_all(names, args.org, init=init, options=push_options(args)))
+    settings = init_settings(args)
+    if "ghn" in settings:
+        settings["ghn"] = load_ghn(settings["ghn"])
+    results = list(push_all(names, args.org, init=Init(args.method, **settings), options=push_options(args)))
     print_results(results)
     return 1 if any(result.outcome is Outcome.FAILED for result in results) else 0
 

@@ -1,1 +1,1 @@
-"""What is wrong or unusual: the installation, activations of a network, coverage of timm."""
+"""The state of an installation, and how much of a model of timm a GHN predicts."""

@@ -1,4 +1,4 @@
-"""How much of a timm model a GHN predicts, found out from its graph alone: no weights, no GHN, no download."""
+"""How much of a timm model a GHN predicts. The graph alone answers: no weights, no GHN, no download."""
 
 from __future__ import annotations
 

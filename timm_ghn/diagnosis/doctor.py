@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timm_ghn._version import __version__
-from timm_ghn.errors import CheckpointError, DownloadError, TimmGhnError
+from timm_ghn.errors import DownloadError, TimmGhnError
+from timm_ghn.storage.paths import closest_existing, is_offline
 from timm_ghn.text import format_size
 
 if TYPE_CHECKING:
@@ -60,55 +61,47 @@ class Diagnosis:
     findings: tuple[Finding, ...]
 
     @property
-    def problems(self) -> tuple[Finding, ...]:
+    def problems(self) -> list[str]:
         """The findings that something has to be done about."""
-        return tuple(finding for finding in self.findings if finding.is_problem)
+        return [f"{item.section}, {item.name}: {item.value}" for item in self.findings if item.is_problem]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible form: sections of names with values, and the problems."""
         sections: dict[str, dict[str, str]] = {}
         for finding in self.findings:
             sections.setdefault(finding.section, {})[finding.name] = finding.value
-        problems = [f"{item.section}, {item.name}: {item.value}" for item in self.problems]
-        return {"ok": not problems, "problems": problems, **sections}
+        return {"ok": not self.problems, "problems": self.problems, **sections}
 
     def __str__(self) -> str:
         width = max(len(finding.name) for finding in self.findings)
-        lines, section = [], ""
-        for finding in self.findings:
-            if finding.section != section:
-                section = finding.section
-                lines.append(section)
-            lines.append(f"{'!' if finding.is_problem else ' '} {finding.name.ljust(width)}  {finding.value}")
+        lines: list[str] = []
+        for section in dict.fromkeys(finding.section for finding in self.findings):
+            lines.append(section)
+            for finding in self.findings:
+                if finding.section == section:
+                    lines.append(f"{'!' if finding.is_problem else ' '} {finding.name.ljust(width)}  {finding.value}")
         count = len(self.problems)
-        return "\n".join([*lines, "", "no problems found" if not count else f"problems (marked with !): {count}"])
+        return "\n".join([*lines, "", f"problems (marked with !): {count}" if count else "no problems found"])
 
 
-def diagnose(*, network: bool = True) -> Diagnosis:
-    """Look at everything; nothing is changed, but for a file that is written into the cache and removed.
-
-    Args:
-        network: Whether to try to reach the Hub; `HF_HUB_OFFLINE=1` forbids it as well.
-    """
-    return Diagnosis((*_versions(), *_device(), _hook(), *_ghns(), _default_ghn(network), *_cache(), _hub(network)))
+def diagnose() -> Diagnosis:
+    """Look at everything; nothing is changed, but for a file that is written into the cache and removed."""
+    return Diagnosis((*_versions(), *_device(), _hook(), *_ghns(), _default_ghn(), *_cache(), _hub()))
 
 
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "timm-ghn", __version__)
     yield Finding("versions", "python", f"{platform.python_version()}, {sys.executable}")
     yield Finding("versions", "system", platform.platform())
-    found = {name: _version(name) for name in _PACKAGES}
-    missing = [name for name, version in found.items() if version is None]
-    yield Finding("versions", "packages", ", ".join(f"{name} {version}" for name, version in found.items() if version))
+    found, missing = [], []
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    yield Finding("versions", "packages", ", ".join(found))
     if missing:
         yield Finding("versions", "missing", ", ".join(missing), is_problem=True)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _device() -> Iterator[Finding]:
@@ -126,9 +119,8 @@ def _device() -> Iterator[Finding]:
 def _hook() -> Finding:
     from timm_ghn.hook import is_installed
 
-    installed = is_installed()
-    text = "timm.create_model knows init=" if installed else "timm.create_model does not know init="
-    return Finding("hook", "state", text, is_problem=not installed)
+    verb = "knows" if is_installed() else "does not know"
+    return Finding("hook", "state", f"timm.create_model {verb} init=", is_problem=not is_installed())
 
 
 def _ghns() -> Iterator[Finding]:
@@ -136,59 +128,49 @@ def _ghns() -> Iterator[Finding]:
 
     for entry in NAMED_GHNS.values():
         if not entry.on_disk:
-            is_bundled = entry.file is None
-            yield Finding("GHNs", entry.name, "not on disk", is_problem=is_bundled)
+            yield Finding("GHNs", entry.name, "not on disk", is_problem=entry.file is None)
             continue
         try:
-            yield Finding("GHNs", entry.name, _verify_ghn(entry))
+            yield Finding("GHNs", entry.name, f"sound, sha256 {_hash_of(entry)[:12]}, {entry.path}")
         except (TimmGhnError, OSError) as error:
             yield Finding("GHNs", entry.name, str(error), is_problem=True)
 
 
-def _default_ghn(network: bool) -> Finding:
-    """Which GHN an initialization uses that names none, and whether that can be had."""
-    from timm_ghn.ghn.catalogue import BUNDLED, DEFAULT
-    from timm_ghn.ghn.registry import DEFAULT_VARIABLE, HUB_PREFIX, find_named, load_ghn
-
-    chosen = os.environ.get(DEFAULT_VARIABLE)
-    name = chosen or DEFAULT
-    why = f" ({DEFAULT_VARIABLE})" if chosen else ""
-    entry = find_named(name)
-    try:
-        load_ghn(name, download=False, shared=True)
-    except DownloadError:
-        is_hub = name.startswith(HUB_PREFIX) or (entry is not None and entry.repository is not None)
-        answer = _answer(_endpoint() if is_hub or entry is None else entry.url, network)
-        if answer == _REACHABLE:
-            return Finding("GHNs", "default", f"{name}{why}, not on disk: it is downloaded when it is first used")
-        lost = f"{name}{why} is not on disk, and cannot be fetched ({answer})"
-        if not chosen:
-            lost = f"{BUNDLED}, a small one, because {lost}; {DEFAULT_VARIABLE}={BUNDLED} chooses it for good"
-        return Finding("GHNs", "default", lost, is_problem=True)
-    except (TimmGhnError, OSError) as error:
-        return Finding("GHNs", "default", f"{name}{why} cannot be used: {error}", is_problem=True)
-    return Finding("GHNs", "default", f"{name}{why}")
-
-
-def _verify_ghn(entry: NamedGHN) -> str:
-    """What is known of a GHN on disk, which is read and hashed.
+def _hash_of(entry: NamedGHN) -> str:
+    """The hash of a GHN on disk, which is read, or verified and converted if it is a published file.
 
     Raises:
         TimmGhnError, OSError: If it is damaged or cannot be read.
     """
     from timm_ghn.ghn.checkpoint import read
-    from timm_ghn.storage.paths import git_blob_sha1
+    from timm_ghn.ghn.registry import load_ghn
 
-    if entry.path.is_file():
-        info = read(entry.path, shared=True).info
-        return f"sound, sha256 {info.hash[:12] if info else '?'}, {entry.path}"
-    if not entry.manual_path.is_file():
-        return f"downloaded, not yet converted, {entry.hub_path}"
-    if entry.git_blob_sha1 is None:
-        return f"put there by hand, not yet converted, {entry.manual_path}"
-    if git_blob_sha1(entry.manual_path.read_bytes()) != entry.git_blob_sha1:
-        raise CheckpointError(f"{entry.manual_path} is not the published file")
-    return f"the published file, put there by hand, {entry.manual_path}"
+    ghn = read(entry.path, shared=True) if entry.path.is_file() else load_ghn(entry.name, download=False)
+    return ghn.info.hash if ghn.info else "?"
+
+
+def _default_ghn() -> Finding:
+    """Which GHN an initialization uses that names none, and whether that can be had."""
+    from timm_ghn.ghn.catalogue import BUNDLED, DEFAULT
+    from timm_ghn.ghn.registry import DEFAULT_VARIABLE, HUB_PREFIX, find_named, load_ghn
+
+    chosen = os.environ.get(DEFAULT_VARIABLE)
+    name = f"{chosen} ({DEFAULT_VARIABLE})" if chosen else DEFAULT
+    entry = find_named(chosen or DEFAULT)
+    try:
+        load_ghn(chosen or DEFAULT, download=False, shared=True)
+    except DownloadError:
+        is_hub = name.startswith(HUB_PREFIX) or (entry is not None and entry.repository is not None)
+        answer = _answer(_endpoint() if is_hub or entry is None else entry.url)
+        if answer == _REACHABLE:
+            return Finding("GHNs", "default", f"{name}, not on disk: it is downloaded when it is first used")
+        lost = f"{name} is not on disk, and cannot be fetched ({answer})"
+        if not chosen:
+            lost = f"{BUNDLED}, a small one, because {lost}; {DEFAULT_VARIABLE}={BUNDLED} chooses it for good"
+        return Finding("GHNs", "default", lost, is_problem=True)
+    except (TimmGhnError, OSError) as error:
+        return Finding("GHNs", "default", f"{name} cannot be used: {error}", is_problem=True)
+    return Finding("GHNs", "default", name)
 
 
 def _cache() -> Iterator[Finding]:
@@ -197,15 +179,16 @@ def _cache() -> Iterator[Finding]:
     cache = CacheFolder.default()
     settings = [f"{name}={_without_login(os.environ[name])}" for name in _VARIABLES if os.environ.get(name)]
     yield Finding("cache", "settings", " ".join(settings) or "none in the environment")
-    access, is_writable = _access(cache.root)
-    yield Finding("cache", "folder", f"{cache.root} ({access})", is_problem=not is_writable)
+    problem = _why_not_writable(cache.root)
+    yield Finding("cache", "folder", f"{cache.root} ({problem or 'writable'})", is_problem=bool(problem))
     infos = cache.entries()
-    size = sum(info.size for info in infos)
-    yield Finding("cache", "entries", f"{len(infos)}, {format_size(size)}{_free(cache.root)}")
-    problems = [info for info in infos if info.problem]
-    if problems:
-        more = f"{len(problems)} of the entries are damaged or of another version, and not used: {problems[0].path}"
-        yield Finding("cache", "health", f"{more}: {problems[0].problem}", is_problem=True)
+    free = shutil.disk_usage(closest_existing(cache.root)).free
+    total = format_size(sum(info.size for info in infos))
+    yield Finding("cache", "entries", f"{len(infos)}, {total}; {format_size(free)} free on the disk")
+    damaged = [info for info in infos if info.problem]
+    if damaged:
+        more = f"{len(damaged)} of the entries are damaged or of another version, and not used: {damaged[0].path}"
+        yield Finding("cache", "health", f"{more}: {damaged[0].problem}", is_problem=True)
     else:
         yield Finding("cache", "health", "all headers are sound (`timm-ghn cache verify` reads the rest)")
     stale = cache.leftovers()
@@ -213,29 +196,17 @@ def _cache() -> Iterator[Finding]:
         yield Finding("cache", "leftovers", f"{len(stale)} files of killed processes; `timm-ghn cache prune`")
 
 
-def _access(folder: Path) -> tuple[str, bool]:
-    """Whether a file can be written into a folder that exists, or the folder be made: in words, and as a truth."""
-    place = folder.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
+def _why_not_writable(folder: Path) -> str:
+    """Why no file can be written into a folder, or into that in which it would be made; empty if one can."""
     try:
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".timm-ghn-doctor."):
-            return ("writable" if place == folder.absolute() else "does not exist yet, can be made"), True
+        with tempfile.NamedTemporaryFile(dir=closest_existing(folder), prefix=".timm-ghn-doctor."):
+            return ""
     except OSError as error:
-        return f"not writable: {error.strerror or error}; nothing new is kept there", False
+        return f"not writable: {error.strerror or error}; nothing new is kept there"
 
 
-def _free(folder: Path) -> str:
-    for place in (folder, *folder.parents):
-        try:
-            return f"; {format_size(shutil.disk_usage(place).free)} free on the disk"
-        except OSError:
-            continue
-    return ""
-
-
-def _hub(network: bool) -> Finding:
-    return Finding("Hub", _without_login(_endpoint()), _answer(_endpoint(), network))
+def _hub() -> Finding:
+    return Finding("Hub", _without_login(_endpoint()), _answer(_endpoint()))
 
 
 def _endpoint() -> str:
@@ -244,12 +215,10 @@ def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
 
 
-def _answer(url: str, network: bool) -> str:
+def _answer(url: str) -> str:
     """Whether a server can be reached."""
-    from timm_ghn.storage.paths import is_offline
-
-    if is_offline() or not network:
-        return "not tried (HF_HUB_OFFLINE)" if is_offline() else "not tried"
+    if is_offline():
+        return "not tried (HF_HUB_OFFLINE)"
     answers: list[str] = []
     # In a thread, because looking up a name takes no timeout.
     thread = threading.Thread(target=lambda: answers.append(_reach(url)), daemon=True)

@@ -19,6 +19,7 @@ from timm_ghn.errors import ExportError
 from timm_ghn.initialize.provenance import provenance
 from timm_ghn.storage.atomic import staged, temporary_files
 from timm_ghn.storage.header import TensorSpec, specs_of
+from timm_ghn.storage.paths import closest_existing
 from timm_ghn.storage.writer import INDEX_FILE, SINGLE_FILE, WeightFiles, split
 from timm_ghn.text import format_size
 
@@ -47,9 +48,7 @@ def check_destination(directory: str | os.PathLike[str], *, overwrite: bool = Fa
             f"{directory} holds {' and '.join(existing)} already; choose another folder, or replace what is there "
             "(--force on the command line, overwrite=True in Python)"
         )
-    place = directory.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
+    place = closest_existing(directory)
     if not place.is_dir():
         raise ExportError(f"{directory} cannot be written: {place} is not a folder")
     if not os.access(place, os.W_OK | os.X_OK):

@@ -34,7 +34,7 @@ _METADATA = "__metadata__"
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a file says of a tensor.
+    """Type and shape of a tensor in a file.
 
     Attributes:
         dtype: torch's name of its type, such as "float32".
@@ -82,7 +82,7 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
 
 @dataclass(frozen=True)
 class Header:
-    """What stands in a file before the tensors.
+    """The beginning of a file: metadata, and the place of each tensor.
 
     Attributes:
         metadata: Texts by name.

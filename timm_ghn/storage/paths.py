@@ -27,6 +27,14 @@ def cache_directory() -> Path:
     return Path(os.path.expandvars(home)).expanduser() / "timm_ghn"
 
 
+def closest_existing(path: Path) -> Path:
+    """The path itself if there is something, else the closest of the folders above it that exists."""
+    place = path.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    return place
+
+
 def is_offline() -> bool:
     """Whether `HF_HUB_OFFLINE` forbids the network; read from the environment at each call."""
     return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}

@@ -37,7 +37,7 @@ UNREADABLE = (
     MemoryError,
     OverflowError,
 )
-"""What reading a file of any content may raise."""
+"""Errors that reading a file of any content may raise."""
 _MADE = ("method", "version", "ghn", "ghn_hash", "noise", "start_layer", "num_layers", "seed")
 
 
@@ -65,7 +65,7 @@ class EntryInfo:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was removed, or would be.
+    """Entries and files that were removed, or would be.
 
     Attributes:
         removed: Entries.
@@ -117,9 +117,9 @@ class CacheFolder:
 
     def verify(self) -> Iterator[EntryInfo]:
         """Read and hash all entries; yields each as soon as that is done, with the problem that was found."""
-        from timm_ghn.storage.cache import Entry  # which needs torch
-
         for info in self.entries():
+            from timm_ghn.storage.cache import Entry  # which needs torch
+
             try:
                 Entry.open(info.path).verify()
             except FileNotFoundError:
