@@ -39,7 +39,8 @@ import timm_ghn
 from timm_ghn.errors import CheckpointError, TensorFileError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
 from timm_ghn.ghn.checkpoint import CONFIG_KEY, HASH_KEY
-from timm_ghn.hub.manifest import FileRecord, Manifest
+from timm_ghn.hub.client import FileRecord
+from timm_ghn.hub.manifest import Manifest
 from timm_ghn.storage.cache import WeightCache
 from timm_ghn.storage.reader import TensorReader
 from timm_ghn.storage.upkeep import DESCRIPTION_KEY, DIGEST_KEY, UNREADABLE

@@ -338,7 +338,6 @@ def test_what_the_organization_cannot_give_is_computed(stocked: Hub, client: Cli
     expected = create(client, TIMM_GHN_HUB_ORG=None).result[0]
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: stocked.fail("GET", "/api/models/", 500), "the Hub fails; try again later"),
-        (lambda: stocked.stall("GET", "/api/models/", 3.0), "does not answer in time"),
         (lambda: stocked.change("GET", "/cdn/", other_content), "does not have the hash that the Hub gives"),
         (lambda: replace(stocked, description=b"{}"), "is not a description"),
         (lambda: stocked.repositories.clear(), "there is no such repository"),
@@ -349,6 +348,18 @@ def test_what_the_organization_cannot_give_is_computed(stocked: Hub, client: Cli
         done = create(client)
         assert done.result[:2] == [expected, None]
         assert message in done.result[2]
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_by_every_call(stocked: Hub, client: Client) -> None:
+    stocked.stall("GET", "/api/models/silent", 3.0)
+    first = create(client, TIMM_GHN_HUB_ORG="silent")
+    assert first.result[1] is None
+    assert "does not answer in time" in first.result[2]
+    stocked.requests.clear()
+    second = create(client, TIMM_GHN_HUB_ORG="silent")
+    assert second.result[:2] == first.result[:2]
+    assert not stocked.requests
+    assert create(client).result[1].startswith(SOURCE)
 
 
 def test_weights_on_disk_are_taken_with_a_warning_while_the_hub_fails(stocked: Hub, client: Client) -> None:

@@ -144,20 +144,6 @@ def test_the_command_of_the_card_makes_the_same_file(
     assert check.split()[-1] == hashlib.sha256(made.read_bytes()).hexdigest()
 
 
-def test_a_model_in_memory_is_pushed_if_it_is_as_it_was_made(
-    hub: Hub, client: Client, ghn: dict[str, str | None]
-) -> None:
-    create = "model = timm.create_model('test_resnet', init={'method': 'ghn-orth', 'seed': 5}, num_classes=3)\n"
-    client.run(create + "timm_ghn.push(model, 'lab/mine')", environment=ghn)
-    tensors = load(hub.repositories["lab/mine"].files[WEIGHTS].data)
-    assert tensors["fc.weight"].shape == (3, 96)
-    with pytest.raises(Failed, match=r"fc.bias is not what the provenance of this model leads to.*training"):
-        client.run(create + "model.fc.bias.data[0] = 1.0\ntimm_ghn.push(model, 'lab/trained')", environment=ghn)
-    with pytest.raises(Failed, match="this ResNet has no provenance: create it with init="):
-        client.run("timm_ghn.push(timm.create_model('test_resnet'), 'lab/plain')")
-    assert "lab/trained" not in hub.repositories
-
-
 def test_large_weights_are_split(hub: Hub, client: Client) -> None:
     push(client, "test_resnet")
     push(client, "test_resnet", "--max-shard-size", "1MB", "--overwrite")
@@ -306,6 +292,10 @@ def test_a_public_repository_is_not_taken_for_private(hub: Hub, client: Client) 
     ("code", "message"),
     [
         ("timm_ghn.push('test_resnet', 'lab/x', init='rand')", "'rand' is timm's own initialization; there is nothing"),
+        (
+            "timm_ghn.push(timm.create_model('test_resnet'), 'lab/x')",
+            "push takes the name of a timm model, not a ResNet",
+        ),
         ("timm_ghn.push('test_resnet', 'lab')", "'lab' names no repository of the Hub"),
         ("timm_ghn.push('test_resnet', 'lab/../x')", "names no repository of the Hub"),
         ("timm_ghn.push('test_resnet', 'lab/x', init='orth', act_layer=torch.nn.ReLU)", "not plain data"),
@@ -342,6 +332,14 @@ def test_failures_are_told_in_a_line(
     assert re.search(message, "\n".join(lines)), done.out + done.err
     assert "Traceback" not in done.err
     assert len(done.err.splitlines()) + len(done.out.splitlines()) <= 4  # an error, or a table of one row
+
+
+@pytest.mark.parametrize("path", ["/create", "/commit/"])
+def test_a_push_does_not_wait_for_a_silent_hub(hub: Hub, client: Client, path: str) -> None:
+    hub.stall("POST", path)
+    code = f"import timm_ghn.hub.client as c\nc.SILENT_SECONDS = 0.5\ntry: {PUSH}\nfinally: c.SILENT_SECONDS = 60.0"
+    assert "does not answer in time" in failure(client, code)
+    assert client.run("result = huggingface_hub.get_session().timeout.read").result is None  # as it was
 
 
 def test_a_reader_may_not_push(hub: Hub, client: Client) -> None:

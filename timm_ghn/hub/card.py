@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import fields
 
 from huggingface_hub import ModelCardData
@@ -40,32 +41,26 @@ def model_card(manifest: Manifest, repository: str, picture: str | None) -> str:
         repository: "organization/name".
         picture: Name of the file with a drawing of the graph, if there is one.
     """
-    metadata = ModelCardData(
-        library_name="timm",
-        license=manifest.license,
-        tags=["timm", "timm-ghn", "initialization", "not-trained", "graph-hypernetwork", manifest.method],
-    )
-    name = repository.partition("/")[2]
+    tags = ["timm", "timm-ghn", "initialization", "not-trained", "graph-hypernetwork", manifest.method]
     sections = [
-        f"---\n{metadata.to_yaml()}\n---\n\n# {name}",
-        _summary(manifest),
-        _usage(manifest, repository),
-        "\n".join(markdown_table(("", ""), _facts(manifest))),
-        "## What the parameters got\n\n" + "\n".join(markdown_table(*manifest.report.summary())),
-        *([f"## The graph that was read\n\n![Graph of {manifest.architecture}]({picture})"] if picture else []),
-        _reproduction(manifest),
-        f"## Licence and citation\n\n{manifest.license}. If you use these weights, cite:\n\n{_CITATIONS}",
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _summary(manifest: Manifest) -> str:
-    return (
         f"A starting point for training or fine-tuning `{manifest.architecture}` of "
         f"[timm](https://github.com/huggingface/pytorch-image-models), **not trained**: "
         f"{METHODS[manifest.method].description} ([Knyazev 2022]({PAPER})). "
-        "Its predictions mean nothing before training."
-    )
+        "Its predictions mean nothing before training.",
+        _usage(manifest, repository),
+        "\n".join(markdown_table(("", ""), _facts(manifest))),
+        "## What the parameters got\n\n" + "\n".join(markdown_table(*manifest.report.summary())),
+        f"## The graph that was read\n\n![Graph of {manifest.architecture}]({picture})" if picture else "",
+        _reproduction(manifest),
+    ]
+    return _card(repository, ModelCardData(library_name="timm", license=manifest.license, tags=tags), sections)
+
+
+def _card(repository: str, data: ModelCardData, sections: Sequence[str]) -> str:
+    """A card: its metadata and title, the sections that are not empty, and how to cite."""
+    title = f"---\n{data.to_yaml()}\n---\n\n# {repository.partition('/')[2]}"
+    licence = f"## Licence and citation\n\n{data.license}. If you use this repository, cite:\n\n{_CITATIONS}"
+    return "\n\n".join(filter(None, [title, *sections, licence])) + "\n"
 
 
 def _usage(manifest: Manifest, repository: str) -> str:
@@ -151,9 +146,6 @@ def ghn_card(ghn: GHN, repository: str, *, license: str, description: str, notes
         description: What it is, in a line.
         notes: Further text in Markdown, such as how it was trained.
     """
-    metadata = ModelCardData(
-        library_name="timm-ghn", license=license, tags=["timm-ghn", "graph-hypernetwork", "weight-prediction"]
-    )
     facts: list[tuple[str, str]] = [(key, f"`{value}`") for key, value in ghn.config.to_dict().items()]
     facts.append(("parameters", f"{sum(p.numel() for p in ghn.parameters()):,}"))
     if ghn.info is not None:
@@ -161,7 +153,6 @@ def ghn_card(ghn: GHN, repository: str, *, license: str, description: str, notes
         told = sorted(ghn.info.metadata.items())
         facts += [(key, f"`{value}`") for key, value in told if key != "format" and len(value) <= 200]
     sections = [
-        f"---\n{metadata.to_yaml()}\n---\n\n# {repository.partition('/')[2]}",
         f"A graph hypernetwork: it reads the graph of a network and predicts its weights. {description}",
         "## Use\n\n```python\nimport timm, timm_ghn\n\n"
         f'init = timm_ghn.Init("ghn-orth", ghn="{PREFIX}{repository}")\n'
@@ -169,7 +160,7 @@ def ghn_card(ghn: GHN, repository: str, *, license: str, description: str, notes
         f"On the command line: `timm-ghn init convnext_base --out DIR --ghn {PREFIX}{repository}`, for all commands: "
         f"`export TIMM_GHN={PREFIX}{repository}`.",
         "\n".join(markdown_table(("setting", "value"), facts)),
-        *([notes] if notes else []),
-        f"## Licence and citation\n\n{license}. If you use this GHN, cite:\n\n{_CITATIONS}",
+        notes,
     ]
-    return "\n\n".join(sections) + "\n"
+    tags = ["timm-ghn", "graph-hypernetwork", "weight-prediction"]
+    return _card(repository, ModelCardData(library_name="timm-ghn", license=license, tags=tags), sections)

@@ -1,8 +1,9 @@
-"""What is asked of the Hugging Face Hub, always through huggingface_hub's own client.
+"""Requests to the Hugging Face Hub, always through huggingface_hub's own client.
 
 Endpoint, token, cache, offline mode, retries and timeouts are therefore those of huggingface_hub (`HF_ENDPOINT`,
-`HF_TOKEN`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_HUB_ETAG_TIMEOUT`, `HF_HUB_DOWNLOAD_TIMEOUT`). What this module adds:
-sizes are checked before something is downloaded, hashes before it is used, and failures are told in a line.
+`HF_TOKEN`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_HUB_ETAG_TIMEOUT`, `HF_HUB_DOWNLOAD_TIMEOUT`). This module checks the
+size of a file before its download and its hash before its use, limits the silence of the Hub, and tells failures in a
+line.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, get_session
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from timm_ghn._version import __version__
@@ -28,6 +30,8 @@ PREFIX = "hf-hub:"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _TIMEOUTS = ("TimeoutError", "TimeoutException", "Timeout")
 _CONNECTIONS = ("ConnectionError", "NetworkError", "RemoteProtocolError", "ProxyError")
+SILENT_SECONDS = 60.0
+"""How long the Hub may be silent where huggingface_hub itself would wait for ever: in a push."""
 _UNREACHABLE = {"LocalEntryNotFoundError", *_TIMEOUTS, *_CONNECTIONS}
 """Errors after which asking again may help, or what is on disk."""
 _REASONS = {
@@ -41,7 +45,7 @@ _REASONS = {
     **dict.fromkeys(_TIMEOUTS, "the Hub ({endpoint}) does not answer in time"),
     **dict.fromkeys(_CONNECTIONS, "the Hub ({endpoint}) cannot be reached: {error}"),
 }
-"""What errors of huggingface_hub and of the HTTP library below it mean; the first that applies counts.
+"""Explanations of errors of huggingface_hub and of the HTTP library below it; the first that applies counts.
 
 By the names of their classes, because the HTTP library is another one from version to version.
 """
@@ -76,9 +80,11 @@ class HubSource:
             DownloadError: If this names no repository.
         """
         repository, _, revision = text.removeprefix(PREFIX).partition("@")
-        with hub_errors(f"{text!r} names no repository of the Hub (organization/name[@revision])"):
-            if not _REPOSITORY.fullmatch(repository) or ".." in repository or "--" in repository:
-                raise ValueError("letters, digits, '-', '_' and '.' on both sides of one '/'")
+        if not _REPOSITORY.fullmatch(repository) or ".." in repository or "--" in repository:
+            raise DownloadError(
+                f"{text!r} names no repository of the Hub (organization/name[@revision]): letters, digits, '-', '_' "
+                "and '.' on both sides of one '/'"
+            )
         return cls(repository, revision or None)
 
     def __str__(self) -> str:
@@ -86,12 +92,12 @@ class HubSource:
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    """What the Hub says of a file.
+class FileRecord:
+    """Size and hash of a file, as the Hub or the description beside weights gives them.
 
     Attributes:
         size: Bytes.
-        sha256: Hash of the content, for files in large-file storage, which come from another host.
+        sha256: Hash of the content; the Hub gives it for files in large-file storage, which come from another host.
     """
 
     size: int
@@ -105,14 +111,14 @@ class Snapshot:
     Attributes:
         source: What was asked for.
         commit: The commit; None where the Hub was not asked, because it cannot be reached or must not be.
-        files: The files by name; empty likewise.
+        files: The files by name; empty where the Hub was not asked.
         token: Token, or None for huggingface_hub's own choice.
         is_private: Whether the repository is private; None if that is not known.
     """
 
     source: HubSource
     commit: str | None
-    files: Mapping[str, RemoteFile]
+    files: Mapping[str, FileRecord]
     token: str | None = field(default=None, repr=False)
     is_private: bool | None = None
 
@@ -147,7 +153,7 @@ def look_up(source: HubSource, *, token: str | None = None) -> Snapshot:
             timeout=constants.HF_HUB_ETAG_TIMEOUT,
         )
         files = {
-            item.rfilename: RemoteFile(int(item.size), item.lfs.sha256 if item.lfs else None)
+            item.rfilename: FileRecord(int(item.size), item.lfs.sha256 if item.lfs else None)
             for item in info.siblings or ()
             if item.size is not None
         }
@@ -224,21 +230,28 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def hub_errors(what: str, kind: type[TimmGhnError] = DownloadError) -> Iterator[None]:
-    """Turns what the client raises into an error of a line.
+    """Turns what the client raises into an error of a line, and gives up after a minute without an answer.
 
     Args:
         what: What could not be had; start of the message.
         kind: Class of the error. `DownloadError` becomes `HubUnreachableError` where asking again may help.
     """
+    session: Any = get_session()
+    before = getattr(session, "timeout", None)  # of httpx; huggingface_hub before version 1 has none
+    if getattr(before, "read", 0) is None:
+        session.timeout = SILENT_SECONDS
     try:
         yield
     except Exception as error:  # of several libraries, and a server may answer with anything
         found = HubUnreachableError if kind is DownloadError and _is_unreachable(error) else kind
         raise found(f"{what}: {explain(error)}") from error
+    finally:
+        if before is not None:
+            session.timeout = before
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong, and what to do about it, in a line."""
+    """The cause of an error and its remedy, in a line."""
     cause = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[0] if lines else type(error).__name__

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from timm_ghn.drawing import save as save_picture
 from timm_ghn.errors import MissingDependencyError
 from timm_ghn.graph import to_graph
 from timm_ghn.hub.card import model_card
-from timm_ghn.hub.manifest import FILE, WEIGHTS, FileRecord, Manifest, dtype_of, versions
+from timm_ghn.hub.client import FileRecord
+from timm_ghn.hub.manifest import FILE, WEIGHTS, Manifest, dtype_of, versions
 from timm_ghn.initialize.to_folder import init_to_folder
 from timm_ghn.request import Request
 from timm_ghn.storage.paths import file_sha256
-from timm_ghn.storage.reader import TensorReader
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ def make_folder(request: Request, folder: Path, *, repository: str, license: str
     """Compute the weights and write the files of a repository.
 
     Args:
-        request: What is asked for.
+        request: The model and the settings.
         folder: An empty folder.
         repository: "organization/name", for the card.
         license: SPDX name of the weights' licence.
@@ -58,20 +57,6 @@ def make_folder(request: Request, folder: Path, *, repository: str, license: str
     picture = _draw(skeleton, request, folder)
     (folder / FILE).write_bytes(manifest.to_json().encode())
     (folder / CARD).write_bytes(model_card(manifest, repository, picture).encode())
-
-
-def first_difference(model: nn.Module, folder: Path) -> str | None:
-    """Name of a tensor of a model that is not, bit for bit, the one in the files of weights; None if all are."""
-    state = model.state_dict()
-    for path in sorted(folder.iterdir()):
-        if not WEIGHTS.fullmatch(path.name):
-            continue
-        with TensorReader(path) as file:
-            for name in file.specs:
-                ours, written = state.pop(name, None), file.read(name)
-                if ours is None or ours.dtype != written.dtype or not torch.equal(ours.cpu(), written):
-                    return str(name)
-    return next(iter(state), None)
 
 
 def _draw(skeleton: nn.Module, request: Request, folder: Path) -> str | None:

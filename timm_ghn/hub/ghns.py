@@ -69,7 +69,7 @@ def push_ghn(
 
 
 def _known_notes(entry: NamedGHN) -> str:
-    """What this package itself tells of a GHN."""
+    """Text about the origin of a GHN that has a name."""
     if entry.name != BUNDLED:
         home = (
             "repository, [facebookresearch/ppuda](https://github.com/facebookresearch/ppuda)"

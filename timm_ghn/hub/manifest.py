@@ -1,4 +1,4 @@
-"""`timm_ghn.json`: what a repository of initialized weights says of itself, so that it can be checked before use.
+"""`timm_ghn.json`: the description of a repository of initialized weights, which is checked before they are used.
 
 The file is plain data. Nothing in it chooses what is built or run: a model is built by the name that the user gives,
 and takes tensors whose names and shapes are its own, from files that have the hashes that stand here.
@@ -19,6 +19,7 @@ from torch import nn
 
 from timm_ghn._version import __version__
 from timm_ghn.errors import CheckpointError
+from timm_ghn.hub.client import FileRecord
 from timm_ghn.initialize.report import Report
 from timm_ghn.request import Request
 from timm_ghn.settings import Init
@@ -36,21 +37,8 @@ _KINDS = {"arguments": dict, "versions": dict, "num_classes": int, "license": st
 
 
 @dataclass(frozen=True)
-class FileRecord:
-    """A file of weights.
-
-    Attributes:
-        size: Bytes.
-        sha256: Hash of the content.
-    """
-
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Manifest:
-    """What a repository of initialized weights says of itself.
+    """Description of a repository of initialized weights.
 
     Attributes:
         report: What every parameter got, and what determines that; without the time that it took.
@@ -84,7 +72,7 @@ class Manifest:
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """What determines the weights."""
+        """The settings, versions and hashes that determine the weights."""
         return self.report.provenance
 
     def to_json(self) -> str:
@@ -126,7 +114,7 @@ class Manifest:
         return manifest
 
     def difference(self, request: Request, origin: Mapping[str, Any], dtype: str) -> str:
-        """What is different about these weights from those that are asked for; empty if they are the same.
+        """The first difference between these weights and those that are asked for; empty if they are the same.
 
         Args:
             request: What is asked for.
@@ -185,8 +173,6 @@ def _report(data: Any) -> Report:
     for key, kinds in (("start_layer", (int, type(None))), ("ghn", (str, type(None))), ("ghn_hash", (str, type(None)))):
         if not isinstance(origin[key], kinds):
             raise ValueError(f"provenance: {key} is malformed")
-    if any(type(size) is not int or not 0 <= size < 2**63 for row in report.parameters for size in row.shape):
-        raise ValueError("a shape is impossible")
     return replace(report, from_cache=False, seconds=0.0, source=None)
 
 
@@ -195,6 +181,6 @@ def _files(data: Mapping[str, Any]) -> dict[str, FileRecord]:
     for name, record in files.items():
         if not WEIGHTS.fullmatch(name):
             raise ValueError(f"{name[:60]!r} is not a name of a file of weights")
-        if type(record.size) is not int or not 0 <= record.size < 2**63 or not _SHA256.fullmatch(record.sha256):
+        if type(record.size) is not int or not 0 <= record.size < 2**63 or not _SHA256.fullmatch(str(record.sha256)):
             raise ValueError("a file is described by its size and its sha256")
     return files

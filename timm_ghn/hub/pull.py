@@ -19,7 +19,7 @@ from timm_ghn.hub.manifest import FILE, MAX_BYTES, Manifest, dtype_of
 from timm_ghn.initialize.plan import expected_origin
 from timm_ghn.initialize.provenance import record_
 from timm_ghn.initialize.report import ParameterReport, Report, Status
-from timm_ghn.orthogonalization import weight_layers
+from timm_ghn.orthogonalization import classifier_prefixes
 from timm_ghn.request import Request
 from timm_ghn.settings import Init, Source
 from timm_ghn.storage.header import specs_of
@@ -30,6 +30,10 @@ _logger = logging.getLogger(__name__)
 
 ORGANIZATION_VARIABLE = "TIMM_GHN_HUB_ORG"
 """Environment variable that names an organization of the Hub, where weights are looked for before they are computed."""
+RETRY_SECONDS = 300.0
+"""After so long an organization is asked again that kept a call waiting and gave no answer."""
+_WAITED_SECONDS = 0.5
+_ask_again: dict[str, float] = {}  # when, on the monotonic clock, by organization
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def create_from_hub(request: Request) -> tuple[nn.Module, Report]:
 
 
 def read_manifest(snapshot: Snapshot) -> Manifest:
-    """What a repository says of its weights.
+    """The description of a repository's weights.
 
     Raises:
         DownloadError: If there is no such repository, it has no weights made by timm-ghn, or it cannot be reached.
@@ -136,7 +140,7 @@ def _check_fit(model: nn.Module, pulled: Pulled) -> frozenset[str]:
     """
     here, there = model.state_dict(), pulled.tensors
     resized = getattr(model, "num_classes", None) != pulled.manifest.num_classes
-    prefixes = tuple(f"{layer.module}." for layer in weight_layers(model) if layer.is_classifier and resized)
+    prefixes = classifier_prefixes(model) if resized else ()
     head = frozenset(name for name in {*here, *there} if name.startswith(prefixes))
     for name in sorted({*here, *there} - head):
         ours, theirs = (tuple(side[name].shape) if name in side else "missing" for side in (here, there))
@@ -172,7 +176,7 @@ def _report(pulled: Pulled, seconds: float, kept: frozenset[str] = frozenset()) 
 
 
 def organization_repository(architecture: str, init: Init) -> HubSource | None:
-    """Where weights are looked for before they are computed; None if nowhere.
+    """The repository to look for weights in before they are computed; None without one.
 
     `TIMM_GHN_HUB_ORG` names an organization, with "@revision" one of its branches or tags.
 
@@ -183,6 +187,17 @@ def organization_repository(architecture: str, init: Init) -> HubSource | None:
     if not organization or not init.cache or init.spec.source is Source.TIMM:
         return None
     return HubSource.parse(f"{organization}/{architecture}.{init.method.replace('-', '_')}{sign}{revision}")
+
+
+def _look_up_patiently(source: HubSource) -> Snapshot:
+    """`look_up_or_cached`, without asking again and again where a call had to wait for nothing."""
+    organization, start = source.repository.partition("/")[0], time.monotonic()
+    if start < _ask_again.get(organization, start):
+        return Snapshot(source, None, {})
+    snapshot = look_up_or_cached(source)
+    if not snapshot.is_online and time.monotonic() - start > _WAITED_SECONDS:
+        _ask_again[organization] = start + RETRY_SECONDS
+    return snapshot
 
 
 def from_organization(request: Request, model: nn.Module, deferred: DeferredRandom) -> Report | None:
@@ -204,7 +219,7 @@ def from_organization(request: Request, model: nn.Module, deferred: DeferredRand
         return None
     start = time.perf_counter()
     try:
-        snapshot = look_up_or_cached(source)
+        snapshot = _look_up_patiently(source)
         manifest = read_manifest(snapshot)
         origin = expected_origin(model, request.init)
         difference = manifest.difference(request, origin, dtype_of(model))

@@ -10,18 +10,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from torch import nn
 from tqdm import tqdm
 
 from timm_ghn.errors import CheckpointError, DownloadError, InitError, PushError
 from timm_ghn.hub.client import HubSource, Snapshot, api, fetch, hub_errors, look_up
-from timm_ghn.hub.folder import CARD, PICTURE, first_difference, make_folder
-from timm_ghn.hub.manifest import FILE, MAX_BYTES, WEIGHTS, Manifest, dtype_of, settings_of, versions
+from timm_ghn.hub.folder import CARD, PICTURE, make_folder
+from timm_ghn.hub.manifest import FILE, MAX_BYTES, WEIGHTS, Manifest, dtype_of, versions
 from timm_ghn.initialize.plan import expected_origin
-from timm_ghn.initialize.provenance import provenance
 from timm_ghn.request import Request
 from timm_ghn.settings import Init, Source
 from timm_ghn.storage.folder import CONFIG_FILE, MAX_SHARD_SIZE
@@ -33,7 +30,7 @@ LICENSE = "apache-2.0"
 
 
 class Outcome(str, Enum):
-    """What became of a model that was to be pushed."""
+    """The ways in which a push can end."""
 
     PUSHED = "pushed"
     PROPOSED = "proposed"
@@ -44,7 +41,7 @@ class Outcome(str, Enum):
 
 @dataclass(frozen=True)
 class PushOptions:
-    """How something is pushed.
+    """Options of a push.
 
     Attributes:
         private: Whether a new repository is private; None for the organization's default.
@@ -71,7 +68,7 @@ class PushOptions:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What became of a model.
+    """Result of a push.
 
     Attributes:
         name: Name of the model, or of the GHN.
@@ -89,7 +86,7 @@ class Pushed:
 
 
 def push(
-    model: nn.Module | str,
+    model: str,
     repository: str,
     *,
     init: str | Mapping[str, Any] | Init | None = None,
@@ -98,28 +95,26 @@ def push(
 ) -> Pushed:
     """Push initialized weights to the Hub, where `timm.create_model("hf-hub:...", pretrained=True)` finds them.
 
-    The weights are computed anew, so that what the card says of them is true. Of a model in memory only the
-    provenance is taken, and it is refused if its weights are not those that the provenance leads to.
+    The weights are computed anew, so that what the card says of them is true.
 
     Args:
-        model: Name of a timm model, or a model from `timm.create_model(..., init=...)`.
+        model: Name of a timm model.
         repository: "organization/name"; it is created if need be.
-        init: Method or settings, "ghn-orth" by default; for a model in memory those of its provenance, and needed
-            only if its GHN was in memory, too.
+        init: Method or settings, "ghn-orth" by default.
         options: How it is pushed; single options may be given by name: `private=True`, `create_pr=True`, ...
         **arguments: Options, and arguments of `timm.create_model`, such as `num_classes`.
 
     Returns:
-        What was done.
+        The result.
 
     Raises:
-        PushError: If the Hub cannot be reached or refuses, or the model is not as it was initialized.
+        PushError: If the Hub cannot be reached or refuses, or the model is given itself instead of its name.
         TimmGhnError: If the model cannot be initialized or written.
     """
     given = {entry.name: arguments.pop(entry.name) for entry in fields(PushOptions) if entry.name in arguments}
     options = replace(options or PushOptions(), **given)
     source = destination(repository, options)
-    request = _request_of(model, init, arguments) if isinstance(model, nn.Module) else _request(model, init, arguments)
+    request = _request(model, init, arguments)
     remote = find_repository(source, options)
     unchanged = _unchanged(request, remote, options)
     if unchanged:
@@ -132,12 +127,6 @@ def push(
         make_folder(
             request, folder, repository=repository, license=options.license, max_shard_size=options.max_shard_size
         )
-        changed = first_difference(model, folder) if isinstance(model, nn.Module) else None
-        if changed is not None:
-            raise PushError(
-                f"{changed} is not what the provenance of this model leads to: it was changed since, for example by "
-                "training. Push it with timm's own push_to_hf_hub, or push the initialization by its name"
-            )
         return upload(request.name, folder, source, remote, options, f"{request.init.method} weights")
 
 
@@ -157,7 +146,7 @@ def push_all(
         options: How they are pushed.
 
     Yields:
-        What became of each.
+        The result of each.
 
     Raises:
         PushError: Before the first, if the token does not give access at all.
@@ -196,6 +185,11 @@ def destination(repository: str, options: PushOptions) -> HubSource:
 
 
 def _request(name: str, init: str | Mapping[str, Any] | Init | None, arguments: Mapping[str, Any]) -> Request:
+    if not isinstance(name, str):
+        raise PushError(
+            f"push takes the name of a timm model, not a {type(name).__name__}: weights are computed anew. Give the "
+            "name with the same init= and arguments; a trained model goes with timm's own push_to_hf_hub"
+        )
     request = Request.parse(name, init, **arguments) or Request(name, arguments=arguments)
     if request.source is not None or request.init.spec.source not in (Source.GHN, Source.GAUSSIAN):
         what = "timm's own initialization" if request.init.spec.source is Source.TIMM else "not what is pushed"
@@ -205,28 +199,6 @@ def _request(name: str, init: str | Mapping[str, Any] | Init | None, arguments: 
     except InitError as error:
         raise PushError(str(error)) from error
     return replace(request, init=replace(request.init, cache=False))
-
-
-def _request_of(model: nn.Module, init: str | Mapping[str, Any] | Init | None, arguments: Mapping[str, Any]) -> Request:
-    """The call that makes a model in memory again.
-
-    Raises:
-        PushError: If it was not initialized by this package.
-    """
-    found = provenance(model)
-    if found is None:
-        raise PushError(
-            f"this {type(model).__name__} has no provenance: create it with init=, "
-            "or push it with timm's own push_to_hf_hub"
-        )
-    if arguments:
-        raise PushError(f"arguments of the model ({', '.join(arguments)}) go with a name, not with a model")
-    settings = Init.of(settings_of(found) if init is None else init, cache=False)
-    dtype = next(parameter.dtype for parameter in model.parameters())
-    kept = {key: value for key, value in dict(getattr(model, "_model_args", {})).items() if value is not None}
-    types = {} if dtype == torch.float32 else {"dtype": dtype}
-    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    return Request(str(config["architecture"]), settings, arguments={**kept, **types})
 
 
 # --- what is there --------------------------------------------------------------------------------------------------
