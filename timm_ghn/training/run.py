@@ -116,7 +116,7 @@ def _continued(ghn: GHN, shape: GHNConfig, seed: int) -> GHN:
     Raises:
         TrainingError: If it is one of another kind.
     """
-    ghn.info = None  # of the file; training makes another GHN of it
+    ghn.info = ghn.seen = None  # of the file; training makes another GHN of it
     if ghn.config == shape:
         return ghn
     if replace(ghn.config, tiles=shape.tiles) != shape:
