@@ -87,7 +87,8 @@ class _TimmFinder:
 
 
 def uninstall() -> None:
-    """Give timm its own `create_model` back. Calling it again changes nothing."""
+    """Give timm its own `create_model` back, and forget what is known of models. Calling it again changes nothing."""
+    _memo.clear()
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _TimmFinder)]
     if "timm" not in sys.modules:
         return

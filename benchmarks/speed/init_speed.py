@@ -33,7 +33,7 @@ START_LAYERS = {"convnext_base": 94, "resnet50": 37, "resnet18": 14}
 
 
 def create(model: str, variant: str, ghn: str) -> None:
-    """Create a model once; the variant "ghn-orth" starts from an empty cache."""
+    """Create a model once; the variant "ghn-orth" starts from an empty cache, and knows nothing of the model."""
     import timm
 
     import timm_ghn
@@ -43,6 +43,8 @@ def create(model: str, variant: str, ghn: str) -> None:
         return
     if variant == "ghn-orth":
         shutil.rmtree(os.environ["TIMM_GHN_CACHE"] + "/weights", ignore_errors=True)
+        timm_ghn.uninstall()
+        timm_ghn.install()
     timm.create_model(model, init=timm_ghn.Init("ghn-orth", ghn=ghn))
 
 

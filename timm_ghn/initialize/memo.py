@@ -34,3 +34,8 @@ class Memo:
             self._results.move_to_end(key)
             if len(self._results) > self._size:
                 self._results.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._results.clear()
