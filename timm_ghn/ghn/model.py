@@ -193,8 +193,16 @@ class GHN(nn.Module):
             for group, jobs in groups.items()
             for start in range(0, len(jobs), sizes[group])
         ]
-        # With gradients, all groups are decoded together: more memory, but far fewer operations and cheaper gradients.
-        batches = [chunks] if torch.is_grad_enabled() else [[chunk] for chunk in chunks]
+        batches: list[list[tuple[_Group, list[_Job]]]] = []
+        taken = 0
+        for group, jobs in chunks:  # many are decoded together, which takes fewer operations
+            needed = len(jobs) * self._bytes(group)
+            # With gradients, all are: more memory, but cheaper gradients.
+            if not batches or (taken + needed > CHUNK_BYTES and not torch.is_grad_enabled()):
+                batches.append([])
+                taken = 0
+            batches[-1].append((group, jobs))
+            taken += needed
         for batch in batches:
             for ((role, _), jobs), blocks in zip(batch, self._emit(batch, features), strict=True):
                 for job, block in zip(jobs, self._normalize(role, jobs, blocks).unbind(), strict=True):

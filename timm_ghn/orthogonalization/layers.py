@@ -145,8 +145,8 @@ def kept_parameters(model: nn.Module) -> dict[str, str]:
     kept: dict[str, str] = {}
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dtype not in _DTYPES:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dtype not in _DTYPES:
                 kept[prefix + name] = f"of type {str(parameter.dtype).removeprefix('torch.')}"
         for attribute, computed_by, sources in _computed_tensors(module):
             kept.update((prefix + name, f"{attribute} is computed from it by {computed_by}") for name in sources)
@@ -155,7 +155,6 @@ def kept_parameters(model: nn.Module) -> dict[str, str]:
 
 def _computed_tensors(module: nn.Module) -> Iterator[tuple[str, str, dict[str, nn.Parameter]]]:
     """Yields the tensors that a module computes before each forward pass, what computes them, and from what by name."""
-    own = dict(module.named_parameters(recurse=False))
     if nn.utils.parametrize.is_parametrized(module):
         for attribute, steps in module.parametrizations.items():  # type: ignore[union-attr, operator]
             sources = {f"parametrizations.{attribute}.{name}": source for name, source in steps.named_parameters()}
@@ -168,7 +167,8 @@ def _computed_tensors(module: nn.Module) -> Iterator[tuple[str, str, dict[str, n
         else:
             continue
         names = (f"{attribute}_{end}" for end in ("orig", "g", "v"))  # what torch calls the sources
-        yield attribute, computed_by, {name: own[name] for name in names if name in own}
+        named = ((name, module._parameters.get(name)) for name in names)
+        yield attribute, computed_by, {name: source for name, source in named if source is not None}
 
 
 def _weights(module: nn.Module, module_name: str) -> Iterator[tuple[str, nn.Parameter]]:

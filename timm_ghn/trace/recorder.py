@@ -34,6 +34,9 @@ _SEEN_DEVICE = torch.device("cpu", 0)
 """What code gets from `tensor.device`. Unlike the meta device, `torch.autocast` knows this one. As an argument of a
 call, it stands for the meta device again. (Nobody else writes an index behind "cpu".)"""
 
+_LEAVES = (int, float, str, type(None), torch.dtype)
+"""Types of most arguments of calls: they hold no tensors."""
+
 _ARITHMETIC = {
     "add", "sub", "mul", "truediv", "floordiv", "div", "matmul", "pow", "mod", "and", "or", "xor", "lshift", "rshift",
 }  # fmt: skip
@@ -296,26 +299,27 @@ class _MetaByDefault(TorchFunctionMode):
 
 def tensors_in(result: Any, *, in_objects: bool = False) -> Iterator[Tensor]:
     """The tensors of nested lists, tuples, sets and mappings, in order; if asked for, of attributes of objects, too."""
-    yield from _tensors_in(result, in_objects, ())
+    return iter((result,)) if isinstance(result, Tensor) else _tensors_in(result, in_objects, ())
 
 
 def _tensors_in(result: Any, in_objects: bool, owners: tuple[int, ...]) -> Iterator[Tensor]:
     """As `tensors_in`, of a part of the objects with these ids, which may refer to each other."""
     entries: Iterable[Any] = ()
-    if isinstance(result, Tensor):
-        yield result
-    elif id(result) in owners:
+    if id(result) in owners:
         return
+    if isinstance(result, (list, tuple, set, frozenset, deque)):
+        entries = result
     elif isinstance(result, Mapping):
         entries = result.values()
-    elif isinstance(result, (list, tuple, set, frozenset, deque)):
-        entries = result
     elif in_objects and not isinstance(result, (type, nn.Module)):
         entries = getattr(result, "__dict__", {}).values()
         if is_dataclass(result):
             entries = [getattr(result, field.name, None) for field in fields(result)]
     for entry in entries:
-        yield from _tensors_in(entry, in_objects, (*owners, id(result)))
+        if isinstance(entry, Tensor):
+            yield entry
+        elif not isinstance(entry, _LEAVES):
+            yield from _tensors_in(entry, in_objects, (*owners, id(result)))
 
 
 def _as_called(name: str, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
