@@ -74,7 +74,7 @@ class ClockedGHN(GHN):
     def __init__(self, ghn: GHN, clock: Clock, after: str) -> None:
         super().__init__(ghn.config)
         self.load_state_dict(ghn.state_dict())
-        self.info = ghn.info
+        self.info, self.seen = ghn.info, ghn.seen
         self.eval()
         self._clock = clock
         self._after = after

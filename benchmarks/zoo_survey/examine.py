@@ -219,7 +219,7 @@ def _init_facts(name: str, settings: Settings, size: tuple[int, ...] | None, clo
     with clock.step("activations"):
         activations = _compare(model, expected, size, settings.seed)
     seconds["activations"] = clock["activations"] + clock["activations of timm's weights"]
-    orthogonalized = (Status.PREDICTED_ORTHOGONALIZED, Status.ORTHOGONALIZED)
+    orthogonalized = (Status.PREDICTED_ORTHOGONALIZED, Status.ORTHOGONALIZED, Status.DRAWN)
     return InitFacts(
         predicted=sum(p.numel for p in report.parameters if p.status in _PREDICTED),
         orthogonalized=sum(p.numel for p in report.parameters if p.status in orthogonalized),
