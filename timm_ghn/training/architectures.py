@@ -97,7 +97,8 @@ def draw_architecture(stream: str, index: int, shares: Mapping[str, float], boun
     names = sorted(shares)
     family = rng.choices(names, [shares[name] for name in names])[0]
     for attempt in range(_MAX_DRAWS):
-        size, max_params = (rng.choices(list(of), list(of.values()))[0] for of in (bounds.sizes, bounds.max_params))
+        size = rng.choices(list(bounds.sizes), list(bounds.sizes.values()))[0]
+        max_params = rng.choices(list(bounds.max_params), list(bounds.max_params.values()))[0]
         architecture = Architecture(family, f"{stream}/{index}/{attempt}", size)
         if _is_within(architecture, max_params, bounds):
             return architecture
