@@ -58,7 +58,6 @@ from timm_ghn.ghn import content_hash, load_ghn
 from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.training.begin import new_ghn
-from timm_ghn.training.config import PRESETS
 
 _SMALL = {"stem": "original", "optimizer": "adamw", "weight_decay": 0.05, "batch_size": 48, "epochs": 20, "lr": 2e-3}
 MODELS: dict[str, FineTuneConfig] = {
@@ -169,7 +168,7 @@ class Bench:
         """File of a GHN of the preset, as it is before its first step."""
         path = self.args.out / "untrained.safetensors"
         if not path.exists():
-            write_safetensors(new_ghn(load_ghn(self.args.ghn).config, PRESETS["bundled"].share, seed=0), path)
+            write_safetensors(new_ghn(load_ghn(self.args.ghn).config, seed=0), path)
         return path
 
     def line(self, task: str, model: str, init: str) -> tuple[Line, tuple[RunResult, ...]]:

@@ -43,8 +43,8 @@ from timm_ghn.orthogonalization.noise import correlation_std
 from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.training.architectures import Bounds, Network, draw_architecture
 from timm_ghn.training.config import TrainConfig
-from timm_ghn.training.data import BatchSampler, take_batch
-from timm_ghn.training.objective import ridge_loss
+from timm_ghn.training.data import draw_classes, take_batch
+from timm_ghn.training.objective import linear_accuracy
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 """Okabe and Ito's, which stay apart for colour-blind readers."""
@@ -456,11 +456,12 @@ def embeddings(args: argparse.Namespace) -> None:
     if args.data is not None:
         images = load_benchmark("shards", args.data).test
         ways = min(20, len(images.classes))
-        index = BatchSampler(images).draw(2 * args.shots * ways, ways, torch.Generator().manual_seed(args.seed))
+        generator = torch.Generator().manual_seed(args.seed)
+        index = draw_classes(images.labels, 2 * args.shots * ways, ways, generator)
         batch = take_batch(images, index, "cpu")
         with torch.no_grad():
             accuracies = [
-                ridge_loss(network(ghn([network.graph])[0], batch.images)[1], batch.labels)[1] for network in networks
+                linear_accuracy(network(ghn([network.graph])[0], batch.images)[1], batch.labels) for network in networks
             ]
     for name in args.models:
         with torch.device("meta"):

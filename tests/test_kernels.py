@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from timm_ghn.errors import CheckpointError, TrainingError
+from timm_ghn.errors import CheckpointError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
 from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.ghn.decoder import ConvDecoder, condition
 from timm_ghn.ghn.layout import Tiles, join, tilings
 from timm_ghn.graph import to_graph
 from timm_ghn.training.architectures import Bounds, Network, draw_architecture
-from timm_ghn.training.begin import with_tiles
 
 SHAPES = [(2, 24, 3, 3, 3), (3, 64, 64, 1, 1), (1, 48, 1, 7, 7), (2, 16, 64, 1, 1), (2, 1, 8, 1, 1)]
 
@@ -144,8 +144,8 @@ def test_tiles_cover_a_kernel_once() -> None:
 def test_blocks_of_a_large_kernel_differ_by_their_place(kernels: str) -> None:
     torch.manual_seed(0)
     plain = GHN(GHNConfig(max_shape=(8, 8, 3, 3), num_classes=4, hid=8, kernels=kernels))
-    tiled = with_tiles(plain, 3, seed=0)
-    assert with_tiles(plain, 1, seed=0) is plain
+    tiled = GHN(replace(plain.config, tiles=3))
+    tiled.load_state_dict({**tiled.state_dict(), **plain.state_dict()})
     assert tiled.config.largest_kernel == (24, 24, 3, 3)
     network = nn.Sequential(nn.Conv2d(3, 20, 3), nn.ReLU(), nn.Conv2d(20, 30, 3), nn.Flatten(), nn.Linear(30 * 16, 4))
     graph = to_graph(network, input_size=(3, 8, 8))
@@ -173,8 +173,6 @@ def test_tiles_survive_a_file(tmp_path: Path) -> None:
     assert again.config.tiles == 4
     assert content_hash(again) == content_hash(ghn)
     assert "tiles" not in GHNConfig().to_dict()
-    with pytest.raises(TrainingError, match="has 4 tiles"):
-        with_tiles(again, 2, seed=0)
     with pytest.raises(CheckpointError, match="tiles"):
         GHNConfig(tiles=0)
 

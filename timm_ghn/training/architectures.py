@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -206,7 +206,7 @@ class Network:
 
 
 class Networks:
-    """Networks by number, built when they are first used; the latest ones are kept.
+    """Networks by number, built when they are first used; the latest ones are kept. Iterating gives the first `kept`.
 
     Args:
         draw: The architecture of a number.
@@ -215,10 +215,17 @@ class Networks:
     """
 
     def __init__(self, draw: Callable[[int], Architecture], ghn: GHN, kept: int) -> None:
+        self.kept = kept
         self._build = lru_cache(maxsize=kept)(lambda index: Network(draw(index), ghn))
 
     def __getitem__(self, index: int) -> Network:
         return self._build(index)
+
+    def __iter__(self) -> Iterator[Network]:
+        return map(self._build, range(self.kept))
+
+    def __len__(self) -> int:
+        return self.kept
 
 
 def training_architecture(config: TrainConfig, index: int) -> Architecture:
@@ -249,21 +256,9 @@ def seen_in_training(config: TrainConfig, step: int) -> Seen:
     return Seen.of(graphs)
 
 
-class EvaluationNetworks(Iterable[Network]):
-    """One network of each family, the same in all runs and built once; none of them is trained on.
-
-    Args:
-        ghn: GHN that is going to predict their parameters.
-    """
-
-    def __init__(self, ghn: GHN) -> None:
-        def draw(index: int) -> Architecture:
-            return draw_architecture("evaluation", index, {sorted(FAMILIES)[index]: 1.0}, Bounds())
-
-        self._networks = Networks(draw, ghn, len(FAMILIES))
-
-    def __iter__(self) -> Iterator[Network]:
-        return map(self._networks.__getitem__, range(len(FAMILIES)))
-
-    def __len__(self) -> int:
-        return len(FAMILIES)
+def evaluation_networks(ghn: GHN) -> Networks:
+    """One network of each family, the same in all runs; none of them is trained on."""
+    names = sorted(FAMILIES)
+    return Networks(
+        lambda index: draw_architecture("evaluation", index, {names[index]: 1.0}, Bounds()), ghn, len(names)
+    )

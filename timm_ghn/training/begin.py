@@ -3,50 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 
-from timm_ghn.errors import TrainingError
 from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.ghn.model import GHN
 
+_SHARE = 0.5
+"""Scale of the node features against the bias of the decoder's first layer, which the kernels of all nodes share."""
 
-def new_ghn(shape: GHNConfig, share: float, seed: int) -> GHN:
+
+def new_ghn(shape: GHNConfig, seed: int) -> GHN:
     """A GHN as training begins with it: embeddings of sizes that vary slowly, and kernels that nodes share.
 
     Args:
         shape: Its hyperparameters.
-        share: How different the kernels of different nodes are, see `share_decoder`.
         seed: Seed of its weights.
     """
     torch.manual_seed(seed)
     ghn = GHN(shape)
     smooth_sizes(ghn, seed)
     if shape.decoder == "conv":
-        share_decoder(ghn, share, seed)
+        share_decoder(ghn, seed)
     return ghn
-
-
-def with_tiles(ghn: GHN, tiles: int, seed: int) -> GHN:
-    """A GHN whose large kernels are put together from more blocks, with codes as of an untrained one.
-
-    Args:
-        ghn: GHN to take weights from; itself if it has as many already, or 1 is asked for.
-        tiles: Blocks a side.
-        seed: Seed of the codes.
-
-    Raises:
-        TrainingError: If it has others.
-    """
-    if tiles in (1, ghn.config.tiles):
-        return ghn
-    if ghn.config.tiles > 1:
-        raise TrainingError(f"the GHN has {ghn.config.tiles} tiles, the run {tiles}")
-    torch.manual_seed(seed)
-    extended = GHN(replace(ghn.config, tiles=tiles))
-    extended.load_state_dict({**extended.state_dict(), **ghn.state_dict()})
-    return extended
 
 
 @torch.no_grad()
@@ -74,7 +53,7 @@ def smooth_sizes(ghn: GHN, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def share_decoder(ghn: GHN, share: float, seed: int = 0) -> None:
+def share_decoder(ghn: GHN, seed: int = 0) -> None:
     """Let an untrained GHN predict nearly the same kernels for all nodes: a network of shared weights.
 
     Classes can be learned only if the channels of the last layer mean the same in all networks. With torch's default
@@ -82,7 +61,6 @@ def share_decoder(ghn: GHN, share: float, seed: int = 0) -> None:
 
     Args:
         ghn: GHN with a convolutional decoder; changed in place.
-        share: Scale of the node features against the shared bias of the decoder's first layer.
         seed: Seed of that bias.
     """
     parameters = dict(ghn.named_parameters())
@@ -90,4 +68,4 @@ def share_decoder(ghn: GHN, share: float, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     deviation = float(weight.std()) * math.sqrt(weight.shape[1])
     bias.copy_(torch.randn(bias.shape, generator=generator) * deviation)
-    weight.mul_(share)
+    weight.mul_(_SHARE)

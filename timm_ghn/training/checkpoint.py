@@ -58,7 +58,9 @@ class Checkpoint:
 
     def write(self, folder: Path) -> None:
         """Name this checkpoint as the folder's, atomically."""
-        write_atomically(folder / _LATEST, json.dumps(asdict(self), indent=2).encode())
+        write_atomically(
+            folder / _LATEST, json.dumps({**asdict(self), "config": self.config.to_dict()}, indent=2).encode()
+        )
 
     @property
     def exported(self) -> str:

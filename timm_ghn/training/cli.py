@@ -8,6 +8,7 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -28,9 +29,6 @@ _SETTINGS = (
     ("meta_batch", int, "networks an update, over all processes"),
     ("batch_size", int, "images a network"),
     ("lr", float, "learning rate"),
-    ("components", float, "weight of the loss of the teacher's components"),
-    ("classes", float, "weight of the cross-entropy of classes"),
-    ("whitening", float, "what the teacher's components are divided by: a power of their deviation"),
     ("first", int, "networks to begin with"),
     ("fresh", float, "new networks an update"),
     ("kept", int, "networks in use at a time"),
@@ -56,7 +54,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of checkpoints and metrics")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="bundled", help="configuration to start from")
     parser.add_argument(
-        "--teacher", metavar="NAME", help=f"trained network to learn from: {PACKAGED} or a model of timm"
+        "--teacher",
+        metavar="NAME",
+        help=f"trained network to learn from, {PACKAGED} or one of timm; else classes",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--from-ghn", metavar="GHN", help="begin with this GHN (a name or a file), and its sizes")
@@ -75,6 +75,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(_option(name), type=kind, help=f"{text} (default: the preset's)")
     for name, text in _GHN_SETTINGS:
         parser.add_argument(_option(name), type=int, help=f"{text} (default: the preset's)")
+    parser.add_argument(
+        "--hypernet",
+        choices=("gatedgnn", "graphormer"),
+        help="what mixes the features of the nodes (default: the preset's); with a Graphormer in 4 layers of 8 heads",
+    )
     parser.add_argument("--evaluate-only", action="store_true", help="do not train: evaluate the checkpoint in --out")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the final GHN to this file")
     parser.add_argument("--export-only", action="store_true", help="do not train: export the last checkpoint in --out")
@@ -94,7 +99,10 @@ def make_config(args: argparse.Namespace) -> TrainConfig:
     config = PRESETS[args.preset]
     names = [name for name, _, _ in _SETTINGS]
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    shape = {name: getattr(args, name) for name, _ in _GHN_SETTINGS if getattr(args, name) is not None}
+    shape: dict[str, Any] = {name: getattr(args, name) for name, _ in _GHN_SETTINGS if getattr(args, name) is not None}
+    if args.hypernet is not None:
+        layers, heads = (4, 8) if args.hypernet == "graphormer" else (0, 0)
+        shape |= {"hypernet": args.hypernet, "layers": layers, "heads": heads}
     families = {name: share for name, share in config.families.items() if name not in args.without_family}
     ghn = config.ghn if args.from_ghn is None else load_ghn(args.from_ghn).config
     return replace(config, ghn=replace(ghn, **shape), families=families, **changes)

@@ -10,17 +10,13 @@ from timm_ghn.errors import CheckpointError, TrainingError
 from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.training.families import FAMILIES
 
-_POSITIVE = (
-    "steps",
-    "meta_batch",
-    "first",
-    "kept",
-    "eval_every",
-    "eval_images",
-    "save_every",
-    "log_every",
-    "max_skipped",
-)
+_AT_LEAST = {
+    **dict.fromkeys(
+        ("steps", "meta_batch", "first", "kept", "eval_every", "eval_images", "save_every", "log_every"), 1
+    ),
+    **dict.fromkeys(("cooldown", "fresh", "held_out_classes"), 0),
+    "batch_size": 2,  # batch norms use the statistics of the batch
+}
 
 
 @dataclass(frozen=True)
@@ -36,20 +32,10 @@ class TrainConfig:
         lr: Learning rate after the warm-up.
         warmup: Updates over which the learning rate rises to `lr`.
         average: Decay, for each update, of a running average of the weights, which is what is evaluated and exported.
-        weight_decay: Decoupled weight decay.
-        clip: Largest norm of the GHN's gradient.
-        network_clip: Largest norm of the gradient by one network's predicted parameters: one network that explodes
-            does not drown the others.
-        components: Weight of the loss of the outputs that name the teacher's components.
-        classes: Weight of the cross-entropy of the outputs that name classes.
-        whitening: What the teacher's components are divided by: the power of their standard deviation, 0 for nothing
-            and 1 for components that all count the same.
         first: Networks to begin with.
         fresh: New networks an update.
         kept: Networks in use at a time: the latest ones.
         families: How often each family of networks is drawn; none that is left out.
-        share: How different the kernels of different nodes are to begin with, see `share_decoder`.
-        padding: Largest shift, in pixels, of augmented images.
         held_out_classes: Classes that the GHN never sees, for measuring.
         validation: Share of every class's images for validation.
         eval_every: Updates between evaluations.
@@ -58,7 +44,6 @@ class TrainConfig:
         log_every: Updates between lines in the metrics file.
         seed: Seed of everything drawn: what update i of process r draws depends on (seed, i, r) alone.
         num_threads: Threads a process; None leaves torch's choice.
-        max_skipped: Updates in a row without a finite gradient after which training gives up.
     """
 
     ghn: GHNConfig = field(default_factory=lambda: GHNConfig(kernels="orthogonal"))
@@ -69,20 +54,12 @@ class TrainConfig:
     lr: float = 2e-3
     warmup: int = 30
     average: float = 0.995
-    weight_decay: float = 1e-4
-    clip: float = 5.0
-    network_clip: float = 5.0
-    components: float = 1.0
-    classes: float = 0.0
-    whitening: float = 0.5
     first: int = 24
     fresh: float = 0.25
     kept: int = 1024
     families: Mapping[str, float] = field(
         default_factory=lambda: {name: share for name, (share, _) in FAMILIES.items()}
     )
-    share: float = 0.5
-    padding: int = 2
     held_out_classes: int = 50
     validation: float = 0.04
     eval_every: int = 500
@@ -91,21 +68,13 @@ class TrainConfig:
     log_every: int = 20
     seed: int = 0
     num_threads: int | None = 1
-    max_skipped: int = 50
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("cooldown", "components", "classes", "fresh", "held_out_classes"):
-            if getattr(self, name) < 0:
-                raise TrainingError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name, least in _AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise TrainingError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.cooldown > self.steps:
             raise TrainingError(f"a cooldown of {self.cooldown} updates does not fit into a run of {self.steps}")
-        if self.batch_size < 2:
-            raise TrainingError("batch_size must be at least 2: batch norms use the statistics of the batch")
-        if not self.components and not self.classes:
-            raise TrainingError("components or classes must have a weight: there is nothing to learn")
         if not 0 <= self.average < 1:
             raise TrainingError(f"average must be at least 0 and less than 1, not {self.average}")
         if not self.lr > 0:
@@ -122,19 +91,16 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainConfig:
-        """Read `to_dict`'s form.
+        """Read `to_dict`'s form; settings that earlier versions had, and this one has not, are left out.
 
         Raises:
             TrainingError: If the data is not of that form.
         """
+        known = {entry.name: data[entry.name] for entry in fields(cls) if entry.name in data}
         try:
-            return cls(**{**data, "ghn": GHNConfig.from_dict(data["ghn"])})
+            return cls(**{**known, "ghn": GHNConfig.from_dict(data["ghn"])})
         except (CheckpointError, KeyError, TypeError) as error:
             raise TrainingError(f"not a training configuration: {error}") from error
-
-    def changed(self, other: TrainConfig) -> list[str]:
-        """Names of the settings in which two configurations differ."""
-        return [entry.name for entry in fields(self) if getattr(self, entry.name) != getattr(other, entry.name)]
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of an update, counted from 0."""
@@ -156,7 +122,6 @@ PRESETS: dict[str, TrainConfig] = {
     "smoke": TrainConfig(
         ghn=GHNConfig(hid=16, max_shape=(16, 16, 7, 7), kernels="orthogonal"),
         steps=20, warmup=5, first=4, eval_every=10, eval_images=20, save_every=10, log_every=5,
-        components=0.0, classes=1.0,
     ),
 }  # fmt: skip
 """Named configurations of `timm-ghn train`: that of the bundled file, and one to try the command."""

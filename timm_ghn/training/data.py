@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,36 +34,24 @@ class Splits:
         """Outputs of a network that names the teacher's components and the classes."""
         return len(self.train.classes) + (0 if self.train.targets is None else self.train.targets.shape[1])
 
-    @property
-    def train_classes(self) -> tuple[int, ...]:
-        """Indices of the classes that the GHN is trained on."""
-        return tuple(int(label) for label in torch.unique(self.train.labels))
 
-
-def split(data: ImageSet, *, held_out: int | Sequence[str] = 0, validation: float = 0.05, seed: int = 0) -> Splits:
+def split(data: ImageSet, *, held_out: int = 0, validation: float = 0.05, seed: int = 0) -> Splits:
     """Divide images into training images, validation images of the same classes, and held-out classes.
 
     Args:
         data: All images.
-        held_out: Names of the classes to hold out, or how many to draw.
+        held_out: How many classes to hold out.
         validation: Share of every training class's images that validate.
         seed: Decides which classes and images are drawn.
 
     Raises:
-        TrainingError: If a class does not exist, or if nothing is left to train on.
+        TrainingError: If nothing is left to train on.
     """
-    rng = random.Random(f"timm-ghn split {seed}")
-    if isinstance(held_out, int):
-        if not 0 <= held_out < len(data.classes):
-            raise TrainingError(
-                f"--held-out-classes: {held_out} of {len(data.classes)} classes cannot be held out; 0 holds out none"
-            )
-        chosen = sorted(rng.sample(range(len(data.classes)), held_out))
-    else:
-        unknown = sorted(set(held_out) - set(data.classes))
-        if unknown:
-            raise TrainingError(f"classes to hold out that do not exist: {', '.join(unknown[:5])}")
-        chosen = sorted(data.classes.index(name) for name in set(held_out))
+    if not 0 <= held_out < len(data.classes):
+        raise TrainingError(
+            f"--held-out-classes: {held_out} of {len(data.classes)} classes cannot be held out; 0 holds out none"
+        )
+    chosen = sorted(random.Random(f"timm-ghn split {seed}").sample(range(len(data.classes)), held_out))
     is_held_out = torch.isin(data.labels, torch.tensor(chosen, dtype=torch.int64))
     is_validation = torch.zeros(len(data), dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
@@ -120,33 +107,22 @@ def _reflect(index: Tensor, size: int) -> Tensor:
     return torch.where(index >= size, 2 * (size - 1) - index, index)
 
 
-class BatchSampler:
-    """Draws batches of a few classes with equally many images each.
+def draw_classes(labels: Tensor, count: int, ways: int, generator: torch.Generator) -> Tensor:
+    """Indices (count,) of images of a few classes: the first half has as many of each class as the second.
 
     Args:
-        data: Images.
+        labels: Classes of all images, (N,).
+        count: Images.
+        ways: Classes.
+        generator: CPU generator that every draw comes from.
     """
-
-    def __init__(self, data: ImageSet) -> None:
-        self.data = data
-        self._order = torch.argsort(data.labels, stable=True)
-        self._classes, self._counts = torch.unique(data.labels, return_counts=True)
-        self._starts = torch.cumsum(self._counts, 0) - self._counts
-
-    def draw(self, count: int, ways: int, generator: torch.Generator) -> Tensor:
-        """Indices (count,) of images: the first half has as many images of each drawn class as the second.
-
-        Args:
-            count: Images.
-            ways: Classes; 0 draws images of any class, one by one.
-            generator: CPU generator that every draw comes from.
-        """
-        if not ways:
-            return torch.randint(len(self.data), (count,), generator=generator)
-        chosen = torch.randperm(len(self._classes), generator=generator)[:ways]
-        chosen = chosen.repeat(-(-count // len(chosen)))[:count]
-        place = (torch.rand(count, generator=generator, dtype=torch.float64) * self._counts[chosen]).long()
-        return self._order[self._starts[chosen] + place]
+    order = torch.argsort(labels, stable=True)
+    counts = torch.unique(labels, return_counts=True)[1]
+    starts = torch.cumsum(counts, 0) - counts
+    chosen = torch.randperm(len(counts), generator=generator)[:ways]
+    chosen = chosen.repeat(-(-count // len(chosen)))[:count]
+    place = (torch.rand(count, generator=generator, dtype=torch.float64) * counts[chosen]).long()
+    return order[starts[chosen] + place]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,11 +141,7 @@ class Batch:
 
 
 def take_batch(
-    data: ImageSet,
-    index: Tensor,
-    device: torch.device | str,
-    generator: torch.Generator | None = None,
-    padding: int = 0,
+    data: ImageSet, index: Tensor, device: torch.device | str, generator: torch.Generator | None = None
 ) -> Batch:
     """Some images, normalized, with labels and targets.
 
@@ -178,11 +150,10 @@ def take_batch(
         index: Which, (B,).
         device: Where the batch goes.
         generator: If given, the images are augmented, and every draw comes from this generator of the CPU.
-        padding: Largest shift of augmented images.
     """
     images = data.images[index]
     if generator is not None:
-        images = augment(images, generator, padding)
+        images = augment(images, generator)
     # Convolutions of few channels are a quarter faster in this layout on a CPU.
     images = normalize(images.to(device)).contiguous(memory_format=torch.channels_last)
     targets = torch.empty(len(index), 0) if data.targets is None else data.targets[index].float()

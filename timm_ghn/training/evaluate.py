@@ -12,11 +12,12 @@ import torch
 from tqdm import tqdm
 
 from timm_ghn.ghn.model import GHN
-from timm_ghn.images import ImageSet
+from timm_ghn.text import table
 from timm_ghn.training.architectures import Network
 from timm_ghn.training.conditioned import as_users_get
-from timm_ghn.training.data import Batch, BatchSampler, Splits, take_batch
-from timm_ghn.training.objective import Objective, ridge_loss
+from timm_ghn.training.config import TrainConfig
+from timm_ghn.training.data import Splits, draw_classes, take_batch
+from timm_ghn.training.objective import Objective, linear_accuracy
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,8 @@ class Evaluation:
 
     def table(self) -> str:
         """One line a family."""
-        names = list(self.values)
-        rows = [("family", *names)]
-        for family, values in [*sorted(self.families.items()), ("all", self.values)]:
-            rows.append((family, *(f"{values[name]:.3f}" for name in names)))
-        return "\n".join("".join(cell.ljust(17) for cell in row).rstrip() for row in rows)
+        rows = [(family, *found.values()) for family, found in [*sorted(self.families.items()), ("all", self.values)]]
+        return "\n".join(table(("family", *self.values), rows))
 
 
 @torch.no_grad()
@@ -54,6 +52,7 @@ def evaluate(
     networks: Iterable[Network],
     splits: Splits,
     objective: Objective,
+    config: TrainConfig,
     *,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
@@ -66,18 +65,14 @@ def evaluate(
         networks: One network of each family that is measured.
         splits: Images: validation images for the predicted outputs, held-out classes (validation images if there are
             none) for classifiers fitted to features.
-        objective: What is scored, with the settings of the run.
+        objective: What is scored.
+        config: How many images there are, and the seed by which they are drawn.
         device: Where to compute.
     """
-    config = objective.config
     generator = torch.Generator().manual_seed(config.seed)
-
-    def draw(data: ImageSet, ways: int) -> Batch:
-        index = BatchSampler(data).draw(config.eval_images, ways, generator)
-        return take_batch(data, index, device)
-
-    plain = draw(splits.validation, 0)
-    few = draw(splits.held_out or splits.validation, 20)
+    count, few_of = config.eval_images, splits.held_out or splits.validation
+    plain = take_batch(splits.validation, torch.randint(len(splits.validation), (count,), generator=generator), device)
+    few = take_batch(few_of, draw_classes(few_of.labels, count, 20, generator), device)
     was_training = ghn.training
     ghn.eval()
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -87,7 +82,7 @@ def evaluate(
             predicted = as_users_get(raw, network.assignments, ghn.config.largest_kernel[0], 0)
             _, values = objective(network(predicted, plain.images)[0], plain)
             features = torch.nan_to_num(network(predicted, few.images)[1].float())
-            values["few_shot"] = ridge_loss(features, few.labels)[1]
+            values["few_shot"] = linear_accuracy(features, few.labels)
             found[network.architecture.family].append(values)
     finally:
         ghn.train(was_training)

@@ -58,7 +58,7 @@ def fill_unseen_sizes(ghn: GHN, optimizer: Mapping[str, Any]) -> int:
     Returns:
         Number of rows that were filled in.
     """
-    order = [parameter for group in make_optimizer(ghn, 1.0, 0.0).param_groups for parameter in group["params"]]
+    order = [parameter for group in make_optimizer(ghn).param_groups for parameter in group["params"]]
     places = {id(parameter): index for index, parameter in enumerate(order)}
     encoder = ghn.shape_enc
     classes = int((encoder.channels.known == ghn.config.num_classes).argmax())

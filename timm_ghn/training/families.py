@@ -35,6 +35,7 @@ class Draw:
 
     def __init__(self, seed: str, size: int, classes: int) -> None:
         self._random = random.Random(seed)
+        self.real, self.number = self._random.uniform, self._random.randint
         self.size = size
         self.classes = classes
 
@@ -60,10 +61,15 @@ class Draw:
             widths.append(max(widths[-1], round(grown / multiple) * multiple))
         return tuple(widths)
 
-    def doubled(self, count: int, low: int, high: int, multiple: int = 8) -> tuple[int, ...]:
-        """Numbers of channels of stages, each twice the one before; the first in [low, high]."""
-        width = self.width(low, high, multiple)
-        return tuple(width * 2**index for index in range(count))
+    def scaled(self, bases: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
+        """Numbers of channels of stages, or of heads: one of `bases` times each of the factors."""
+        base = self.pick(*bases)
+        return tuple(base * factor for factor in factors)
+
+    def heads(self, low: int, high: int, *sizes: int) -> dict[str, int]:
+        """How many attention heads there are, and the channels of all of them; a head has one of the sizes."""
+        heads = self.number(low, high)
+        return {"num_heads": heads, "embed_dim": heads * self.pick(*sizes)}
 
     def depths(self, count: int, most: int = 3) -> tuple[int, ...]:
         """Numbers of blocks of stages; in some networks the last but one stage is the longest, as in most of timm's."""
@@ -73,14 +79,6 @@ class Draw:
         if count > 2 and self.flag():
             depths[-2] = min(2 * most + 2, self._random.randint(2, 3) * depths[-2])
         return tuple(depths)
-
-    def real(self, low: float, high: float) -> float:
-        """A number between low and high."""
-        return self._random.uniform(low, high)
-
-    def number(self, low: int, high: int) -> int:
-        """A whole number from low to high."""
-        return self._random.randint(low, high)
 
 
 Family = Callable[[Draw], nn.Module]
@@ -115,24 +113,6 @@ def _resnetv2(d: Draw) -> nn.Module:
         list(d.depths(4)), channels=d.widths(4, 32, 96, 4 * groups), num_classes=d.classes,
         stem_chs=d.width(32, 64, 2 * groups), stem_type=d.pick("", "deep"), preact=d.flag(0.7), **options,
     )
-
-
-def _res2net(d: Draw) -> nn.Module:
-    block = models.res2net.Bottle2neck
-    width = d.pick(14, 26, 48)
-    return models.resnet.ResNet(
-        block, d.depths(4), num_classes=d.classes, base_width=width, channels=d.widths(4, 16, 48),
-        block_args={"scale": d.pick(3, 4, 6)},
-    )
-
-
-def _regnet(d: Draw) -> nn.Module:
-    cfg = models.regnet.RegNetCfg(
-        depth=d.number(8, 18), w0=d.width(16, 48), wa=d.real(18, 40), wm=d.real(2.0, 2.6),
-        group_size=d.pick(8, 8, 16, 24), bottle_ratio=d.pick(1.0, 1.0, 1.0, 0.5), se_ratio=d.pick(0.0, 0.0, 0.25),
-        act_layer=d.pick("relu", "relu", "silu"),
-    )
-    return models.regnet.RegNet(cfg, num_classes=d.classes)
 
 
 def _byobnet(d: Draw) -> nn.Module:
@@ -289,47 +269,6 @@ def _rdnet(d: Draw) -> nn.Module:
     )
 
 
-def _dpn(d: Draw) -> nn.Module:
-    groups = d.pick(4, 8, 16)
-    return models.dpn.DPN(
-        k_sec=d.depths(4), inc_sec=d.widths(4, 8, 16), k_r=groups * d.pick(2, 4), groups=groups,
-        num_classes=d.classes, small=d.flag(), num_init_features=d.width(16, 48), b=d.flag(0.3),
-    )
-
-
-def _dla(d: Draw) -> nn.Module:
-    block = d.pick(models.dla.DlaBasic, models.dla.DlaBottleneck, models.dla.DlaBottle2neck)
-    return models.dla.DLA(
-        [1, 1, *(d.number(1, 2) for _ in range(3)), 1], list(d.widths(6, 8, 16)), num_classes=d.classes, block=block,
-        shortcut_root=d.flag(), base_width=32 if block is models.dla.DlaBottle2neck else 64,
-    )
-
-
-def _cspnet(d: Draw) -> nn.Module:
-    kind, block, expand, inner = d.pick(
-        ("csp", "bottle", 2.0, 1.0), ("cs3", "bottle", 1.0, 0.5), ("dark", "dark", 1.0, 1.0)
-    )
-    cfg = models.cspnet.CspModelCfg(
-        stem=models.cspnet.CspStemCfg(out_chs=d.width(16, 32), kernel_size=3, stride=d.pick(1, 2), pool=""),
-        stages=models.cspnet.CspStagesCfg(
-            depth=d.depths(4, 2), out_chs=d.widths(4, 24, 56, 16), bottle_ratio=0.5, block_ratio=inner,
-            expand_ratio=expand, cross_linear=d.flag(), stage_type=kind, block_type=block,
-        ),
-        act_layer=d.pick("leaky_relu", "silu"),
-    )
-    return models.cspnet.CspNet(cfg, num_classes=d.classes)
-
-
-def _vovnet(d: Draw) -> nn.Module:
-    cfg = {
-        "stem_chs": [d.width(16, 32), 32, d.width(16, 48)], "stage_conv_chs": list(d.widths(4, 16, 32)),
-        "stage_out_chs": list(d.widths(4, 32, 64)), "layer_per_block": d.number(2, 4),
-        "block_per_stage": [1, 1, d.number(1, 2), 1], "residual": d.flag(), "depthwise": d.flag(0.3),
-        "attn": d.pick("", "ese"),
-    }
-    return models.vovnet.VovNet(cfg, num_classes=d.classes)
-
-
 def _hgnet(d: Draw) -> nn.Module:
     outs, mids = d.widths(4, 32, 64, 16), d.widths(4, 16, 32)
     ins = (d.width(16, 32), *outs[:-1])
@@ -364,15 +303,6 @@ def _scale(d: Draw) -> float | None:
     return d.pick(None, 1e-6, 0.1, 1.0)
 
 
-def _convnext(d: Draw) -> nn.Module:
-    grn = d.flag(0.4)
-    return models.convnext.ConvNeXt(
-        num_classes=d.classes, depths=d.depths(4), dims=d.widths(4, 24, 64), kernel_sizes=d.pick(7, 7, 7, 5, 3, 9),
-        ls_init_value=None if grn else _scale(d), stem_type=d.pick("patch", "patch", "overlap", "overlap_tiered"),
-        patch_size=d.pick(2, 4, 4), conv_mlp=d.flag(), use_grn=grn, act_layer=d.pick("gelu", "gelu", "silu"),
-    )
-
-
 def _metaformer(d: Draw) -> nn.Module:
     conv, attention, pooling = models.metaformer.SepConv, models.metaformer.Attention, models.metaformer.Pooling
     dims = d.widths(4, 24, 64, 32) if (kind := d.number(0, 3)) == 2 else d.widths(4, 24, 64)
@@ -391,49 +321,15 @@ def _metaformer(d: Draw) -> nn.Module:
     return models.metaformer.MetaFormer(**common)
 
 
-def _inception_next(d: Draw) -> nn.Module:
-    mixer = partial(
-        models.inception_next.InceptionDWConv2d, band_kernel_size=d.pick(7, 9, 11), branch_ratio=d.pick(0.125, 0.25)
-    )
-    return models.inception_next.MetaNeXt(
-        num_classes=d.classes, depths=d.depths(4), dims=d.widths(4, 24, 64), token_mixers=mixer,
-        mlp_ratios=d.pick((4, 4, 4, 3), (3, 3, 3, 3)), ls_init_value=_scale(d),
-    )
-
-
 def _fastvit(d: Draw) -> nn.Module:
     layers = d.depths(4)
     attention = d.flag(0.3)
     position = partial(models.fastvit.RepConditionalPosEnc, spatial_shape=(7, 7))
     return models.fastvit.FastVit(
         layers=layers, token_mixers=("repmixer",) * 3 + ("attention" if attention else "repmixer",),
-        embed_dims=d.doubled(4, 32, 32, 32) if attention else d.doubled(4, 16, 48),
+        embed_dims=d.scaled((32,) if attention else (16, 24, 32, 40, 48), (1, 2, 4, 8)),
         mlp_ratios=(d.pick(2, 3, 4),) * 4, num_classes=d.classes, layer_scale_init_value=d.pick(1e-5, 0.1, 1.0),
         pos_embs=(None, None, None, position if attention else None),
-    )
-
-
-def _shvit(d: Draw) -> nn.Module:
-    dims = d.widths(3, 64, 128)
-    return models.shvit.SHViT(
-        num_classes=d.classes, embed_dim=dims, partial_dim=tuple(max(8, round(0.21 * dim)) for dim in dims),
-        depth=d.depths(3), types=d.pick(("s", "s", "s"), ("i", "s", "s")),
-    )
-
-
-def _efficientvit(d: Draw) -> nn.Module:
-    head = d.pick(8, 16)
-    return models.efficientvit_mit.EfficientVit(
-        widths=d.widths(5, 8, 16, 8), depths=(1, *d.depths(4, 2)), head_dim=head,
-        head_widths=(d.width(256, 768), d.width(256, 768)), num_classes=d.classes,
-    )
-
-
-def _efficientvit_msra(d: Draw) -> nn.Module:
-    heads = d.pick(2, 4)
-    return models.efficientvit_msra.EfficientVitMsra(
-        img_size=d.size, num_classes=d.classes, embed_dim=d.widths(3, 48, 96, 16 * heads), depth=d.depths(3, 2),
-        num_heads=(heads,) * 3, window_size=(7, 7, 7), kernels=d.pick((5, 5, 5, 5), (7, 5, 3, 3)),
     )
 
 
@@ -442,54 +338,6 @@ def _efficientvit_msra(d: Draw) -> nn.Module:
 
 def _patch(d: Draw) -> int:
     return max(4, d.size // d.pick(4, 8, 8))
-
-
-def _vit(d: Draw) -> nn.Module:
-    heads = d.number(2, 6)
-    token = d.flag()
-    return models.vision_transformer.VisionTransformer(
-        img_size=d.size, patch_size=_patch(d), num_classes=d.classes, global_pool="token" if token else "avg",
-        class_token=token, embed_dim=heads * d.pick(24, 32, 48, 64), depth=d.number(3, 12), num_heads=heads,
-        mlp_ratio=d.pick(2.0, 3.0, 4.0, 4.0), qkv_bias=d.flag(0.8), qk_norm=d.flag(0.15),
-        init_values=d.pick(None, None, 1e-5, 0.1), reg_tokens=d.pick(0, 0, 0, 4),
-        act_layer=d.pick(None, None, nn.SiLU),
-        mlp_layer=d.pick(Mlp, Mlp, Mlp, GluMlp),
-        fc_norm=None if token else d.pick(None, False),
-    )
-
-
-def _eva(d: Draw) -> nn.Module:
-    heads = d.number(2, 6)
-    return models.eva.Eva(
-        img_size=d.size, patch_size=_patch(d), num_classes=d.classes, embed_dim=heads * d.pick(32, 64),
-        depth=d.number(3, 10), num_heads=heads, qkv_fused=d.flag(), swiglu_mlp=d.flag(), scale_mlp=d.flag(0.3),
-        mlp_ratio=d.pick(8 / 3, 4.0), use_rot_pos_emb=d.flag(0.7), init_values=d.pick(None, 0.1, 1e-5),
-    )
-
-
-def _cait(d: Draw) -> nn.Module:
-    heads = d.number(2, 5)
-    return models.cait.Cait(
-        img_size=d.size, patch_size=_patch(d), num_classes=d.classes, embed_dim=heads * d.pick(32, 48),
-        depth=d.number(3, 10), num_heads=heads, init_values=d.pick(1e-5, 0.1, 1.0),
-    )
-
-
-def _xcit(d: Draw) -> nn.Module:
-    heads = d.number(2, 5)
-    return models.xcit.Xcit(
-        img_size=d.size, patch_size=d.pick(8, 16) if d.size == 64 else 8, num_classes=d.classes,
-        embed_dim=heads * d.pick(24, 32, 48), depth=d.number(3, 8), num_heads=heads, eta=d.pick(1.0, 0.1, 1e-5),
-        tokens_norm=d.flag(),
-    )
-
-
-def _pit(d: Draw) -> nn.Module:
-    width = d.pick(16, 24, 32)
-    return models.pit.PoolingVisionTransformer(
-        img_size=d.size, patch_size=d.pick(8, 16), stride=4, stem_type=d.pick("overlap", "overlap"),
-        base_dims=(width,) * 3, depth=d.depths(3), heads=d.pick((1, 2, 4), (2, 4, 8)), num_classes=d.classes,
-    )
 
 
 def _swin(d: Draw) -> nn.Module:
@@ -541,72 +389,87 @@ def _mixer(d: Draw) -> nn.Module:
     return models.mlp_mixer.MlpMixer(**common)
 
 
-def _levit(d: Draw) -> nn.Module:
-    stages = d.number(2, 3)
-    heads = tuple(d.number(2, 4) + index for index in range(stages))
-    return models.levit.Levit(
-        img_size=d.size, num_classes=d.classes, embed_dim=d.widths(stages, 64, 128, 32), key_dim=16,
-        depth=d.depths(stages), num_heads=heads, stem_type=d.pick("s8", "s16"), use_conv=d.flag(0.3),
-    )
-
-
-def _pvt(d: Draw) -> nn.Module:
-    heads = d.pick((1, 2, 4, 8), (1, 2, 5, 8))
-    base = d.pick(16, 24, 32)
-    return models.pvt_v2.PyramidVisionTransformerV2(
-        num_classes=d.classes, depths=d.depths(4, 2), embed_dims=tuple(base * head for head in heads),
-        num_heads=heads, mlp_ratios=d.pick((8.0, 8.0, 4.0, 4.0), (4.0, 4.0, 4.0, 4.0)), linear=d.flag(),
-    )
-
-
-def _twins(d: Draw) -> nn.Module:
-    base = d.pick(16, 24, 32)
-    local = d.flag()
-    return models.twins.Twins(
-        img_size=d.size, num_classes=d.classes, embed_dims=tuple(base * 2**index for index in range(4)),
-        num_heads=(1, 2, 4, 8), depths=d.depths(4, 2), sr_ratios=(8, 4, 2, 1), wss=(7, 7, 7, 7) if local else None,
-    )
-
-
-def _davit(d: Draw) -> nn.Module:
-    stages = d.number(3, 4)
-    base, heads = d.pick((24, 1), (32, 1), (32, 2))
-    return models.davit.DaVit(
-        depths=d.depths(stages, 1), embed_dims=tuple(base * 2**index for index in range(stages)),
-        num_heads=tuple(heads * 2**index for index in range(stages)), window_size=d.pick(2, 4),
-        num_classes=d.classes, named_blocks=d.flag(), cpe_act=d.flag(0.3),
-    )
-
-
-def _tiny_vit(d: Draw) -> nn.Module:
-    base = d.pick(32, 48)
-    return models.tiny_vit.TinyVit(
-        num_classes=d.classes, embed_dims=(base, base * 2, base * 3, base * 4), depths=d.depths(4, 2),
-        num_heads=(base // 16, base // 8, base * 3 // 16, base // 4),
-        window_sizes=d.pick((2, 2, 2, 1), (4, 4, 2, 2), (4, 4, 4, 4)), drop_path_rate=0.0,
-    )
-
-
-def _visformer(d: Draw) -> nn.Module:
-    width = d.width(96, 224, 32)
-    return models.visformer.Visformer(
-        img_size=d.size, patch_size=16, num_classes=d.classes, init_channels=d.pick(16, 32), embed_dim=width,
-        depth=d.depths(3), num_heads=width // 32, attn_stage=d.pick("011", "111"),
-        spatial_conv=d.pick("100", "111"), group=8, norm_layer=nn.BatchNorm2d,
-    )
-
-
 FAMILIES: dict[str, tuple[float, Family]] = {
-    "resnet": (6, _resnet), "resnetv2": (2, _resnetv2), "res2net": (1, _res2net), "regnet": (3, _regnet),
-    "byobnet": (3, _byobnet), "mobileone": (1, _mobileone), "mobilevit": (2, _mobilevit),
-    "mobilenetv3": (3, _mobilenetv3), "mobilenetv4": (2, _mobilenetv4), "vgg": (2, _vgg), "rdnet": (1, _rdnet),
-    "dpn": (1, _dpn), "dla": (1, _dla), "cspnet": (2, _cspnet), "vovnet": (1, _vovnet), "hgnet": (1, _hgnet),
-    "nfnet": (2, _nfnet), "convnext": (6, _convnext), "metaformer": (3, _metaformer),
-    "inception_next": (2, _inception_next), "fastvit": (1, _fastvit), "shvit": (1, _shvit),
-    "efficientvit": (2, _efficientvit), "vit": (6, _vit), "eva": (1, _eva), "cait": (1, _cait), "xcit": (1, _xcit),
-    "pit": (1, _pit), "swin": (3, _swin), "maxxvit": (2, _maxxvit), "mixer": (3, _mixer), "levit": (1, _levit),
-    "pvt": (1, _pvt), "twins": (1, _twins), "davit": (1, _davit), "tiny_vit": (1, _tiny_vit),
-    "visformer": (1, _visformer), "efficientvit_msra": (1, _efficientvit_msra),
+    "resnet": (6, _resnet), "resnetv2": (2, _resnetv2), "byobnet": (3, _byobnet), "mobileone": (1, _mobileone),
+    "mobilevit": (2, _mobilevit), "mobilenetv3": (3, _mobilenetv3), "mobilenetv4": (2, _mobilenetv4), "vgg": (2, _vgg),
+    "rdnet": (1, _rdnet), "hgnet": (1, _hgnet), "nfnet": (2, _nfnet), "metaformer": (3, _metaformer),
+    "fastvit": (1, _fastvit), "swin": (3, _swin), "maxxvit": (2, _maxxvit), "mixer": (3, _mixer),
+    # Convolutional networks.
+    "res2net": (1, lambda d: models.resnet.ResNet(
+        models.res2net.Bottle2neck, d.depths(4), num_classes=d.classes, base_width=d.pick(14, 26, 48),
+        channels=d.widths(4, 16, 48), block_args={"scale": d.pick(3, 4, 6)},
+    )),
+    "regnet": (3, lambda d: models.regnet.RegNet(
+        models.regnet.RegNetCfg(
+            depth=d.number(8, 18), w0=d.width(16, 48), wa=d.real(18, 40), wm=d.real(2.0, 2.6),
+            group_size=d.pick(8, 8, 16, 24), bottle_ratio=d.pick(1.0, 1.0, 1.0, 0.5), se_ratio=d.pick(0.0, 0.0, 0.25),
+            act_layer=d.pick("relu", "relu", "silu"),
+        ),
+        num_classes=d.classes,
+    )),
+    "dpn": (1, lambda d: models.dpn.DPN(
+        k_sec=d.depths(4), inc_sec=d.widths(4, 8, 16), groups=(groups := d.pick(4, 8, 16)),
+        k_r=groups * d.pick(2, 4), num_classes=d.classes, small=d.flag(), num_init_features=d.width(16, 48),
+        b=d.flag(0.3),
+    )),
+    "dla": (1, lambda d: models.dla.DLA(
+        [1, 1, *(d.number(1, 2) for _ in range(3)), 1], list(d.widths(6, 8, 16)), num_classes=d.classes,
+        shortcut_root=d.flag(), **d.pick(
+            {"block": models.dla.DlaBasic}, {"block": models.dla.DlaBottleneck},
+            {"block": models.dla.DlaBottle2neck, "base_width": 32},
+        ),
+    )),
+    "cspnet": (2, lambda d: models.cspnet.CspNet(
+        models.cspnet.CspModelCfg(
+            stem=models.cspnet.CspStemCfg(out_chs=d.width(16, 32), kernel_size=3, stride=d.pick(1, 2), pool=""),
+            stages=models.cspnet.CspStagesCfg(
+                depth=d.depths(4, 2), out_chs=d.widths(4, 24, 56, 16), bottle_ratio=0.5, cross_linear=d.flag(),
+                **d.pick(
+                    {"stage_type": "csp", "block_type": "bottle", "expand_ratio": 2.0, "block_ratio": 1.0},
+                    {"stage_type": "cs3", "block_type": "bottle", "expand_ratio": 1.0, "block_ratio": 0.5},
+                    {"stage_type": "dark", "block_type": "dark", "expand_ratio": 1.0, "block_ratio": 1.0},
+                ),
+            ),
+            act_layer=d.pick("leaky_relu", "silu"),
+        ),
+        num_classes=d.classes,
+    )),
+    "vovnet": (1, lambda d: models.vovnet.VovNet(
+        {
+            "stem_chs": [d.width(16, 32), 32, d.width(16, 48)], "stage_conv_chs": list(d.widths(4, 16, 32)),
+            "stage_out_chs": list(d.widths(4, 32, 64)), "layer_per_block": d.number(2, 4),
+            "block_per_stage": [1, 1, d.number(1, 2), 1], "residual": d.flag(), "depthwise": d.flag(0.3),
+            "attn": d.pick("", "ese"),
+        },
+        num_classes=d.classes,
+    )),
+    "convnext": (6, lambda d: models.convnext.ConvNeXt(
+        num_classes=d.classes, depths=d.depths(4), dims=d.widths(4, 24, 64), kernel_sizes=d.pick(7, 7, 7, 5, 3, 9),
+        use_grn=(grn := d.flag(0.4)), ls_init_value=None if grn else _scale(d), patch_size=d.pick(2, 4, 4),
+        stem_type=d.pick("patch", "patch", "overlap", "overlap_tiered"), conv_mlp=d.flag(),
+        act_layer=d.pick("gelu", "gelu", "silu"),
+    )),
+    "inception_next": (2, lambda d: models.inception_next.MetaNeXt(
+        num_classes=d.classes, depths=d.depths(4), dims=d.widths(4, 24, 64), ls_init_value=_scale(d),
+        token_mixers=partial(
+            models.inception_next.InceptionDWConv2d, band_kernel_size=d.pick(7, 9, 11),
+            branch_ratio=d.pick(0.125, 0.25),
+        ),
+        mlp_ratios=d.pick((4, 4, 4, 3), (3, 3, 3, 3)),
+    )),
+    "shvit": (1, lambda d: models.shvit.SHViT(
+        num_classes=d.classes, embed_dim=(dims := d.widths(3, 64, 128)), depth=d.depths(3),
+        partial_dim=tuple(max(8, round(0.21 * dim)) for dim in dims), types=d.pick(("s", "s", "s"), ("i", "s", "s")),
+    )),
+    "efficientvit": (2, lambda d: models.efficientvit_mit.EfficientVit(
+        widths=d.widths(5, 8, 16, 8), depths=(1, *d.depths(4, 2)), head_dim=d.pick(8, 16),
+        head_widths=(d.width(256, 768), d.width(256, 768)), num_classes=d.classes,
+    )),
+    "efficientvit_msra": (1, lambda d: models.efficientvit_msra.EfficientVitMsra(
+        img_size=d.size, num_classes=d.classes, num_heads=(heads := d.pick(2, 4),) * 3,
+        embed_dim=d.widths(3, 48, 96, 16 * heads), depth=d.depths(3, 2), window_size=(7, 7, 7),
+        kernels=d.pick((5, 5, 5, 5), (7, 5, 3, 3)),
+    )),
     "resnest": (1, lambda d: models.resnet.ResNet(
         models.resnest.ResNestBottleneck, d.depths(4, 2), num_classes=d.classes, stem_type=d.pick("", "deep"),
         avg_down=True, stem_width=d.width(16, 32), channels=d.widths(4, 16, 40),
@@ -682,13 +545,70 @@ FAMILIES: dict[str, tuple[float, Family]] = {
         head_hidden_size=d.pick(None, d.width(256, 1024)),
     )),
     "iformer": (1, lambda d: models.iformer.IFormer(
-        num_classes=d.classes, dims=d.doubled(4, 16, 32, 16),
+        num_classes=d.classes, dims=d.scaled((16, 32), (1, 2, 4, 8)),
         depths=(d.number(1, 2), d.number(1, 2), d.number(3, 9), d.number(2, 5)), attn_groups=(0, 0, d.number(1, 2), 1),
         conv_ratio=d.pick(3, 4), ffn_ratio=d.pick(2, 3),
     )),
     "coat": (1, lambda d: models.coat.CoaT(
         img_size=d.size, patch_size=4, num_classes=d.classes, embed_dims=d.widths(4, 24, 56),
         serial_depths=d.depths(4, 1), mlp_ratios=d.pick((8, 8, 4, 4), (4, 4, 4, 4)),
+    )),
+    # Transformers.
+    "vit": (6, lambda d: models.vision_transformer.VisionTransformer(
+        img_size=d.size, patch_size=_patch(d), num_classes=d.classes, depth=d.number(3, 12),
+        mlp_ratio=d.pick(2.0, 3.0, 4.0, 4.0), qkv_bias=d.flag(0.8), qk_norm=d.flag(0.15),
+        init_values=d.pick(None, None, 1e-5, 0.1), reg_tokens=d.pick(0, 0, 0, 4), act_layer=d.pick(None, None, nn.SiLU),
+        mlp_layer=d.pick(Mlp, Mlp, Mlp, GluMlp), **d.heads(2, 6, 24, 32, 48, 64), **d.pick(
+            {}, {},  # with a class token
+            {"global_pool": "avg", "class_token": False},
+            {"global_pool": "avg", "class_token": False, "fc_norm": False},
+        ),
+    )),
+    "eva": (1, lambda d: models.eva.Eva(
+        img_size=d.size, patch_size=_patch(d), num_classes=d.classes, depth=d.number(3, 10), qkv_fused=d.flag(),
+        swiglu_mlp=d.flag(), scale_mlp=d.flag(0.3), mlp_ratio=d.pick(8 / 3, 4.0), use_rot_pos_emb=d.flag(0.7),
+        init_values=d.pick(None, 0.1, 1e-5), **d.heads(2, 6, 32, 64),
+    )),
+    "cait": (1, lambda d: models.cait.Cait(
+        img_size=d.size, patch_size=_patch(d), num_classes=d.classes, depth=d.number(3, 10),
+        init_values=d.pick(1e-5, 0.1, 1.0), **d.heads(2, 5, 32, 48),
+    )),
+    "xcit": (1, lambda d: models.xcit.Xcit(
+        img_size=d.size, patch_size=d.pick(8, 16) if d.size == 64 else 8, num_classes=d.classes, depth=d.number(3, 8),
+        eta=d.pick(1.0, 0.1, 1e-5), tokens_norm=d.flag(), **d.heads(2, 5, 24, 32, 48),
+    )),
+    "pit": (1, lambda d: models.pit.PoolingVisionTransformer(
+        img_size=d.size, patch_size=d.pick(8, 16), stride=4, stem_type="overlap", num_classes=d.classes,
+        base_dims=d.scaled((16, 24, 32), (1, 1, 1)), depth=d.depths(3), heads=d.pick((1, 2, 4), (2, 4, 8)),
+    )),
+    "levit": (1, lambda d: models.levit.Levit(
+        img_size=d.size, num_classes=d.classes, embed_dim=d.widths(stages := d.number(2, 3), 64, 128, 32), key_dim=16,
+        depth=d.depths(stages), num_heads=tuple(d.number(2, 4) + index for index in range(stages)),
+        stem_type=d.pick("s8", "s16"), use_conv=d.flag(0.3),
+    )),
+    "pvt": (1, lambda d: models.pvt_v2.PyramidVisionTransformerV2(
+        num_classes=d.classes, depths=d.depths(4, 2), num_heads=(heads := d.pick((1, 2, 4, 8), (1, 2, 5, 8))),
+        embed_dims=d.scaled((16, 24, 32), heads), mlp_ratios=d.pick((8.0, 8.0, 4.0, 4.0), (4.0, 4.0, 4.0, 4.0)),
+        linear=d.flag(),
+    )),
+    "twins": (1, lambda d: models.twins.Twins(
+        img_size=d.size, num_classes=d.classes, embed_dims=d.scaled((16, 24, 32), (1, 2, 4, 8)),
+        num_heads=(1, 2, 4, 8), depths=d.depths(4, 2), sr_ratios=(8, 4, 2, 1), wss=d.pick((7, 7, 7, 7), None),
+    )),
+    "davit": (1, lambda d: models.davit.DaVit(
+        depths=d.depths(stages := d.number(3, 4), 1), num_heads=(heads := d.scaled((1, 1, 2), (1, 2, 4, 8)[:stages])),
+        embed_dims=d.scaled((24, 32) if heads[0] == 1 else (16,), heads), window_size=d.pick(2, 4),
+        num_classes=d.classes, named_blocks=d.flag(), cpe_act=d.flag(0.3),
+    )),
+    "tiny_vit": (1, lambda d: models.tiny_vit.TinyVit(
+        num_classes=d.classes, num_heads=(heads := d.scaled((2, 3), (1, 2, 3, 4))), drop_path_rate=0.0,
+        embed_dims=tuple(16 * head for head in heads), depths=d.depths(4, 2),
+        window_sizes=d.pick((2, 2, 2, 1), (4, 4, 2, 2), (4, 4, 4, 4)),
+    )),
+    "visformer": (1, lambda d: models.visformer.Visformer(
+        img_size=d.size, patch_size=16, num_classes=d.classes, init_channels=d.pick(16, 32),
+        embed_dim=(width := d.width(96, 224, 32)), num_heads=width // 32, depth=d.depths(3),
+        attn_stage=d.pick("011", "111"), spatial_conv=d.pick("100", "111"), group=8, norm_layer=nn.BatchNorm2d,
     )),
 }
 """Families by name: how often one is drawn relative to the others, and how."""

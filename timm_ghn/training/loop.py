@@ -31,7 +31,7 @@ from timm_ghn.training.architectures import Network, Networks
 from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.conditioned import as_users_get
 from timm_ghn.training.config import TrainConfig
-from timm_ghn.training.data import BatchSampler, Splits, take_batch
+from timm_ghn.training.data import Splits, take_batch
 from timm_ghn.training.evaluate import Evaluation, evaluate
 from timm_ghn.training.metrics import Meter
 from timm_ghn.training.objective import Objective
@@ -43,6 +43,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NETWORK_CLIP = _CLIP = 5.0
+"""Largest norms of the gradient by one network's predicted parameters, so that one that explodes does not drown the
+others, and of the GHN's."""
+MAX_SKIPPED = 50
+"""Updates in a row without a finite gradient after which training gives up."""
 _CHECKPOINT_FILES = ("ghn-*.safetensors", "average-*.safetensors", "optimizer-*.pt")
 
 
@@ -84,13 +89,10 @@ class Trainer:
             raise TrainingError(
                 f"the GHN has {ghn.config.num_classes} outputs, images and teacher have {splits.num_outputs}"
             )
-        classes = len(splits.train.classes)
-        components = splits.num_outputs - classes
-        self.objective = Objective(config, components, classes, splits.train_classes, self.device)
+        self.objective = Objective(splits, self.device)
         # Its backward pass averages gradients over the processes; the GHN itself where there is one process.
         self._shared_ghn: nn.Module = self.processes.prepare(ghn)
-        self.optimizer = make_optimizer(ghn, config.lr, config.weight_decay)
-        self.sampler = BatchSampler(splits.train)
+        self.optimizer = make_optimizer(ghn, config.lr)
         self.average = copy.deepcopy(ghn).requires_grad_(False) if config.average else None
         self.step = 0
         self.skipped = 0
@@ -137,10 +139,9 @@ class Trainer:
         self, network: Network, predicted: Mapping[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Gradient of one network's loss by its predicted parameters; empty if it is not finite."""
-        config = self.config
         with self.meter.part("images"):
-            index = self.sampler.draw(config.batch_size, 0, generator)
-            batch = take_batch(self.splits.train, index, self.device, generator, config.padding)
+            index = torch.randint(len(self.splits.train), (self.config.batch_size,), generator=generator)
+            batch = take_batch(self.splits.train, index, self.device, generator)
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in predicted.items()}
         with self.meter.part("networks_forward"):
             given = as_users_get(leaves, network.assignments, self.ghn.config.largest_kernel[0], self.step)
@@ -154,7 +155,7 @@ class Trainer:
         if not bool(torch.isfinite(norm)):
             return self._left_out(network)
         self.meter.add({**seen, "left_out": 0.0, "network_gradient": float(norm)})
-        scale = (config.network_clip / (norm + 1e-12)).clamp(max=1.0)
+        scale = (_NETWORK_CLIP / (norm + 1e-12)).clamp(max=1.0)
         return {name: grad * scale for name, grad in found.items()}
 
     def _left_out(self, network: Network) -> dict[str, Tensor]:
@@ -168,11 +169,11 @@ class Trainer:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        norm = nn.utils.clip_grad_norm_(parameters, _CLIP)
         if not bool(torch.isfinite(norm)) or not bool(norm):
             self.skipped += 1
             self._skipped_in_a_row += 1
-            if self._skipped_in_a_row >= self.config.max_skipped:
+            if self._skipped_in_a_row >= MAX_SKIPPED:
                 raise TrainingError(
                     f"no gradient was finite in {self._skipped_in_a_row} updates in a row: lower the learning rate"
                 )
@@ -257,13 +258,8 @@ class Trainer:
         """Evaluate in the first process while the others wait."""
         result = None
         if self.rank == 0:
-            result = evaluate(
-                self.average or self.ghn,
-                self.eval_networks,
-                self.splits,
-                self.objective,
-                device=self.device,
-            )
+            ghn, what = self.average or self.ghn, (self.eval_networks, self.splits, self.objective)
+            result = evaluate(ghn, *what, self.config, device=self.device)
             self._write_metrics({"step": self.step, **result.to_dict()})
             logger.info("step %d: other networks: %s", self.step, result)
         self.processes.wait_for_everyone()
@@ -279,10 +275,9 @@ class Trainer:
         """Write weights and optimizer state, and then, atomically, the file that names them."""
         if self.rank > 0:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
         weights, state = f"ghn-{self.step:07d}.safetensors", f"optimizer-{self.step:07d}.pt"
-        write_safetensors(self.ghn, self.out / weights, {"step": str(self.step)})
         average = f"average-{self.step:07d}.safetensors" if self.average is not None else None
+        write_safetensors(self.ghn, self.out / weights, {"step": str(self.step)})
         if self.average is not None and average is not None:
             write_safetensors(self.average, self.out / average, {"step": str(self.step)})
         save_atomically(self.out / state, lambda path: torch.save({"optimizer": self.optimizer.state_dict()}, path))

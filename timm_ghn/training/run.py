@@ -12,12 +12,10 @@ from torch import Tensor
 
 from timm_ghn.errors import TrainingError
 from timm_ghn.ghn import load_ghn
-from timm_ghn.ghn.config import GHNConfig
-from timm_ghn.ghn.model import GHN
 from timm_ghn.images import load_images
 from timm_ghn.storage.paths import cache_directory
-from timm_ghn.training.architectures import EvaluationNetworks, training_networks
-from timm_ghn.training.begin import new_ghn, with_tiles
+from timm_ghn.training.architectures import evaluation_networks, training_networks
+from timm_ghn.training.begin import new_ghn
 from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import Splits, split
@@ -60,15 +58,15 @@ def prepare(
     before = _check_folder(out, config, beginning.resume)
     if beginning.teacher is not None:
         check_teacher(beginning.teacher)
-    elif config.components:
-        raise TrainingError("this configuration learns from a teacher: name one with --teacher")
     file = beginning.ghn if before is None else out / before.weights
     given = None if file is None else load_ghn(str(file))
     splits = load_splits(images, config, beginning, processes)
     shape = replace(config.ghn, num_classes=splits.num_outputs)
-    ghn = new_ghn(shape, config.share, config.seed) if given is None else _continued(given, shape, config.seed)
-    networks = training_networks(ghn, config), EvaluationNetworks(ghn)
-    trainer = Trainer(ghn, config, splits, *networks, out, processes)
+    ghn = new_ghn(shape, config.seed) if given is None else given
+    if ghn.config != shape:
+        raise TrainingError(f"the GHN of the file is {ghn.config}, the run's is {shape}")
+    ghn.info = ghn.seen = None  # of a file; training makes another GHN of it
+    trainer = Trainer(ghn, config, splits, training_networks(ghn, config), evaluation_networks(ghn), out, processes)
     if before is not None:
         trainer.resume()
     return trainer
@@ -80,7 +78,7 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> Checkpoint | 
     before = Checkpoint.read(out)
     if before is None:
         return None
-    changed = config.changed(before.config)
+    changed = [name for name, value in config.to_dict().items() if before.config.to_dict()[name] != value]
     if changed:
         logger.warning("resuming with other settings than before: %s", ", ".join(changed))
     return before
@@ -99,26 +97,15 @@ def load_splits(
     if beginning.teacher is not None:
         with processes.main_process_first():  # it computes the targets, the others read them
             components = teacher_targets(data.images, beginning.teacher, cache_directory() / "teacher", progress=first)
-        data = replace(data, targets=_whitened(components, config.whitening))
+        data = replace(data, targets=_whitened(components))
     return split(data, held_out=config.held_out_classes, validation=config.validation, seed=config.seed)
 
 
-def _whitened(components: Tensor, power: float) -> Tensor:
-    """Components divided by a power of their standard deviations, float16 of moderate size."""
-    values = components.float()
-    values = values / values[:SAMPLE].std(0).clamp_min(1e-6) ** power
-    return (values / values[:SAMPLE].square().mean().sqrt()).half()
+def _whitened(components: Tensor) -> Tensor:
+    """Components divided by the square roots of their standard deviations, float16 of moderate size.
 
-
-def _continued(ghn: GHN, shape: GHNConfig, seed: int) -> GHN:
-    """A GHN of a file, as a run with a configuration goes on with it.
-
-    Raises:
-        TrainingError: If it is one of another kind.
+    So the largest ones count most, though less than among the teacher's features.
     """
-    ghn.info = ghn.seen = None  # of the file; training makes another GHN of it
-    if ghn.config == shape:
-        return ghn
-    if replace(ghn.config, tiles=shape.tiles) != shape:
-        raise TrainingError(f"the GHN of the file is {ghn.config}, the run's is {shape}")
-    return with_tiles(ghn, shape.tiles, seed)
+    values = components.float()
+    values = values / values[:SAMPLE].std(0).clamp_min(1e-6).sqrt()
+    return (values / values[:SAMPLE].square().mean().sqrt()).half()
