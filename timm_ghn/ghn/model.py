@@ -44,21 +44,12 @@ class Prediction:
         """View of the elements of a parameter that `write_` sets: all but the prefix rows of a table of tokens."""
         return layout.token_rows(parameter, self.kernel) if self.target.layout is Layout.TOKENS else parameter
 
-    def materialize(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
-        """The parameter as a new, contiguous tensor of `target.shape`; elements that are not predicted are zero.
+    def materialize(self) -> Tensor:
+        """The parameter, contiguous, of `target.shape`; elements that are not predicted are zero.
 
-        Args:
-            dtype: Type of the result; that of the block by default.
-            device: Device of the result; that of the block by default.
+        The result shares the memory of the block where that is as large. Differentiable.
         """
-        out = self.expand(dtype, device)
-        shared = out.untyped_storage().data_ptr() == self.block.untyped_storage().data_ptr()
-        return out.clone() if shared else out
-
-    def expand(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
-        """Like `materialize`, but the result may share memory with the block."""
-        block = self.block.to(device=device, dtype=dtype)
-        kernel = layout.tile(block, self.kernel)
+        kernel = layout.tile(self.block, self.kernel)
         return layout.arrange(kernel, self.target.shape, self.target.layout).contiguous()
 
     @torch.no_grad()
@@ -80,7 +71,7 @@ class Prediction:
         view = layout.kernel_view(parameter, self.kernel, self.target.layout)
         if view is None:
             destination = self.destination(parameter)
-            destination.copy_(self.destination(self.materialize(parameter.dtype, parameter.device)))
+            destination.copy_(self.destination(self.materialize()))
             return
         block = self.block.to(parameter.device)
         layout.tile_(view, block[(None,) * (view.dim() - block.dim())])
@@ -180,7 +171,7 @@ class GHN(nn.Module):
         """
         outputs: list[dict[str, Tensor]] = [{} for _ in graphs]
         for index, prediction in self._predictions(graphs):
-            outputs[index][prediction.target.name] = prediction.expand()
+            outputs[index][prediction.target.name] = prediction.materialize()
         return outputs
 
     def _predictions(self, graphs: Sequence[Graph]) -> Iterator[tuple[int, Prediction]]:

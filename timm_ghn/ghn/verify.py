@@ -81,7 +81,7 @@ def predicted_norm(ghn: GHN, model: nn.Module) -> float | None:
         return None
     with torch.no_grad():
         return math.hypot(
-            *(float(torch.linalg.vector_norm(item.expand(), dtype=torch.float64)) for item in ghn.predict(graph))
+            *(float(torch.linalg.vector_norm(item.materialize(), dtype=torch.float64)) for item in ghn.predict(graph))
         )
 
 
