@@ -54,7 +54,7 @@ def test_what_a_repository_holds(hub: Hub, client: Client) -> None:
     assert re.search(r"test_resnet +pushed +lab/test_resnet\.orth +http://127.0.0.1", out)
     assert out.endswith("1 pushed\n")
     files = hub.repositories[NAME].files
-    assert files.keys() == {".gitattributes", "README.md", "config.json", "graph.png", WEIGHTS, "timm_ghn.json"}
+    assert files.keys() == {".gitattributes", "README.md", "config.json", WEIGHTS, "timm_ghn.json"}
     config = json.loads(files["config.json"].data)
     assert (config["architecture"], config["pretrained_cfg"]["tag"]) == ("test_resnet", "orth")
     manifest = json.loads(files["timm_ghn.json"].data)
@@ -64,23 +64,7 @@ def test_what_a_repository_holds(hub: Hub, client: Client) -> None:
     tensors = load(files[WEIGHTS].data)
     rows = {row["name"]: row["shape"] for row in manifest["report"]["parameters"]}
     assert rows.items() <= {name: list(tensor.shape) for name, tensor in tensors.items()}.items()
-    assert files["graph.png"].data.startswith(b"\x89PNG")
     assert not hub.repositories[NAME].private
-
-
-def test_without_matplotlib_there_is_no_picture(hub: Hub, client: Client) -> None:
-    client.run(
-        f"""
-        import sys
-        before, sys.modules["matplotlib"] = sys.modules.pop("matplotlib", None), None
-        result = {PUSH}.detail
-        del sys.modules["matplotlib"]
-        sys.modules.update({{}} if before is None else {{"matplotlib": before}})
-        """
-    )
-    files = hub.repositories[NAME].files
-    assert files.keys() == {".gitattributes", "README.md", "config.json", WEIGHTS, "timm_ghn.json"}
-    assert b"graph.png" not in files["README.md"].data
 
 
 def test_the_card_says_what_was_computed(hub: Hub, client: Client, ghn: dict[str, str | None]) -> None:
@@ -103,7 +87,6 @@ def test_the_card_says_what_was_computed(hub: Hub, client: Client, ghn: dict[str
         f"| predicted by the GHN | {facts.result:.2%} of them |",
         f"| SHA-256 of `model.safetensors` | `{files[WEIGHTS].sha256}` |",
         "https://arxiv.org/abs/2207.10049",
-        "![Graph of test_resnet](graph.png)",
         "title={Pretraining a Neural Network before Knowing Its Architecture}",
         "not trained",
     ):
@@ -219,7 +202,7 @@ def test_an_upload_that_fails_once_and_comes_in_parts(hub: Hub, client: Client) 
     hub.part_size = 400_000
     hub.fail("PUT", "/upload/", 500, times=1)
     push(client, "test_resnet")
-    assert len(hub.paths("PUT")) == 7  # five parts of the weights, one again, and the picture
+    assert len(hub.paths("PUT")) == 6  # five parts of the weights, and one again
     assert load(hub.repositories[NAME].files[WEIGHTS].data)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hub_client import Failed
 from hub_fixtures import Remote
 
-FILES = {".gitattributes", "README.md", "config.json", "graph.png", "model.safetensors", "timm_ghn.json"}
+FILES = {".gitattributes", "README.md", "config.json", "model.safetensors", "timm_ghn.json"}
 DIGEST = (
     "import hashlib\n"
     "def digest(model):\n"

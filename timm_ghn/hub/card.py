@@ -15,6 +15,7 @@ from timm_ghn.hub.manifest import Manifest, settings_of
 from timm_ghn.settings import METHODS, Init
 from timm_ghn.text import markdown_table
 
+CARD = "README.md"
 PAPER = "https://arxiv.org/abs/2207.10049"
 _GHN_ORTH = """@article{knyazev2022pretraining,
   title={Pretraining a Neural Network before Knowing Its Architecture},
@@ -33,13 +34,12 @@ _GHN_2 = """@inproceedings{knyazev2021parameter,
 _CITATIONS = f"```bibtex\n{_GHN_ORTH}{_GHN_2}```"
 
 
-def model_card(manifest: Manifest, repository: str, picture: str | None) -> str:
+def model_card(manifest: Manifest, repository: str) -> str:
     """The README.md of a repository of initialized weights.
 
     Args:
         manifest: What is in the repository.
         repository: "organization/name".
-        picture: Name of the file with a drawing of the graph, if there is one.
     """
     tags = ["timm", "timm-ghn", "initialization", "not-trained", "graph-hypernetwork", manifest.method]
     sections = [
@@ -50,7 +50,6 @@ def model_card(manifest: Manifest, repository: str, picture: str | None) -> str:
         _usage(manifest, repository),
         "\n".join(markdown_table(("", ""), _facts(manifest))),
         "## What the parameters got\n\n" + "\n".join(markdown_table(*manifest.report.summary())),
-        f"## The graph that was read\n\n![Graph of {manifest.architecture}]({picture})" if picture else "",
         _reproduction(manifest),
     ]
     return _card(repository, ModelCardData(library_name="timm", license=manifest.license, tags=tags), sections)

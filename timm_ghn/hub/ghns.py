@@ -13,8 +13,7 @@ from timm_ghn.ghn.catalogue import BUNDLED, GHN3, NamedGHN
 from timm_ghn.ghn.config import HUB_FILE
 from timm_ghn.ghn.model import GHN
 from timm_ghn.ghn.registry import find_named, load_ghn
-from timm_ghn.hub.card import ghn_card
-from timm_ghn.hub.folder import CARD
+from timm_ghn.hub.card import CARD, ghn_card
 from timm_ghn.hub.push import Outcome, Pushed, PushOptions, destination, find_repository, upload
 from timm_ghn.storage.folder import CONFIG_FILE
 

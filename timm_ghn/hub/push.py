@@ -15,13 +15,15 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from tqdm import tqdm
 
 from timm_ghn.errors import CheckpointError, DownloadError, InitError, PushError
-from timm_ghn.hub.client import HubSource, Snapshot, api, fetch, hub_errors, look_up
-from timm_ghn.hub.folder import CARD, PICTURE, make_folder
+from timm_ghn.hub.card import CARD, model_card
+from timm_ghn.hub.client import FileRecord, HubSource, Snapshot, api, fetch, hub_errors, look_up
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, WEIGHTS, Manifest, dtype_of, versions
 from timm_ghn.initialize.plan import expected_origin
+from timm_ghn.initialize.to_folder import init_to_folder
 from timm_ghn.request import Request
 from timm_ghn.settings import Init, Source
 from timm_ghn.storage.folder import CONFIG_FILE, MAX_SHARD_SIZE
+from timm_ghn.storage.paths import file_sha256
 from timm_ghn.storage.writer import INDEX_FILE
 
 _logger = logging.getLogger(__name__)
@@ -124,9 +126,7 @@ def push(
         return Pushed(request.name, repository, Outcome.PLANNED, f"about {size / 1e6:,.1f} MB")
     with tempfile.TemporaryDirectory(prefix="timm-ghn-") as name:
         folder = Path(name)
-        make_folder(
-            request, folder, repository=repository, license=options.license, max_shard_size=options.max_shard_size
-        )
+        _make_folder(request, folder, repository, options)
         return upload(request.name, folder, source, remote, options, f"{request.init.method} weights")
 
 
@@ -201,6 +201,32 @@ def _request(name: str, init: str | Mapping[str, Any] | Init | None, arguments: 
     return replace(request, init=replace(request.init, cache=False))
 
 
+def _make_folder(request: Request, folder: Path, repository: str, options: PushOptions) -> None:
+    """Compute the weights, and write the files of a repository into an empty folder.
+
+    Raises:
+        TimmGhnError: If the model cannot be initialized or written.
+    """
+    size = options.max_shard_size
+    report = init_to_folder(
+        request.name, folder, request.init, overwrite=True, max_shard_size=size, **request.arguments
+    )
+    skeleton = request.skeleton()
+    weights = [path for path in sorted(folder.iterdir()) if WEIGHTS.fullmatch(path.name)]
+    manifest = Manifest(
+        report=report,
+        arguments=request.plain_arguments(),
+        dtype=dtype_of(skeleton),
+        num_classes=int(getattr(skeleton, "num_classes", 0)),
+        license=options.license,
+        max_shard_size=str(size),
+        versions=versions(),
+        files={path.name: FileRecord(path.stat().st_size, file_sha256(path)) for path in weights},
+    )
+    (folder / FILE).write_bytes(manifest.to_json().encode())
+    (folder / CARD).write_bytes(model_card(manifest, repository).encode())
+
+
 # --- what is there --------------------------------------------------------------------------------------------------
 
 
@@ -271,8 +297,8 @@ def upload(
     """
     repository = source.repository
     files = sorted(folder.iterdir())
-    earlier = remote.files.keys() if remote and FILE in remote.files else set()
-    obsolete = sorted(name for name in earlier - {path.name for path in files} if _is_ours(name))
+    gone = remote.files.keys() - {path.name for path in files} if remote and FILE in remote.files else set()
+    obsolete = sorted(name for name in gone if WEIGHTS.fullmatch(name) or name == INDEX_FILE)
     client = api(options.token)
     with hub_errors(repository, PushError):
         client.create_repo(repository, private=options.private, exist_ok=True)
@@ -292,8 +318,3 @@ def upload(
     outcome = Outcome.PROPOSED if options.create_pr else Outcome.PUSHED
     detail = f"{len(files)} files, {size / 1e6:,.1f} MB"
     return Pushed(name, repository, outcome, detail, commit.pr_url or str(commit.commit_url))
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a file is one that an earlier push may have left and that would now be wrong."""
-    return bool(WEIGHTS.fullmatch(name)) or name in (INDEX_FILE, PICTURE)
