@@ -14,14 +14,12 @@ again, and several processes may share the folder.
 from __future__ import annotations
 
 import argparse
-import ast
 import logging
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from class_parts import part_of
@@ -32,7 +30,7 @@ from presets import PRESETS
 from processes import grid, run_together, tune_together
 from throughput import measure_throughput
 
-from timm_ghn.cli.common import add_model_kwargs, exit_status
+from timm_ghn.cli.common import add_model_kwargs, exit_status, literal
 from timm_ghn.finetune import Execution, FineTuneConfig, Job, ResultStore, differences, spread, summarize
 from timm_ghn.finetune.data import DATASETS, make_task
 from timm_ghn.finetune.experiment import explained_memory
@@ -62,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--model", metavar="NAME", help="timm model")
     add_model_kwargs(what)
     what.add_argument("--inits", nargs="+", default=list(INITS), metavar="INIT", help="methods, or 'pretrained'")
-    what.add_argument("--start-layer", type=_literal, metavar="L", help="number, share, or name of a module")
+    what.add_argument("--start-layer", type=literal, metavar="L", help="number, share, or name of a module")
     what.add_argument("--rescale", choices=("auto", "off"), help="whether the scale of predictions is kept sane")
     what.add_argument("--stem", choices=("auto", "adjusted", "original"), help="adjust the first layers (up to 64 px)")
     data = parser.add_argument_group("data")
@@ -100,14 +98,6 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--no-capture", action="store_true", help="launch kernels one by one instead of CUDA graphs")
     run.add_argument("--measure", action="store_true", help="only measure images/s of the loop and of the bare step")
     return parser
-
-
-def _literal(text: str) -> Any:
-    """A Python literal, or else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def make_configs(args: argparse.Namespace) -> list[FineTuneConfig]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import xml.etree.ElementTree as ET
@@ -29,6 +30,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 SUFFIXES = {".svg": b"<?xml", ".png": b"\x89PNG", ".pdf": b"%PDF"}
 
 
+@functools.cache
 def graph_of(name: str) -> Graph:
     with torch.device("meta"):
         return to_graph(timm.create_model(name))

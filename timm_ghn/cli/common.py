@@ -95,10 +95,15 @@ def key_value(text: str) -> tuple[str, Any]:
     key, sign, value = text.partition("=")
     if not key or not sign:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    return key, literal(value)
+
+
+def literal(text: str) -> Any:
+    """A Python literal, or else the text itself."""
     try:
-        return key, ast.literal_eval(value)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return key, value
+        return text
 
 
 def add_init_settings(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +112,7 @@ def add_init_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise", type=float, help="beta, the scale of the noise before orthogonalization")
     parser.add_argument(
         "--start-layer",
-        type=parse_start_layer,
+        type=literal,
         metavar="L",
         help="first layer to orthogonalize: its number from 1, a fraction of the depth, or the name of a module",
     )
@@ -118,16 +123,6 @@ def init_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Those of the settings of `add_init_settings` that were given, as arguments of `Init`."""
     given = {name: getattr(args, name) for name in ("ghn", "noise", "start_layer", "seed")}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def parse_start_layer(text: str) -> int | float | str:
-    """L as a number, a fraction of the depth, or the name of a module."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def method_tag(name: str) -> str | None:

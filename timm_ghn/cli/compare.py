@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timm_ghn.cli.common import add_model_kwargs, check_name
+from timm_ghn.errors import CommandError, MissingDependencyError
 
 if TYPE_CHECKING:
     from timm_ghn.finetune import FineTuneConfig
@@ -53,14 +54,16 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from timm_ghn.errors import MissingDependencyError
     from timm_ghn.finetune import Execution, Job, ResultStore, find_benchmark, run_jobs, summarize, tune
     from timm_ghn.finetune.verdict import comparison_table, draw_curves, verdict
 
     check_name(args.model)
-    configs = [_config(args, init) for init in dict.fromkeys(args.inits)]
+    if args.seeds < 1:
+        raise CommandError("--seeds must be at least 1")
+    for init in args.inits:
+        _config(args, init)  # before images are read
     data = find_benchmark(args.data, size=args.image_size, download=args.download)
-    configs = [_fitted(config, args, len(data.train), data.train.size) for config in configs]
+    configs = [_config(args, init, len(data.train), data.train.size) for init in dict.fromkeys(args.inits)]
     out = args.out or Path(f"compare-{args.model.replace('/', '-')}")
     store = ResultStore(out)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,50 +88,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config(args: argparse.Namespace, init: str) -> FineTuneConfig:
-    """Settings as far as they do not depend on the images.
+def _config(args: argparse.Namespace, init: str, count: int = 100, size: int = 64) -> FineTuneConfig:
+    """Settings of the runs from one initialization; what the user left open follows the images.
+
+    Args:
+        args: The arguments of the command.
+        init: The initialization.
+        count: Number of training images.
+        size: Their side in pixels.
 
     Raises:
         FineTuneError, InitError: If an argument is out of range, or the initialization does not exist.
     """
-    from timm_ghn.errors import FineTuneError
     from timm_ghn.finetune import FineTuneConfig
 
-    if args.seeds < 1:
-        raise FineTuneError("--seeds must be at least 1")
-    given = {"image_size": args.image_size, "epochs": args.epochs, "batch_size": args.batch_size}
+    batch_size = min(48, max(8, count // 8)) if args.batch_size is None else args.batch_size
+    steps = -(-count // max(batch_size, 1))
+    kwargs = dict(args.model_kwargs)
+    if _has_fixed_size(args.model):
+        kwargs.setdefault("img_size", size)
     return FineTuneConfig(
         args.model,
         init.replace("_", "-").lower(),
-        model_kwargs=dict(args.model_kwargs),
+        model_kwargs=kwargs,
         ghn=args.ghn,
+        image_size=size,
         stem="original",
         optimizer="adamw",
         lr=args.lrs[0],
         weight_decay=0.05,
+        epochs=max(10, math.ceil(_STEPS / steps)) if args.epochs is None else args.epochs,
+        batch_size=batch_size,
         labels_per_class=None,
         settle=True,
-        **{name: value for name, value in given.items() if value is not None},
     )
-
-
-def _fitted(config: FineTuneConfig, args: argparse.Namespace, count: int, size: int) -> FineTuneConfig:
-    """The settings with defaults that suit the images.
-
-    Args:
-        config: The settings.
-        args: What the user has chosen stays.
-        count: Number of training images.
-        size: Their side in pixels.
-    """
-    from dataclasses import replace
-
-    batch_size = args.batch_size or min(48, max(8, count // 8))
-    epochs = args.epochs or max(10, math.ceil(_STEPS / -(-count // batch_size)))
-    kwargs = dict(config.model_kwargs)
-    if _has_fixed_size(config.model):
-        kwargs.setdefault("img_size", size)
-    return replace(config, image_size=size, batch_size=batch_size, epochs=epochs, model_kwargs=kwargs)
 
 
 def _has_fixed_size(name: str) -> bool:
