@@ -112,15 +112,15 @@ def test_overwriting_has_to_be_asked_for(model: nn.Module, tmp_path: Path) -> No
     assert (load(tmp_path).fc.bias == 7).all()
 
 
-@pytest.mark.parametrize("failing", [(WeightFiles, "write"), (os, "fsync"), (export, "_write_config")])
+@pytest.mark.parametrize("failing", [(WeightFiles, "write"), (os, "fsync"), (timm.models._hub, "save_config_for_hf")])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_full_disk_or_an_interruption_leaves_nothing(
     failing: tuple[Any, str], error: BaseException, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = getattr(*failing)
 
-    def fail(*args: Any) -> None:
-        real(*args)
+    def fail(*args: Any, **options: Any) -> None:
+        real(*args, **options)
         raise error
 
     monkeypatch.setattr(*failing, fail)

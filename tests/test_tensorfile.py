@@ -13,7 +13,7 @@ from torch import Tensor
 
 from timm_ghn.errors import TensorFileError
 from timm_ghn.storage.header import TensorSpec, specs_of
-from timm_ghn.storage.writer import TensorFile, WeightFiles, split
+from timm_ghn.storage.writer import WeightFiles, split
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
@@ -34,7 +34,7 @@ def test_files_are_those_of_safetensors(tmp_path: Path, described: dict[str, tup
     tensors = {name: tensor_of(*description) for name, description in described.items()}
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     ours.unlink(missing_ok=True)
-    file = TensorFile.create(ours, specs_of(tensors), {"format": "pt"})
+    file = WeightFiles({ours: specs_of(tensors)}, {"format": "pt"})
     for name in sorted(tensors, key=lambda _: order.random()):  # type: ignore[attr-defined]
         file.write(name, tensors[name])
     save_file(tensors, theirs, {"format": "pt"})
@@ -43,7 +43,7 @@ def test_files_are_those_of_safetensors(tmp_path: Path, described: dict[str, tup
 
 def test_any_strides(tmp_path: Path) -> None:
     tensors = {"t": torch.randn(5, 7).T, "part": torch.randn(9, 9)[2:5, ::2], "wide": torch.randn(1, 3).expand(4, 3)}
-    file = TensorFile.create(tmp_path / "file", specs_of(tensors), {})
+    file = WeightFiles({tmp_path / "file": specs_of(tensors)}, {})
     for name, tensor in tensors.items():
         file.write(name, tensor)
     read = load_file(tmp_path / "file")
@@ -51,12 +51,12 @@ def test_any_strides(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    file = TensorFile.create(tmp_path / "file", {"a": TensorSpec("float32", (3,))}, {})
+    file = WeightFiles({tmp_path / "file": {"a": TensorSpec("float32", (3,))}}, {})
     for wrong in (torch.zeros(4), torch.zeros(3, dtype=torch.float64)):
         with pytest.raises(ValueError, match="the file has room for"):
             file.write("a", wrong)
     with pytest.raises(FileExistsError):
-        TensorFile.create(tmp_path / "file", {}, {})
+        WeightFiles({tmp_path / "file": {}}, {})
     with pytest.raises(TensorFileError, match="q: a safetensors file holds no complex128"):
         specs_of({"q": torch.zeros(3, dtype=torch.complex128)})
 
@@ -76,7 +76,7 @@ def test_no_file_exceeds_the_size_unless_one_tensor_does(sizes: list[int], limit
 
 def test_a_tensor_that_is_not_written_is_noticed(tmp_path: Path) -> None:
     specs = {"a": TensorSpec("float32", (3,)), "b": TensorSpec("float32", ())}
-    files = WeightFiles(split(specs, "1MB"), specs, {}, lambda name: tmp_path / name)
+    files = WeightFiles({tmp_path / "file": specs}, {})
     files.write("a", torch.zeros(3))
     with pytest.raises(ValueError, match="1 tensors were not written, b"):
         files.check_complete()

@@ -25,6 +25,7 @@ from timm_ghn.initialize.report import Status
 from timm_ghn.initialize.to_folder import init_to_folder
 from timm_ghn.seeding import seeded
 from timm_ghn.storage.folder import ExportError, save
+from timm_ghn.storage.writer import WeightFiles
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -139,7 +140,7 @@ def test_several_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failure_leaves_nothing(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = to_folder.WeightFiles.write, []
+    real, calls = WeightFiles.write, []
 
     def fail(*args: Any) -> None:
         calls.append(args)
@@ -147,7 +148,7 @@ def test_a_failure_leaves_nothing(error: BaseException, tmp_path: Path, monkeypa
             raise error
         real(*args)
 
-    monkeypatch.setattr(to_folder.WeightFiles, "write", fail)
+    monkeypatch.setattr(WeightFiles, "write", fail)
     with pytest.raises(ExportError if isinstance(error, OSError) else KeyboardInterrupt):
         init_to_folder("test_vit", tmp_path / "new", "orth")
     assert not list(tmp_path.iterdir())

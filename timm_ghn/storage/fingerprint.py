@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 _TRUSTED = {"torch", "torchvision", "numpy", "timm", "typing_extensions"} | sys.stdlib_module_names
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_PLAIN = (bool, int, float, complex, str, bytes, slice, type(None), torch.dtype, torch.device, torch.Size)
 _REGISTERED = {"_parameters", "_buffers", "_modules"}
 _UNUSED = {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__"}
 """Attributes of a class that no instance uses."""
@@ -118,10 +118,5 @@ def _package(module: object) -> str:
 @functools.cache
 def _code_digest(code: CodeType) -> str:
     """Hash of instructions, constants and names of a function and of those inside of it; not of lines and files."""
-    constants = [_code_digest(item) if isinstance(item, CodeType) else _constant(item) for item in code.co_consts]
+    constants = [_code_digest(item) if isinstance(item, CodeType) else _describe(item) for item in code.co_consts]
     return hashlib.sha256(repr((code.co_code, constants, code.co_names, code.co_varnames)).encode()).hexdigest()
-
-
-def _constant(value: object) -> str:
-    """The same text in every process, which that of a set of texts is not."""
-    return " ".join(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)

@@ -61,14 +61,7 @@ def check_destination(directory: str | os.PathLike[str], *, overwrite: bool = Fa
         )
 
 
-def save(
-    model: nn.Module,
-    directory: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-    model_args: Mapping[str, Any] | None = None,
-    max_shard_size: int | str = MAX_SHARD_SIZE,
-) -> Path:
+def save(model: nn.Module, directory: str | os.PathLike[str], **options: Any) -> Path:
     """Write a timm model as model.safetensors and config.json.
 
     All files are complete under other names before they get their own, so a failure leaves none of them behind.
@@ -78,11 +71,7 @@ def save(
     Args:
         model: A model from `timm.create_model`; its provenance, if there is one, goes into all files.
         directory: Folder; created if need be.
-        overwrite: Whether a model that is there may be replaced.
-        model_args: Arguments of `timm.create_model` that rebuild the model, for those that timm cannot write by
-            itself, and for versions of timm that do not remember them.
-        max_shard_size: Size, in bytes or as "5GB", beyond which weights are spread over several files in the format
-            of the Hugging Face Hub. Plain timm loads a single file only; `huggingface_hub.load_torch_model` loads all.
+        **options: `overwrite`, `model_args` and `max_shard_size` of `model_folder`.
 
     Returns:
         The folder.
@@ -95,10 +84,7 @@ def save(
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ExportError(f"{name} is on the meta device: there is nothing to write")
-    specs = specs_of(tensors)
-    with model_folder(
-        model, specs, directory, overwrite=overwrite, model_args=model_args, max_shard_size=max_shard_size
-    ) as files:
+    with model_folder(model, specs_of(tensors), directory, **options) as files:
         for name, tensor in tensors.items():
             files.write(name, tensor)
     return Path(directory)
@@ -121,7 +107,12 @@ def model_folder(
     Args:
         model: The model, which describes itself; its values are not read.
         specs: What is going to be written, in the order of the state dict.
-        directory, overwrite, model_args, max_shard_size: As in `save`.
+        directory: Folder; created if need be.
+        overwrite: Whether a model that is there may be replaced.
+        model_args: Arguments of `timm.create_model` that rebuild the model, for those that timm cannot write by
+            itself, and for versions of timm that do not remember them.
+        max_shard_size: Size, in bytes or as "5GB", beyond which weights are spread over several files in the format
+            of the Hugging Face Hub. Plain timm loads a single file only; `huggingface_hub.load_torch_model` loads all.
 
     Yields:
         Where to write the tensors.
@@ -137,7 +128,11 @@ def model_folder(
             for path in temporary_files(directory):
                 path.unlink(missing_ok=True)
             _write_config(model, place(CONFIG_FILE), model_args)
-            files = WeightFiles(shards, specs, _metadata(model), place)
+            if shards.is_sharded:
+                index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+                place(INDEX_FILE).write_text(json.dumps(index, indent=2))
+            parts = shards.filename_to_tensors.items()
+            files = WeightFiles({place(file): {n: specs[n] for n in names} for file, names in parts}, _metadata(model))
             yield files
             files.check_complete()
     except ExportError:

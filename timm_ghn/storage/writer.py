@@ -6,9 +6,7 @@ tensors, byte for byte.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
@@ -22,45 +20,46 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
-class TensorFile:
-    """A file whose tensors are written in any order.
+class WeightFiles:
+    """New files whose tensors are written one after another, in any order.
 
-    Attributes:
-        path: The file.
-        header: What it holds.
+    Args:
+        files: The tensors of each file, by name.
+        metadata: Metadata of every file.
+
+    Raises:
+        FileExistsError: If a file exists.
+        OSError: If a file cannot be written.
     """
 
-    path: Path
-    header: Header
-
-    @classmethod
-    def create(cls, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> TensorFile:
-        """Make a file with its header and room for the tensors.
-
-        Raises:
-            FileExistsError: If the file exists.
-            OSError: If it cannot be written.
-        """
-        header, content, size = Header.plan(specs, metadata)
-        with open(path, "xb") as file:
-            file.write(content)
-            file.truncate(size)
-        return cls(path, header)
+    def __init__(self, files: Mapping[Path, Mapping[str, TensorSpec]], metadata: Mapping[str, str]) -> None:
+        self._missing: dict[str, tuple[Path, Header]] = {}
+        for path, specs in files.items():
+            header, content, size = Header.plan(specs, metadata)
+            with open(path, "xb") as file:
+                file.write(content)
+                file.truncate(size)
+            self._missing.update(dict.fromkeys(specs, (path, header)))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor, from any device and of any strides.
+        """Write a tensor that has not been written yet, from any device and of any strides.
 
         Raises:
-            ValueError: If it is of another type or shape than the file was made for.
+            ValueError: If it is of another type or shape than its file was made for.
             OSError: If the file cannot be written.
         """
-        spec, expected = TensorSpec.of(tensor), self.header.specs[name]
-        if spec != expected:
-            raise ValueError(f"{name} is {spec}, the file has room for {expected}")
-        with open(self.path, "r+b") as file:
-            file.seek(self.header.offsets[name])
+        path, header = self._missing[name]
+        if TensorSpec.of(tensor) != header.specs[name]:
+            raise ValueError(f"{name} is {TensorSpec.of(tensor)}, the file has room for {header.specs[name]}")
+        with open(path, "r+b") as file:
+            file.seek(header.offsets[name])
             file.write(bytes_of(tensor.detach().to("cpu").contiguous()))
+        del self._missing[name]
+
+    def check_complete(self) -> None:
+        """Raises ValueError unless every tensor has been written."""
+        if self._missing:
+            raise ValueError(f"{len(self._missing)} tensors were not written, {min(self._missing)} among them")
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -69,12 +68,12 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     The package's own writer puts metadata of several keys into another order at every call.
 
     Raises:
-        FileExistsError, OSError: As `TensorFile.create`.
+        FileExistsError, OSError: As `WeightFiles`.
         TensorFileError: If the format does not know the type of a tensor.
     """
-    file = TensorFile.create(path, specs_of(tensors), dict(sorted(metadata.items())))
+    files = WeightFiles({path: specs_of(tensors)}, dict(sorted(metadata.items())))
     for name, tensor in tensors.items():
-        file.write(name, tensor)
+        files.write(name, tensor)
 
 
 def split(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> StateDictSplit:
@@ -96,43 +95,3 @@ def split(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> StateDi
         )
     except ValueError as error:
         raise ExportError(f"max_shard_size={max_shard_size!r}: expected bytes, or a size such as '5GB'") from error
-
-
-class WeightFiles:
-    """All files of a model's weights: `model.safetensors`, or several and their index.
-
-    Args:
-        shards: What goes where.
-        specs: The tensors by name.
-        metadata: Metadata of every file.
-        place: Gives the path under which a file is written.
-
-    Raises:
-        OSError: If a file cannot be made.
-    """
-
-    def __init__(
-        self,
-        shards: StateDictSplit,
-        specs: Mapping[str, TensorSpec],
-        metadata: Mapping[str, str],
-        place: Callable[[str], Path],
-    ) -> None:
-        self._files: dict[str, TensorFile] = {}
-        for file, names in shards.filename_to_tensors.items():
-            made = TensorFile.create(place(file), {name: specs[name] for name in names}, metadata)
-            self._files.update(dict.fromkeys(names, made))
-        if shards.is_sharded:
-            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            place(INDEX_FILE).write_text(json.dumps(index, indent=2))
-        self._missing = set(specs)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor; see `TensorFile.write`."""
-        self._files[name].write(name, tensor)
-        self._missing.discard(name)
-
-    def check_complete(self) -> None:
-        """Raises ValueError unless every tensor has been written."""
-        if self._missing:
-            raise ValueError(f"{len(self._missing)} tensors were not written, {min(self._missing)} among them")
