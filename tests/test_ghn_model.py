@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from ghn_reference import MODELS, SMALL, reference, reference_graph, seeded_ghn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_ghn.errors import GraphError
 from timm_ghn.ghn import GHN, GHNConfig, Prediction, layout
@@ -154,15 +155,33 @@ def test_predictions_repeat_exactly_and_do_not_touch_the_generator(ghn: GHN) -> 
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_embedding_a_deep_graph_is_quick(ghn: GHN) -> None:
-    count = 3000
-    edges = sorted({(i, i + 1) for i in range(count - 1)} | {(i, i + 5) for i in range(0, count - 5, 5)})
-    graph = Graph((Node(Op.CONV, (64, 64, 3, 3)),) * count, tuple(edges))
-    start = time.perf_counter()
-    with torch.no_grad():
-        embedding = ghn.embed_nodes(graph)
-    assert embedding.shape == (count, 32)
-    assert time.perf_counter() - start < 20  # about 0.7 s on one idle core
+class Elements(TorchDispatchMode):
+    """Counts the operations that torch carries out, and the numbers that they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        self.numbers += result.numel() if isinstance(result, Tensor) and not func.is_view else 0
+        return result
+
+
+def test_embedding_a_graph_costs_in_proportion_to_its_depth(ghn: GHN) -> None:
+    def cost(count: int) -> Elements:
+        edges = sorted({(i, i + 1) for i in range(count - 1)} | {(i, i + 5) for i in range(0, count - 5, 5)})
+        graph = Graph((Node(Op.CONV, (64, 64, 3, 3)),) * count, tuple(edges))
+        counted = Elements()
+        with torch.no_grad(), counted:
+            assert ghn.embed_nodes(graph).shape == (count, 32)
+        return counted
+
+    short, long = cost(500), cost(1000)
+    assert 500 < short.operations < 500 * 30
+    assert long.operations < 2.1 * short.operations
+    assert long.numbers < 2.3 * short.numbers  # not the squares of all pairs of nodes
 
 
 # Node features
