@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import timm_ghn
+from timm_ghn.initialize import sharded
+from timm_ghn.initialize.memory import LazyMemory
+
+_PATIENCE = 240
+"""Seconds after which a group of processes is given up."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,11 @@ def start_group(size: int, work: Callable[..., None], folder: Path, *args: Any) 
 
 def _joined(rank: int, size: int, work: Callable[..., None], folder: Path, *args: Any) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(_PATIENCE, exit=True)  # a process that waits for another one in vain
+    if sys.platform == "linux":  # else the name of the machine has to be known to the network
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     where = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=300))
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=_PATIENCE))
     try:
         work(rank, folder, *args)
     finally:
@@ -87,6 +99,7 @@ def initialize_cases(rank: int, folder: Path, cases: dict[str, Case], ghn: str) 
     Then ask for what is not possible; `folder / "refusals"` gets for each error its type, its message, and whether the
     model stayed as it was.
     """
+    sharded.LazyMemory = partial(LazyMemory, min_bytes=4096)  # even the tensors of small models count as large
     for name, case in cases.items():
         try:
             result = _initialized(case)

@@ -103,7 +103,9 @@ def test_one_layer(seeded_checkpoint: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="FSDP2 is part of torch from 2.6 on")
-def test_init_sharded(seeded_checkpoint: Path) -> None:
+def test_init_sharded(seeded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     out = run(*torchrun, "init_sharded.py", "test_vit", ghn=seeded_checkpoint)
     assert "test_vit: ghn-orth, 306,890 parameters" in out

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.nn import functional as F
 
 import timm_ghn
@@ -20,7 +21,7 @@ from timm_ghn.errors import InitError
 
 if not hasattr(torch.distributed.fsdp, "fully_shard"):
     pytest.skip("FSDP2 is part of torch from 2.6 on", allow_module_level=True)
-from sharding import Case, initialize_cases, start_group
+from sharding import Case, initialize_cases, shard, start_group, whole_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,6 +137,70 @@ def test_wrappers_are_looked_through(wrap: Any, group_of_one: None) -> None:
     assert timm_ghn.provenance(wrapper) == timm_ghn.provenance(plain)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(inner.state_dict()[name], tensor), name
+
+
+def checkpointed(model: nn.Module) -> None:
+    blocks = type(model.blocks[0])
+    checkpoint_wrapper.apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, blocks))
+
+
+def compiled(model: nn.Module) -> None:
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = torch.compile(block, backend="eager")
+
+
+def compiled_in_place(model: nn.Module) -> None:
+    for block in model.blocks:
+        block.compile(backend="eager")
+
+
+@pytest.mark.parametrize("change", [checkpointed, compiled, compiled_in_place], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("is_held", [False, True], ids=["built", "held"])
+def test_blocks_that_torch_changed_before(
+    change: Any, is_held: bool, group_of_one: None, seeded_checkpoint: Path
+) -> None:
+    case = with_ghn(Case("test_vit", "fsdp", METHODS["ghn-orth"], {"num_classes": 10}, is_held), seeded_checkpoint)
+    if is_held:
+        model = case.held()
+    else:
+        with torch.device("meta"):
+            model = case.build()
+    change(model)
+    shard(model, "fsdp")
+    if is_held:
+        timm_ghn.init_model(torch.compile(model, backend="eager"), case.init)
+    else:
+        model.to_empty(device="cpu")
+        timm_ghn.init_model(model, case.init, build=case.build)
+    found = [*whole_tensors(model).values()]
+    expected = case.expected().state_dict()
+    assert len(found) == len(expected)
+    for tensor, (name, value) in zip(found, expected.items(), strict=True):
+        assert torch.equal(tensor, value), name
+
+
+class Tied(nn.Sequential):
+    """A network, two of whose layers share a weight."""
+
+    def __init__(self) -> None:
+        layers = [nn.Linear(8, 8) for _ in range(2)]
+        layers[1].weight = layers[0].weight
+        super().__init__(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *layers, nn.Linear(8, 10))
+
+
+def test_tied_parameters_of_a_sharded_model(group_of_one: None, seeded_checkpoint: Path) -> None:
+    with torch.device("meta"):
+        model = Tied()
+    shard(model, "fsdp")
+    model.to_empty(device="cpu")
+    plain = Tied()
+    for each in (model, plain):
+        timm_ghn.init_model(each, "ghn", ghn=str(seeded_checkpoint), input_size=16, build=Tied)
+    expected = dict(plain.named_parameters(remove_duplicate=False))
+    found = dict(model.named_parameters(remove_duplicate=False))
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        assert torch.equal(found[name].full_tensor(), parameter), name
 
 
 def test_memory_without_values_is_filled_by_what_build_returns(seeded_checkpoint: Path) -> None:

@@ -103,7 +103,7 @@ def copied_plainly(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _is_changed(module: nn.Module) -> bool:
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks = [*getattr(module, "_forward_pre_hooks", {}).values(), *getattr(module, "_forward_hooks", {}).values()]
     return plain_type(module) is not type(module) or any(map(_is_of_distributed, hooks))
 
 
@@ -111,12 +111,9 @@ def _without_distributed(value: Any) -> Any:
     """A table of a module without the hooks and records of torch.distributed; anything else as it is."""
     if type(value) not in (dict, OrderedDict):
         return value
-    kept = {
-        key: item
-        for key, item in value.items()
-        if isinstance(item, (Tensor, nn.Module)) or not _is_of_distributed(item)
-    }
-    return value if len(kept) == len(value) else type(value)(kept)
+    of_model = (Tensor, nn.Module)
+    dropped = {key for key, item in value.items() if not isinstance(item, of_model) and _is_of_distributed(item)}
+    return type(value)((key, item) for key, item in value.items() if key not in dropped) if dropped else value
 
 
 def _is_of_distributed(item: Any) -> bool:
