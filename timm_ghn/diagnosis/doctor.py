@@ -152,7 +152,8 @@ def _hash_of(entry: NamedGHN) -> str:
 def _default_ghn() -> Finding:
     """Which GHN an initialization uses that names none, and whether that can be had."""
     from timm_ghn.ghn.catalogue import BUNDLED, DEFAULT
-    from timm_ghn.ghn.registry import DEFAULT_VARIABLE, HUB_PREFIX, find_named, load_ghn
+    from timm_ghn.ghn.registry import DEFAULT_VARIABLE, find_named, load_ghn
+    from timm_ghn.request import HUB_PREFIX
 
     chosen = os.environ.get(DEFAULT_VARIABLE)
     name = f"{chosen} ({DEFAULT_VARIABLE})" if chosen else DEFAULT

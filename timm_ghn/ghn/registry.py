@@ -18,6 +18,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from timm_ghn.errors import CheckpointError, DownloadError, UnknownGhnError
 from timm_ghn.ghn.catalogue import BUNDLED, DEFAULT, NAMED_GHNS, NamedGHN
 from timm_ghn.ghn.config import HUB_FILE, MAX_PARAMETERS
+from timm_ghn.request import HUB_PREFIX
 from timm_ghn.storage.paths import git_blob_sha1, is_offline
 from timm_ghn.text import did_you_mean
 
@@ -31,7 +32,6 @@ _logger = logging.getLogger(__name__)
 
 DEFAULT_VARIABLE = "TIMM_GHN"
 """Environment variable that names the default GHN."""
-HUB_PREFIX = "hf-hub:"
 MAX_GHN_BYTES = 5 * MAX_PARAMETERS
 """Largest GHN that is taken from the Hub: float32, and a header."""
 MAX_DOWNLOAD_BYTES = 64 * 2**20

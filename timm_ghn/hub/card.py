@@ -10,8 +10,8 @@ from huggingface_hub import ModelCardData
 
 from timm_ghn.ghn import GHN
 from timm_ghn.ghn.catalogue import NAMED_GHNS
-from timm_ghn.hub.client import PREFIX
 from timm_ghn.hub.manifest import Manifest, settings_of
+from timm_ghn.request import HUB_PREFIX
 from timm_ghn.settings import METHODS, Init
 from timm_ghn.text import markdown_table
 
@@ -63,12 +63,13 @@ def _card(repository: str, data: ModelCardData, sections: Sequence[str]) -> str:
 
 
 def _usage(manifest: Manifest, repository: str) -> str:
+    source = HUB_PREFIX + repository
     text, load = (
         "Plain timm is enough",
         (
             "import timm\n\n"
-            f'model = timm.create_model("{PREFIX}{repository}", pretrained=True)\n'
-            f'model = timm.create_model("{PREFIX}{repository}", pretrained=True, num_classes=10)  # another classifier'
+            f'model = timm.create_model("{source}", pretrained=True)\n'
+            f'model = timm.create_model("{source}", pretrained=True, num_classes=10)  # another classifier'
         ),
     )
     if len(manifest.files) > 1:
@@ -118,7 +119,7 @@ def _reproduction(manifest: Manifest) -> str:
         f"({manifest.versions['system']}, {manifest.versions['cpu'] or 'unknown'}), equal up to rounding elsewhere."
     )
     ghn = str(manifest.provenance["ghn"] or "")
-    if ghn and ghn not in NAMED_GHNS and not ghn.startswith(PREFIX):
+    if ghn and ghn not in NAMED_GHNS and not ghn.startswith(HUB_PREFIX):
         note += f" The GHN was read from a file that is not part of this repository; its hash stands above (`{ghn}`)."
     return f"## Make it yourself\n\n{note}\n\n```sh\n" + "\n".join(lines) + "\n```"
 
@@ -145,6 +146,7 @@ def ghn_card(ghn: GHN, repository: str, *, license: str, description: str, notes
         description: What it is, in a line.
         notes: Further text in Markdown, such as how it was trained.
     """
+    source = HUB_PREFIX + repository
     facts: list[tuple[str, str]] = [(key, f"`{value}`") for key, value in ghn.config.to_dict().items()]
     facts.append(("parameters", f"{sum(p.numel() for p in ghn.parameters()):,}"))
     if ghn.info is not None:
@@ -154,10 +156,10 @@ def ghn_card(ghn: GHN, repository: str, *, license: str, description: str, notes
     sections = [
         f"A graph hypernetwork: it reads the graph of a network and predicts its weights. {description}",
         "## Use\n\n```python\nimport timm, timm_ghn\n\n"
-        f'init = timm_ghn.Init("ghn-orth", ghn="{PREFIX}{repository}")\n'
+        f'init = timm_ghn.Init("ghn-orth", ghn="{source}")\n'
         'model = timm.create_model("convnext_base", init=init)\n```\n\n'
-        f"On the command line: `timm-ghn init convnext_base --out DIR --ghn {PREFIX}{repository}`, for all commands: "
-        f"`export TIMM_GHN={PREFIX}{repository}`.",
+        f"On the command line: `timm-ghn init convnext_base --out DIR --ghn {source}`, for all commands: "
+        f"`export TIMM_GHN={source}`.",
         "\n".join(markdown_table(("setting", "value"), facts)),
         notes,
     ]

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from timm_ghn._version import __version__
 from timm_ghn.errors import DownloadError, HubUnreachableError, TimmGhnError
+from timm_ghn.request import HUB_PREFIX
 from timm_ghn.storage.paths import file_sha256, is_offline
 
 _logger = logging.getLogger(__name__)
 
-PREFIX = "hf-hub:"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _TIMEOUTS = ("TimeoutError", "TimeoutException", "Timeout")
 _CONNECTIONS = ("ConnectionError", "NetworkError", "RemoteProtocolError", "ProxyError")
@@ -79,7 +79,7 @@ class HubSource:
         Raises:
             DownloadError: If this names no repository.
         """
-        repository, _, revision = text.removeprefix(PREFIX).partition("@")
+        repository, _, revision = text.removeprefix(HUB_PREFIX).partition("@")
         if not _REPOSITORY.fullmatch(repository) or ".." in repository or "--" in repository:
             raise DownloadError(
                 f"{text!r} names no repository of the Hub (organization/name[@revision]): letters, digits, '-', '_' "
@@ -88,7 +88,7 @@ class HubSource:
         return cls(repository, revision or None)
 
     def __str__(self) -> str:
-        return f"{PREFIX}{self.repository}" + (f"@{self.revision}" if self.revision else "")
+        return f"{HUB_PREFIX}{self.repository}" + (f"@{self.revision}" if self.revision else "")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Snapshot:
         return self.commit is not None
 
     def __str__(self) -> str:
-        return f"{PREFIX}{self.source.repository}@{self.commit or self.source.revision or constants.DEFAULT_REVISION}"
+        return str(replace(self.source, revision=self.commit or self.source.revision or constants.DEFAULT_REVISION))
 
 
 def api(token: str | None = None) -> HfApi:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import CheckpointError, DownloadError, HubUnreachableError, InitError, TensorFileError
-from timm_ghn.hub.client import PREFIX, HubSource, Snapshot, fetch, look_up_or_cached
+from timm_ghn.hub.client import HubSource, Snapshot, fetch, look_up_or_cached
 from timm_ghn.hub.manifest import FILE, MAX_BYTES, Manifest, dtype_of
 from timm_ghn.initialize.plan import expected_origin
 from timm_ghn.initialize.provenance import record_
 from timm_ghn.initialize.report import ParameterReport, Report, Status
 from timm_ghn.orthogonalization import classifier_prefixes
-from timm_ghn.request import Request
+from timm_ghn.request import HUB_PREFIX, Request
 from timm_ghn.settings import Init, Source
 from timm_ghn.storage.header import specs_of
 from timm_ghn.storage.paths import file_sha256
@@ -95,7 +95,7 @@ def read_manifest(snapshot: Snapshot) -> Manifest:
     if snapshot.is_online and FILE not in snapshot.files:
         raise DownloadError(
             f"{snapshot} has no weights that timm-ghn made (no {FILE}); "
-            f"for others there is timm.create_model('{PREFIX}{snapshot.source.repository}', pretrained=True)"
+            f"for others there is timm.create_model('{HUB_PREFIX}{snapshot.source.repository}', pretrained=True)"
         )
     path = fetch(snapshot, FILE, limit=MAX_BYTES)
     return Manifest.from_json(path.read_bytes(), f"{FILE} of {snapshot}")
