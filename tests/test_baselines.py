@@ -159,6 +159,8 @@ def test_lsuv_leaves_out_what_has_no_weight_of_its_own() -> None:
         (nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 2)), {"input_size": (4,)}),
         (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), {"example_input": torch.randn(1, 4)}),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), {"input_size": (1, 8, 8)}),
+        (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), {"example_input": torch.full((8, 4), torch.nan)}),
+        (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), {"example_input": torch.eye(8, 4) / 0}),
     ],
 )
 def test_lsuv_changes_nothing_if_the_forward_pass_fails(model: nn.Module, settings: dict[str, Any]) -> None:
@@ -168,6 +170,23 @@ def test_lsuv_changes_nothing_if_the_forward_pass_fails(model: nn.Module, settin
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
     assert not model[0]._forward_hooks
+
+
+def test_lsuv_measures_in_full_precision_within_autocast() -> None:
+    alone, within = nn.Linear(4, 4), nn.Linear(4, 4)
+    timm_ghn.init_model(alone, "lsuv", input_size=(4,))
+    with torch.autocast("cpu", torch.bfloat16):
+        timm_ghn.init_model(within, "lsuv", input_size=(4,))
+    assert torch.equal(alone.weight, within.weight)
+
+
+@pytest.mark.parametrize("example", [torch.zeros(8, 4), torch.ones(8, 4), torch.empty(0, 4), ()])
+def test_lsuv_refuses_an_example_in_which_nothing_varies(example: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    before = model[0].weight.clone()
+    with pytest.raises(InitError, match="is empty or holds the same number everywhere"):
+        timm_ghn.init_model(model, "lsuv", example_input=example)
+    assert torch.equal(model[0].weight, before)
 
 
 # --- Fixup ----------------------------------------------------------------------------------------------------------

@@ -102,6 +102,11 @@ UNSEEN: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "script": lambda: scripted(lambda: torch.jit.script(F.relu6)),
     "script in place": lambda: (lambda f: lambda x: f(x * 1))(scripted(lambda: torch.jit.script(doubled_))),
     "autograd function": lambda: Doubled.apply,
+    "inference mode": lambda: lambda x: F.relu(torch.inference_mode()(lambda: x * 2)()),
+    "nested checkpoint": lambda: lambda x: torch.utils.checkpoint.checkpoint(F.relu, x, use_reentrant=True),
+    "foreach": lambda: lambda x: torch._foreach_mul([x], 2)[0],
+    "out": lambda: lambda x: torch.mul(x, 2, out=torch.empty_like(x)),
+    "cond": lambda: lambda x: torch.cond(x.shape[0] == 1, torch.relu, torch.tanh, (x,)),
     "checkpoint": lambda: lambda x: torch.utils.checkpoint.checkpoint(F.relu, x, use_reentrant=False),
 }
 
@@ -154,6 +159,17 @@ def test_a_tensor_that_computes_out_of_sight_is_an_error() -> None:
 
     with pytest.raises(CaptureError, match=r"module 'middle' in relu: a Wrapper of unknown origin"):
         to_graph(Residual(Inner()), input_size=SIZE)
+
+
+@pytest.mark.parametrize("memory", [Tensor.untyped_storage, Tensor.storage])
+def test_writing_through_memory_is_reported(memory: Callable[[Tensor], Any], caplog: pytest.LogCaptureFixture) -> None:
+    def copied(x: Tensor) -> Tensor:
+        other = torch.empty_like(x)
+        memory(other).copy_(memory(x))
+        return other
+
+    to_graph(Residual(copied), input_size=SIZE)
+    assert f"the memory of a tensor, given by {memory.__name__}(), is not recorded" in caplog.text
 
 
 def test_what_other_threads_compute_is_reported(caplog: pytest.LogCaptureFixture) -> None:
@@ -325,7 +341,10 @@ def test_lazy_models_are_explained() -> None:
         to_graph(nn.Sequential(nn.LazyConv2d(3, 3)))
 
 
-@pytest.mark.parametrize("config", ["resnet", timm.models.PretrainedCfg(input_size=(3, 32, 32)), None])
+NONSENSE = {"input_size": "big", "first_conv": 3, "classifier": 3, "notes": 3}
+
+
+@pytest.mark.parametrize("config", ["resnet", timm.models.PretrainedCfg(input_size=(3, 32, 32)), None, NONSENSE])
 def test_descriptions_of_a_model_of_every_form(config: Any) -> None:
     model = timm.create_model("test_resnet")
     model.pretrained_cfg = config

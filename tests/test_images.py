@@ -87,6 +87,15 @@ def test_folder_and_dataset_agree(tmp_path: Path) -> None:
     assert torch.equal(folder.labels, dataset.labels)
 
 
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    for name in ("images/a", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "white").save(tmp_path / name / "x.png")
+    (tmp_path / "images" / "a" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "b").symlink_to(tmp_path / "elsewhere")
+    assert load_images([tmp_path / "images"], progress=False).labels.tolist() == [0, 0, 1]
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_images_of_16_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
     (tmp_path / "a").mkdir()
@@ -94,6 +103,25 @@ def test_images_of_16_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
     Image.fromarray(ramp).save(tmp_path / "a" / f"x.{suffix}")
     (image,) = load_images([tmp_path]).images
     assert image[0].tolist() == image[2].tolist() == np.round(ramp / 257).astype(int).tolist()
+
+
+def test_the_largest_number_of_12_bits_is_read_from_tiff_files(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    ramp = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 4
+    Image.fromarray(ramp).save(tmp_path / "a" / "x.tif", tiffinfo={281: 4095})
+    (image,) = load_images([tmp_path], progress=False).images
+    assert image[0].tolist() == np.round(ramp * (255 / 4095)).astype(int).tolist()
+
+
+def test_images_that_are_all_dark_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((32, 32), 4095, dtype=np.uint16)).save(tmp_path / "a" / "x.png")
+    load_images([tmp_path], progress=False)
+    assert "the brightest pixel of all 1 images is 16 of 255; if the files hold 10 or 12 bits" in caplog.text
+    caplog.clear()
+    Image.fromarray(np.full((32, 32), 255, dtype=np.uint8)).save(tmp_path / "a" / "y.png")
+    load_images([tmp_path], progress=False)
+    assert not caplog.text
 
 
 def test_images_of_floating_point_numbers_are_scaled_or_refused(tmp_path: Path) -> None:

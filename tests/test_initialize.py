@@ -152,7 +152,8 @@ def test_orth_alone() -> None:
 def test_rand_changes_nothing() -> None:
     model = timm.create_model("test_vit")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    report = timm_ghn.init_model(model, "rand")
+    report = timm_ghn.init_model(model, timm_ghn.Init("rand", seed=1))
+    assert report.provenance["seed"] is None  # nothing was drawn
     assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
     assert report.share(Status.KEPT) == 1
 

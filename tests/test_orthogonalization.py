@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from ghn_reference import MODELS, reference
 from hypothesis import given, settings
@@ -762,6 +763,7 @@ ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "maximum": lambda x, w: torch.maximum(x, w.view(8, 1, 1)),
     "where": lambda x, w: torch.where(x > 0, x, w.view(8, 1, 1)),
     "divide": lambda x, w: torch.divide(x, w.view(8, 1, 1)),
+    "prelu": lambda x, w: F.prelu(x, w.flatten()),
 }
 
 
@@ -774,6 +776,22 @@ def test_weights_of_elementwise_functions_are_no_layers(name: str) -> None:
         report = timm_ghn.init_model(model, method, input_size=(3, 4, 4), **options)
         assert report.num_layers == 3
         assert torch.equal(scale.weight, torch.ones_like(scale.weight))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: (torch.diag(w.flatten()) @ x.flatten(2)).view_as(x),
+        lambda x, w: F.conv2d(x, torch.diag_embed(w.view(8))[..., None, None]),
+        lambda x, w: torch.einsum("oc,bchw->bohw", torch.eye(8, device=x.device) * w.view(8, 1), x),
+    ],
+)
+def test_diagonals_are_no_layers(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    scale = Elementwise(function, 2, 4)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), scale, nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 5))
+    assert orthogonalize_(model, start_layer=1, input_size=(3, 4, 4)) == ("0.weight", "2.weight")
+    assert timm_ghn.init_model(model, "orth", input_size=(3, 4, 4)).num_layers == 3
+    assert torch.equal(scale.weight, torch.ones_like(scale.weight))
 
 
 def test_layers_that_only_their_shapes_tell_are_named(caplog: pytest.LogCaptureFixture) -> None:

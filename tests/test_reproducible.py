@@ -217,3 +217,29 @@ def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
     error, match = (FileNotFoundError, "x") if kind == "missing" else (TensorFileError, "not a regular file")
     with pytest.raises(error, match=match):
         TensorReader(path)
+
+
+FORKING = """
+import os, sys, timm, torch, timm_ghn
+torch.set_num_threads(2)
+torch.rand(1000, 1000) @ torch.rand(1000, 1000)
+(torch.rand(10**6) + 1).isnan().any()
+for method in ("orth", "ghn-orth", "lsuv", "mimetic"):
+    child = os.fork()
+    if child == 0:
+        model = timm.create_model("vit_tiny_patch16_224", init=timm_ghn.Init("orth", cache=False), depth=1)
+        settings = {"ghn": "bundled"} if method == "ghn-orth" else {}
+        timm_ghn.init_model(model, method, input_size=224, **settings)
+        timm_ghn.orthogonalize_(model)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, method
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_children_of_a_process_with_threads_do_not_hang() -> None:
+    command = [sys.executable, "-c", FORKING]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr

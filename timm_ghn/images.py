@@ -7,6 +7,8 @@ of classes (torchvision's ImageFolder layout), and the data sets of torchvision.
 from __future__ import annotations
 
 import io
+import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +23,13 @@ from tqdm import tqdm
 
 from timm_ghn.errors import ImageError
 
+_logger = logging.getLogger(__name__)
+
 _SHARD_TENSORS = ("jpeg", "offsets", "labels")
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+_MAX_SAMPLE_VALUE = 281
+"""Tag of TIFF files: the largest number that a pixel can have."""
+_DARK = 64
 _NOT_THE_USERS = ("__MACOSX", "@eaDir")
 """Folders that archives of macOS and Synology's file servers add, with files that look like images."""
 
@@ -151,7 +158,8 @@ def load_folder(path: Path, size: int = 32, *, progress: bool = True) -> ImageSe
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(file for file in (path / name).rglob("*") if _is_image(file.relative_to(path)))
+        inner = (Path(folder, file) for folder, _, files in os.walk(path / name, followlinks=True) for file in files)
+        found = sorted(file for file in inner if _is_image(file.relative_to(path)))
         if not found:
             raise ImageError(f"class folder {path / name} has no images")
         files += found
@@ -172,7 +180,20 @@ def _decode_all(
                 images[index] = _to_bytes(image, size)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ImageError(f"cannot decode {where}: {error}") from error
+    _warn_of_darkness(images)
     return images
+
+
+def _warn_of_darkness(images: Tensor) -> None:
+    """Say so if nothing is bright: numbers of 10 or 12 bits, of which no file says so, are small ones of 16 bits."""
+    brightest = int(images.max()) if images.numel() else 255
+    if brightest < _DARK:
+        _logger.warning(
+            "the brightest pixel of all %d images is %d of 255; if the files hold 10 or 12 bits in 16, scale them up, "
+            "or write the largest number into the TIFF tag MaxSampleValue",
+            len(images),
+            brightest,
+        )
 
 
 def _is_hidden(name: str) -> bool:
@@ -211,7 +232,8 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
         ValueError: If the scale of the numbers is not known.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return Image.fromarray(_as_bytes(np.asarray(image), 65535))
+        white = getattr(image, "tag_v2", {}).get(_MAX_SAMPLE_VALUE, 65535)  # of a TIFF file
+        return Image.fromarray(_as_bytes(np.asarray(image), int(np.max(white))))
     if image.mode == "I":
         return Image.fromarray(_as_bytes(np.asarray(image), 255))
     return Image.fromarray(_as_bytes(np.asarray(image), 1)) if image.mode == "F" else image

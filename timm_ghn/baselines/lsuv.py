@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from timm_ghn.baselines.setting import Computation, Setting, names_of
 from timm_ghn.errors import InitError
@@ -113,7 +113,7 @@ def _inputs(setting: Setting) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of forward: the example if there is one, else standard normal noise.
 
     Raises:
-        InitError: If nothing says what the model takes.
+        InitError: If nothing says what the model takes, or there is nothing to measure in the example.
     """
     parameter = next(p for p in setting.model.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(derived_seed("lsuv batch", setting.seed))
@@ -127,6 +127,9 @@ def _inputs(setting: Setting) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     if setting.example_input is not None:
         example = tree_map(place, setting.example_input)
+        tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+        if not any(leaf.numel() > 0 and bool((leaf != leaf.flatten()[0]).any()) for leaf in tensors):
+            raise InitError("lsuv measures on example_input=, which is empty or holds the same number everywhere")
         if isinstance(example, Mapping):
             return (), dict(example)
         return (example if isinstance(example, tuple) else (example,)), {}
@@ -150,9 +153,14 @@ def _scale_(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
     Returns:
         The new outputs; None if the weight was left as it was.
+
+    Raises:
+        ValueError: If there are outputs that are not finite.
     """
     variance = float(output.float().var()) if output.numel() > 1 else 0.0
-    if not (math.isfinite(variance) and variance > 0):
+    if not math.isfinite(variance):
+        raise ValueError("its outputs hold NaN or infinity")
+    if variance == 0:
         return None
     weight: Tensor = layer.weight  # type: ignore[assignment]
     before = weight.clone()

@@ -118,9 +118,10 @@ def fill_computed(plan: Plan) -> None:
     """Give parameters what a baseline computes, once all others are as they are going to be."""
     if plan.computation is None:
         return
-    for name, value in plan.computation.values():
-        if plan.assignments[name].source is Source.BASELINE:
-            plan.parameters[name].copy_(value)
+    with single_threaded(), torch.autocast("cpu", enabled=False):  # as above
+        for name, value in plan.computation.values():
+            if plan.assignments[name].source is Source.BASELINE:
+                plan.parameters[name].copy_(value)
 
 
 def _predictions(plan: Plan, scaled: dict[str, tuple[float, str]]) -> Iterator[Prediction]:

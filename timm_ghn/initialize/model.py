@@ -84,6 +84,8 @@ def init_model(
         from timm_ghn.initialize.sharded import initialize_sharded_
 
         return initialize_sharded_(model, init, build, input_size=input_size, example_input=example_input)
+    if init.spec.source is Source.TIMM:
+        init = replace(init, seed=None)  # nothing is drawn
     return initialize_(model, init, input_size=input_size, example_input=example_input)
 
 

@@ -25,6 +25,7 @@ from timm_ghn.orthogonalization import (
     kept_parameters,
     resolve_start_layer,
     selected_layers,
+    single_threaded,
     weight_layers,
 )
 from timm_ghn.scale.rule import Structure, gaining_norms
@@ -136,6 +137,7 @@ def expected_origin(model: nn.Module, init: Init) -> dict[str, Any]:
     return describe_origin(init, hypernetwork, layers, _start_layer(init, layers, hypernetwork))
 
 
+@single_threaded()  # a child that is forked from a process with torch's threads hangs in its first loop
 def make_plan(
     model: nn.Module,
     init: Init,

@@ -22,7 +22,7 @@ from timm_ghn.text import did_you_mean
 from timm_ghn.trace.capture import capture
 from timm_ghn.trace.inputs import timm_config
 from timm_ghn.trace.operations import Kind, kind_of, operands
-from timm_ghn.trace.records import Operation, Trace
+from timm_ghn.trace.records import Operation, Trace, Value
 
 _logger = logging.getLogger(__name__)
 
@@ -207,13 +207,24 @@ def _scales(
             return scales
     origins = find_origins(trace)
     uses: dict[str, set[bool]] = {name: set() for name in names}
+    spread: set[str] = set()  # vectors that are made into matrices, as by torch.diag
     for operation in trace.operations:
         values = operands(operation)
-        if any(origins.is_data(value) for value in values):
-            for index in itertools.chain.from_iterable(origins.of(value).values for value in values):
-                for name in set(names).intersection(trace.parameters[index]):
-                    uses[name].add(_is_elementwise(operation))
-    return {name for name, found in uses.items() if found == {True}}
+        on_data = any(origins.is_data(value) for value in values)
+        size = max((math.prod(output.shape) for output in operation.outputs), default=0)
+        for value in values:
+            used = {name for index in origins.of(value).values for name in trace.parameters[index]}
+            for name in used.intersection(names):
+                is_all = _is_vector(value) and math.prod(value.shape) == math.prod(trace.parameter_shapes[name])
+                if on_data:
+                    uses[name].add(_is_elementwise(operation) or (is_all and kind_of(operation) is Kind.OTHER))
+                elif is_all and size > math.prod(value.shape):
+                    spread.add(name)
+    return spread | {name for name, found in uses.items() if found == {True}}
+
+
+def _is_vector(value: Value) -> bool:
+    return sum(size > 1 for size in value.shape) < 2
 
 
 def _is_elementwise(operation: Operation) -> bool:

@@ -219,10 +219,11 @@ def orthogonalize_(
     if kept and not selected:
         raise InitError(f"nothing can be orthogonalized: {', '.join(kept)}")
     weights = [model.get_parameter(layer.parameter) for layer in selected]
-    for layer, weight in zip(selected, weights, strict=True):
-        _check_weight(weight, layer)
-        if weight.numel():
-            checked_scales(whole(weight), layer.parameter)
+    with single_threaded():  # in a forked child torch's threads may hang
+        for layer, weight in zip(selected, weights, strict=True):
+            _check_weight(weight, layer)
+            if weight.numel():
+                checked_scales(whole(weight), layer.parameter)
     if kept:
         _logger.warning("kept as they are: %s", ", ".join(kept))
     source = ((layer, whole(weight)) for layer, weight in zip(selected, weights, strict=True))

@@ -22,11 +22,32 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def timm_config(model: nn.Module) -> Mapping[str, Any]:
-    """The `pretrained_cfg` of a timm model as a mapping; an empty one for other models, and where it is a text."""
+    """The `pretrained_cfg` of a timm model as a mapping; an empty one for other models, and where it is a text.
+
+    Fields that are not what timm writes there are left out.
+    """
     config = getattr(model, "pretrained_cfg", None)
-    if isinstance(config, Mapping):
-        return config
-    return dataclasses.asdict(config) if isinstance(config, PretrainedCfg) else {}
+    if isinstance(config, PretrainedCfg):
+        config = dataclasses.asdict(config)
+    if not isinstance(config, Mapping):
+        return {}
+    return {name: value for name, value in config.items() if _FIELDS.get(name, _anything)(value)}
+
+
+def _anything(value: object) -> bool:
+    return True
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 3 and all(isinstance(side, int) for side in value)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value))
+
+
+_FIELDS = {"input_size": _is_size, "first_conv": _is_names, "classifier": _is_names, "notes": _is_names}
+"""What some fields of timm's description of a model have to be."""
 
 
 def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:

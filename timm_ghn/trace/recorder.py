@@ -45,8 +45,9 @@ _ARITHMETIC = {
 # which is noticed when the tensor is used.
 _SILENT = {
     "size", "shape", "dim", "ndim", "device", "dtype", "numel", "stride", "is_contiguous", "requires_grad", "len",
-    "set", "storage_offset", "untyped_storage",
+    "set", "storage_offset", "untyped_storage", "storage",
 }  # fmt: skip
+_MEMORY = {"untyped_storage", "storage"}
 
 _KERNEL_MODULES = ("torch._meta_registrations", "torch._refs", "torch._decomp", "torch._prims")
 
@@ -155,6 +156,8 @@ class Recorder(TorchFunctionMode):
         if name in _SILENT:
             if name == "device" and isinstance(args[0], Tensor) and args[0].is_meta:
                 return _SEEN_DEVICE
+            if name in _MEMORY:
+                _logger.warning("what is done with the memory of a tensor, given by %s(), is not recorded", name)
             with torch._C.DisableTorchFunction() if PLAIN.issuperset(types) else nullcontext():
                 return func(*args, **kwargs)
         self.call = name
@@ -234,7 +237,7 @@ class Recorder(TorchFunctionMode):
         known = self._known.get(id(tensor))
         storage = _storage(tensor)
         if known is not None and known.storage == storage:
-            self.is_complete &= known.version == tensor._version
+            self.is_complete &= known.version == _version(tensor)
             return known.value
         source = None if storage is None else self._values.get(storage)
         value = self._new_value(tensor)
@@ -260,7 +263,7 @@ class Recorder(TorchFunctionMode):
         storage = _storage(tensor)
         if id(tensor) not in self._known:
             self._kept.append(tensor)
-        self._known[id(tensor)] = _Known(value, storage, tensor._version)
+        self._known[id(tensor)] = _Known(value, storage, _version(tensor))
         if storage is not None:
             if storage not in self._values:
                 self._kept.append(_unwrapped(tensor).untyped_storage())
@@ -346,6 +349,11 @@ def _unwrapped(tensor: Tensor) -> Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts writes in place; tensors of the inference mode do not count them."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _computes_itself(tensor: Tensor) -> bool:
