@@ -128,6 +128,16 @@ def test_threads_share_what_is_remembered() -> None:
         assert_equal(model, alone(name, settings(seed)))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_inference_mode_makes_no_difference(first: bool) -> None:
+    with torch.inference_mode(first):
+        timm.create_model("test_vit", init=settings(0))
+    with torch.inference_mode(not first):
+        model = timm.create_model("test_vit", init=settings(1))
+    assert_equal(model, alone("test_vit", settings(1)))
+    assert model.blocks[0].attn.qkv.weight.is_inference() is not first
+
+
 def test_what_was_not_used_for_longest_is_forgotten() -> None:
     memo = Memo(size=2)
     memo.keep("a", 1)

@@ -23,7 +23,7 @@ _VIEWS = {
     "storage_offset", "untyped_storage", "element_size", "data_ptr", "__len__", "__hash__", "requires_grad_",
     "view", "view_as", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "expand", "narrow", "select",
     "squeeze", "unsqueeze", "detach", "chunk", "split", "unbind", "__getitem__", "empty_like", "zeros_like",
-    "ones_like", "new_empty", "new_zeros", "new_ones", "get_device",
+    "ones_like", "new_empty", "new_zeros", "new_ones", "get_device", "_set_grad_enabled",
 }  # fmt: skip
 
 
