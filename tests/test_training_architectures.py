@@ -37,14 +37,10 @@ def layer() -> WeightLayer:
 def test_a_family_gives_networks_that_a_ghn_predicts(family: str) -> None:
     bounds = Bounds()
     architecture = draw_architecture("test", 0, {family: 1.0}, bounds)
-    assert architecture == draw_architecture("test", 0, {family: 1.0}, bounds)
     assert architecture.family == family
     with torch.device("meta"):
         model = architecture.build(10)
     assert sum(parameter.numel() for parameter in model.parameters()) <= max(bounds.max_params)
-    macs, outputs = count_macs(model, architecture.size)
-    assert bounds.min_macs * 0.9 <= macs <= bounds.max_macs
-    assert 0 < outputs <= bounds.max_outputs
 
     ghn = tiny_ghn()
     network = Network(architecture, ghn)
@@ -63,6 +59,7 @@ def test_draws_follow_the_shares_and_differ() -> None:
     drawn = [draw_architecture("test", index, {"resnet": 3.0, "vit": 1.0}, Bounds()) for index in range(24)]
     assert len(set(drawn)) == 24
     assert 12 <= sum(architecture.family == "resnet" for architecture in drawn) < 24
+    assert drawn[5] == draw_architecture("test", 5, {"resnet": 3.0, "vit": 1.0}, Bounds())
     assert drawn[5] != draw_architecture("other", 5, {"resnet": 3.0, "vit": 1.0}, Bounds())
 
 

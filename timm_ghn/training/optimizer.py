@@ -9,7 +9,6 @@ those that tell nodes apart among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,12 +46,8 @@ class Muon(torch.optim.AdamW):
         super().__init__(groups, lr=lr, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters from their gradients; those of matrices are used up."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             if group["momentum"] is None:
                 continue
@@ -61,7 +56,6 @@ class Muon(torch.optim.AdamW):
                     self._step_matrix(parameter, parameter.grad, group)
                     parameter.grad = None
         super().step()
-        return loss
 
     def _step_matrix(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
