@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from timm_ghn.errors import FineTuneError
-from timm_ghn.finetune.batches import DeviceImages, epoch_picks
+from timm_ghn.finetune.batches import DeviceImages, epoch_picks, memory_layout
 from timm_ghn.finetune.config import FineTuneConfig, learning_rate
 from timm_ghn.finetune.data import Task, classes_in_turn
 from timm_ghn.finetune.network import Network
@@ -94,7 +94,7 @@ class Run:
         self.config, self.seed, self.network = config, seed, network
         self.execution = execution or Execution()
         self.device = _find_device(self.execution.device)
-        self.module: nn.Module = network.module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module: nn.Module = network.module.to(self.device, memory_format=memory_layout(self.device))  # type: ignore[call-overload]
         self.images = DeviceImages.of(task.train, task, config, self.device, config.padding)
         self.test = DeviceImages.of(task.test, task, config, self.device)
         self._settling: DeviceImages | None = None
