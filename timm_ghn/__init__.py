@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from timm_ghn.graph import Graph, to_graph
     from timm_ghn.hub.ghns import push_ghn
     from timm_ghn.hub.push import push
-    from timm_ghn.initialize.model import init_model
+    from timm_ghn.initialize.in_memory import init_model
     from timm_ghn.initialize.provenance import provenance
     from timm_ghn.initialize.report import Report
     from timm_ghn.initialize.to_folder import init_to_folder
@@ -52,7 +52,7 @@ __all__ = [
 _LAZY = {
     "Graph": "timm_ghn.graph",
     "Report": "timm_ghn.initialize.report",
-    "init_model": "timm_ghn.initialize.model",
+    "init_model": "timm_ghn.initialize.in_memory",
     "init_to_folder": "timm_ghn.initialize.to_folder",
     "list_ghns": "timm_ghn.ghn",
     "load_ghn": "timm_ghn.ghn",

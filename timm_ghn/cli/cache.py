@@ -63,8 +63,10 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from timm_ghn.storage.cache import WeightCache
+
     sound = damaged = 0
-    for info in _cache().verify():
+    for info in WeightCache.default().verify():
         if info.problem:
             damaged += 1
             print(f"damaged: {info.path}: {info.problem}")

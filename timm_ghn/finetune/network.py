@@ -14,7 +14,7 @@ from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.config import PRETRAINED, FineTuneConfig
 from timm_ghn.finetune.stem import adjust_stem
 from timm_ghn.ghn import content_hash, default_ghn, load_ghn
-from timm_ghn.initialize.model import init_model
+from timm_ghn.initialize.in_memory import init_model
 from timm_ghn.orthogonalization import classifier_prefixes
 from timm_ghn.seeding import derived_seed, seeded
 from timm_ghn.settings import METHODS, Init, Source

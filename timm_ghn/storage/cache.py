@@ -4,7 +4,7 @@ An entry holds post-processed weights as they are and predicted ones as the smal
 makes it a third of the model's size and quicker to read than the model is to fill with random numbers. It is written
 under another name and renamed, so that it is there whole or not at all; everything in it is hashed, and one that does
 not match is a logged miss, never a wrong weight. A lock beside it lets one of many processes compute while the others
-wait. `upkeep.py` lists, verifies and removes.
+wait. `upkeep.py` lists and removes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,15 @@ from timm_ghn.graph import Layout, Role, Target
 from timm_ghn.storage.atomic import save_atomically
 from timm_ghn.storage.header import TensorSpec
 from timm_ghn.storage.reader import TensorReader, bytes_of
-from timm_ghn.storage.upkeep import DESCRIPTION_KEY, DIGEST_KEY, UNREADABLE, CacheFolder, read_description
+from timm_ghn.storage.upkeep import (
+    DESCRIPTION_KEY,
+    DIGEST_KEY,
+    UNREADABLE,
+    CacheFolder,
+    EntryInfo,
+    read_description,
+    reason_of,
+)
 from timm_ghn.storage.writer import write_file
 
 _logger = logging.getLogger(__name__)
@@ -53,6 +61,18 @@ def cache_key(inputs: Mapping[str, Any]) -> str:
 
 class WeightCache(CacheFolder):
     """A folder of entries."""
+
+    def verify(self) -> Iterator[EntryInfo]:
+        """Read and hash all entries; yields each as soon as that is done, with the problem that was found."""
+        for info in self.entries():
+            try:
+                Entry.open(info.path).verify()
+            except FileNotFoundError:
+                continue  # somebody removed it meanwhile
+            except UNREADABLE as error:
+                yield replace(info, problem=reason_of(error))
+            else:
+                yield info
 
     def open(self, key: str) -> Entry | None:
         """An entry, or None if there is none, or none that can be used."""

@@ -1,4 +1,4 @@
-"""The folder of a cache: what is there, whether it is sound, and making it smaller. Only `verify` needs torch.
+"""The folder of a cache: what is there, and making it smaller. Nothing here needs torch.
 
 `<cache>/weights/<key>.safetensors` is an entry, `<cache>/weights/.<key>.lock` is held while one is computed.
 """
@@ -9,8 +9,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,20 +115,6 @@ class CacheFolder:
         found = [_info(path) for path in self.weights.glob("[!.]*.safetensors")]
         return sorted((info for info in found if info is not None), key=lambda info: (-info.last_use, info.key))
 
-    def verify(self) -> Iterator[EntryInfo]:
-        """Read and hash all entries; yields each as soon as that is done, with the problem that was found."""
-        for info in self.entries():
-            from timm_ghn.storage.cache import Entry  # which needs torch
-
-            try:
-                Entry.open(info.path).verify()
-            except FileNotFoundError:
-                continue  # somebody removed it meanwhile
-            except UNREADABLE as error:
-                yield replace(info, problem=_reason(error))
-            else:
-                yield info
-
     def leftovers(self) -> list[Path]:
         """Temporary files, and locks of no entry, that nobody has touched for an hour."""
         locks = [path for path in self.weights.glob(".*.lock") if not self.path(path.name[1:-5]).exists()]
@@ -219,7 +205,7 @@ def _info(path: Path) -> EntryInfo | None:
     except FileNotFoundError:
         return None
     except UNREADABLE as error:
-        problem = _reason(error)
+        problem = reason_of(error)
     return EntryInfo(path.stem, path, status.st_size, min(status.st_mtime, time.time()), made, problem)
 
 
@@ -237,7 +223,8 @@ def _discard(path: Path, dry_run: bool) -> int | None:
     return size
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Why an entry cannot be used, in one line."""
     if isinstance(error, json.JSONDecodeError):
         return "it is not JSON"
     return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
