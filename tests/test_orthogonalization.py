@@ -790,8 +790,10 @@ def test_diagonals_are_no_layers(function: Callable[[Tensor, Tensor], Tensor]) -
     scale = Elementwise(function, 2, 4)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), scale, nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 5))
     assert orthogonalize_(model, start_layer=1, input_size=(3, 4, 4)) == ("0.weight", "2.weight")
-    assert timm_ghn.init_model(model, "orth", input_size=(3, 4, 4)).num_layers == 3
-    assert torch.equal(scale.weight, torch.ones_like(scale.weight))
+    for method in ("orth", "ghn", "ghn-orth"):
+        options: dict[str, Any] = {} if method == "orth" else {"ghn": "bundled"}
+        assert timm_ghn.init_model(model, method, input_size=(3, 4, 4), **options).num_layers == 3
+        assert torch.equal(scale.weight, torch.ones_like(scale.weight))
 
 
 def test_layers_that_only_their_shapes_tell_are_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -56,6 +56,7 @@ _UNUSED = "not on a path from the input to the output"
 _UNCALLED = "not read by the forward pass in evaluation mode"
 _TABLE = "a table added to activations that is not one of positions, or one of several that make it up"
 _DERIVED = "scales a weight of which it is a small part"
+_SPREAD = "a vector that is spread to a matrix, as a scale on its diagonal"
 _SCALE = "multiplied elementwise (layer scale, gain or gate)"
 _ADDED = "added to an activation in a way that the graph vocabulary has no word for"
 _ADDED_VECTOR = "a vector added outside of a norm or a layer with weights"
@@ -188,6 +189,9 @@ class _Builder:
             self._note(values, OVER_CONSTANTS)
             return ()
         self._note(over.values, _LEARNED_TOKEN)
+        if origin.is_spread:
+            self._note(values, _SPREAD)
+            return self._bias(bias, sources)
         is_swapped = row.is_transposed or (not row.rank and origin.is_transposed)
         found = weight_targets(self._trace, values, weight, rank=row.rank, is_swapped=is_swapped)
         fed = self._weight(found, sources, _convolution(operation) if row.rank else Op.CONV)
@@ -203,6 +207,9 @@ class _Builder:
             return sources
         inputs, weight = pair if data[0] else pair[::-1]
         origin = self._origins.of(weight)
+        if origin.is_spread:
+            self._note(origin.values, _SPREAD)
+            return self._sources_of(inputs)
         # x @ w reads w as (C, K), w @ x as (K, C).
         found = weight_targets(self._trace, origin.values, weight, is_swapped=data[0] != origin.is_transposed)
         fed = self._weight(found, self._sources_of(inputs)) if found is not None else sources

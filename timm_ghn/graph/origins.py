@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from timm_ghn.trace.operations import LAYERS, Kind, flat, kind_of, swaps_last_dims
+from timm_ghn.trace.operations import LAYERS, Kind, flat, kind_of, operands, swaps_last_dims
 from timm_ghn.trace.propagate import Flow
 from timm_ghn.trace.records import Operation, Trace, Value
 
@@ -22,11 +23,13 @@ class Origin:
         is_transposed: Whether the last two dimensions were swapped on the way.
         obstacle: Why they cannot be predicted as a table: entries were picked by an index, as from a table of relative
             positions, or they are the weights of layers that the input does not pass. Empty otherwise.
+        is_spread: Whether vectors alone make the matrix, as by `torch.diag`: a matrix product with it is no layer.
     """
 
     values: tuple[int, ...] = ()
     is_transposed: bool = False
     obstacle: str = ""
+    is_spread: bool = False
 
 
 _NOTHING = Origin()
@@ -65,7 +68,7 @@ def find_origins(trace: Trace) -> Origins:
     return Origins(data, learned, Flow.of(trace, data))
 
 
-def _step(operation: Operation, _: Value, known: Sequence[Origin | None]) -> Origin | None:
+def _step(operation: Operation, output: Value, known: Sequence[Origin | None]) -> Origin | None:
     found = [origin for origin in known if origin is not None]
     if any(origin is _DATA for origin in found):
         return _DATA
@@ -76,7 +79,16 @@ def _step(operation: Operation, _: Value, known: Sequence[Origin | None]) -> Ori
         return _DATA  # a layer over learned tokens
     values = tuple(dict.fromkeys(index for origin in found for index in origin.values))
     is_transposed = any(origin.is_transposed for origin in found) != swaps_last_dims(operation)
-    return Origin(values, is_transposed, _obstacle(operation, known))
+    learned = [(value, origin) for value, origin in zip(operands(operation), known, strict=True) if origin is not None]
+    is_spread = all(origin.is_spread or _spreads(operation, value, output) for value, origin in learned)
+    return Origin(values, is_transposed, _obstacle(operation, known), is_spread)
+
+
+def _spreads(operation: Operation, value: Value, output: Value) -> bool:
+    """Whether an operation makes a matrix of a vector's numbers and others; vectors side by side are all its own."""
+    was_matrix, is_matrix = (sum(size > 1 for size in shape) > 1 for shape in (value.shape, output.shape))
+    is_larger = math.prod(output.shape) > math.prod(value.shape)
+    return is_matrix and not was_matrix and is_larger and kind_of(operation) is not Kind.CONCATENATION
 
 
 def _obstacle(operation: Operation, known: Sequence[Origin | None]) -> str:
