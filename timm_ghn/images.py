@@ -26,7 +26,10 @@ from timm_ghn.errors import ImageError
 _logger = logging.getLogger(__name__)
 
 _SHARD_TENSORS = ("jpeg", "offsets", "labels")
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+_IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm"),
+    *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
 _MAX_SAMPLE_VALUE = 281
 """Tag of TIFF files: the largest number that a pixel can have."""
 _DARK = 64
@@ -147,7 +150,9 @@ def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[s
 def load_folder(path: Path, size: int = 32, *, progress: bool = True) -> ImageSet:
     """Decode a folder with one sub-folder a class (images may lie deeper, as in Tiny-ImageNet's `class/images/`).
 
-    Hidden files and folders (`.ipynb_checkpoints`, `._00.jpg`) are neither classes nor images.
+    Hidden files and folders (`.ipynb_checkpoints`, `._00.jpg`) are neither classes nor images. Pixels are those of
+    timm's ImageFolder, what PIL converts to RGB: alpha and the orientation in EXIF are ignored, and of animations the
+    first frame counts.
 
     Raises:
         ImageError: If there are no classes, a class has no images, or an image cannot be decoded.
@@ -161,7 +166,7 @@ def load_folder(path: Path, size: int = 32, *, progress: bool = True) -> ImageSe
         inner = (Path(folder, file) for folder, _, files in os.walk(path / name, followlinks=True) for file in files)
         found = sorted(file for file in inner if _is_image(file.relative_to(path)))
         if not found:
-            raise ImageError(f"class folder {path / name} has no images")
+            raise ImageError(f"class folder {path / name} has no images ({' '.join(_IMAGE_SUFFIXES)})")
         files += found
         labels += [label] * len(found)
     images = _decode_all(((file, str(file)) for file in files), len(files), size, progress)
