@@ -103,14 +103,16 @@ def test_an_unknown_default_and_a_missing_hook(
     assert len(found["problems"]) == 2
 
 
+@pytest.mark.parametrize("place", ["cache", "cache/weights", "cache/ghns"])
 def test_a_cache_that_cannot_be_written(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TIMM_GHN_CACHE", str(tmp_path / "file"))
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).touch()
+    monkeypatch.setenv("TIMM_GHN_CACHE", str(tmp_path / "cache"))
     status, found = findings(capsys)
     assert status == 1
-    assert "not writable: " in found["cache"]["folder"]
+    assert f"{tmp_path / place} (not writable: " in found["cache"]["folder"]
     assert len(found["problems"]) == 1
 
 

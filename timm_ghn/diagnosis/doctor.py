@@ -180,8 +180,9 @@ def _cache() -> Iterator[Finding]:
     cache = CacheFolder.default()
     settings = [f"{name}={_without_login(os.environ[name])}" for name in _VARIABLES if os.environ.get(name)]
     yield Finding("cache", "settings", " ".join(settings) or "none in the environment")
-    problem = _why_not_writable(cache.root)
-    yield Finding("cache", "folder", f"{cache.root} ({problem or 'writable'})", is_problem=bool(problem))
+    folders = (cache.root, cache.weights, cache.root / "ghns")
+    folder, problem = next(((path, why) for path in folders if (why := _why_not_writable(path))), (cache.root, ""))
+    yield Finding("cache", "folder", f"{folder} ({problem or 'writable'})", is_problem=bool(problem))
     infos = cache.entries()
     free = shutil.disk_usage(closest_existing(cache.root)).free
     total = format_size(sum(info.size for info in infos))
