@@ -61,7 +61,12 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--from-ghn", metavar="GHN", help="begin with this GHN (a name or a file), and its sizes")
     parser.add_argument("--stop-after", type=int, metavar="N", help="stop at this update, to be resumed")
-    parser.add_argument("--minutes", type=float, metavar="N", help="stop after so long, all told, to be resumed")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="begin no update after so long, all told, and evaluate; to be resumed",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     parser.add_argument("--image-size", type=int, default=32, help="side of the images in pixels")
     parser.add_argument(
