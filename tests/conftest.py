@@ -1,4 +1,4 @@
-"""Every test has a cache of its own and no network."""
+"""Every test has a cache of its own, remembers no model, and has no network. No property is timed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import pytest
 import torch
 from ghn_reference import ppuda_checkpoint, seeded_ghn
 from hub_fixtures import _loopback, _loopback_client, client, hub, remote, repository  # noqa: F401
+from hypothesis import settings
 
+import timm_ghn
 from timm_ghn.orthogonalization import single_threaded
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +23,8 @@ def _own_cache_and_no_network(tmp_path_factory: pytest.TempPathFactory, monkeypa
     monkeypatch.setenv("TIMM_GHN_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("TIMM_GHN", raising=False)
+    timm_ghn.uninstall()  # forgets the models of other tests
+    timm_ghn.install()
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def test_infinite_activations_are_told() -> None:
     assert not ratio.within(1e30)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(1e-18, 1e18))
 def test_ratios_are_those_of_the_scales(gain: float) -> None:
     reference = measure_activations(Scaled(1.0), input_size=(4, 2, 2))

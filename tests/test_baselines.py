@@ -251,7 +251,7 @@ def test_fixup_where_it_does_not_apply() -> None:
 # --- covariance -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from([3, 5, 7, 9]), st.floats(0.3, 4.0))
 def test_covariances_are_covariances(side: int, sigma: float) -> None:
     covariance = kernel_covariance(side, sigma)

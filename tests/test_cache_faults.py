@@ -287,7 +287,7 @@ def is_blank(sound: bytes, content: bytearray, place: int) -> bool:
     return sound[place : place + 1].isspace() and bytes(content[place : place + 1]).isspace()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_flipped_bit_in_the_header_is_noticed(entry: tuple[Path, bytes], data: st.DataObject) -> None:
     place = data.draw(st.sampled_from(sections(entry)["header"]))
@@ -296,7 +296,7 @@ def test_any_flipped_bit_in_the_header_is_noticed(entry: tuple[Path, bytes], dat
     assert not is_served(entry, bytes(content)) or is_blank(entry[1], content, place)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_any_cut_is_noticed(entry: tuple[Path, bytes], data: st.DataObject) -> None:
     assert not is_served(entry, entry[1][: data.draw(st.integers(0, len(entry[1]) - 1))])

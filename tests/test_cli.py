@@ -82,7 +82,7 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "interrupted" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [("--help",), ("--version",), ("ghns",), ("cache", "ls"), ("cache", "verify")])
+@pytest.mark.parametrize("command", [("--help",), ("--version",), ("ghns",), ("cache", "ls")])
 def test_quick_commands_import_neither_torch_nor_timm(command: tuple[str, ...]) -> None:
     program = (
         "import sys\nfrom timm_ghn.cli import main\n"

@@ -81,7 +81,7 @@ def test_curves(store: ResultStore, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert written in capsys.readouterr().out
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(2, 40), st.integers(3, 60), st.integers(0, 1000))
 def test_sampled_correlations_are_entries_of_the_matrix(rows: int, columns: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))

@@ -114,7 +114,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 # --- which images ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 3), min_size=12, max_size=60), st.integers(1, 3))
 def test_the_first_of_each_class(labels: list[int], count: int) -> None:
     labels = labels + [0, 1, 2, 3] * 3

@@ -22,7 +22,7 @@ from timm_ghn.ghn.gnn import GatedGNN
 from timm_ghn.ghn.layout import Tiles
 from timm_ghn.graph.graph import Graph, Layout, Node, Op, Role, Target
 
-CASES = settings(deadline=None, max_examples=60, derandomize=True)
+CASES = settings(max_examples=60, derandomize=True)
 
 
 @pytest.fixture(scope="module")

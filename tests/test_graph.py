@@ -174,7 +174,7 @@ def random_graphs(draw: st.DrawFn) -> Graph:
 
 
 @given(random_graphs())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_distances_are_shortest_paths(graph: Graph) -> None:
     ours = {(int(a), int(b)): int(d) for a, b, d in graph.distances}
     network = as_networkx([()] * len(graph), graph.edges)
@@ -183,7 +183,7 @@ def test_distances_are_shortest_paths(graph: Graph) -> None:
 
 
 @given(random_graphs())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_nodes_of_a_level_do_not_see_each_other(graph: Graph) -> None:
     reach = graph.distance_matrix > 0
     assert len(graph.levels) == len(graph)

@@ -59,7 +59,7 @@ def test_orthogonal_keeps_the_directions() -> None:
     assert float(torch.linalg.eigvalsh(product).min()) > 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4), st.floats(1e-3, 1e3))
 def test_conditioning_ignores_scale_and_company(shapes: list[tuple[int, ...]], scale: float) -> None:
     generator = torch.Generator().manual_seed(len(shapes))

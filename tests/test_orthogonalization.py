@@ -173,7 +173,7 @@ def naive_std(matrix: Tensor, correlation: str = "paper") -> float:
     return float(torch.corrcoef((matrix.mT if transposed else matrix).double()).flatten().std())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     rows=st.integers(2, 150),
     columns=st.integers(3, 150),
@@ -219,7 +219,7 @@ def test_a_channel_without_variance_has_no_correlations() -> None:
 # --- the orthogonal factor
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 300),
     columns=st.integers(1, 300),

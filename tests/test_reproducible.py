@@ -166,7 +166,7 @@ def made(dtype: torch.dtype, shape: list[int], seed: int) -> torch.Tensor:
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     TENSORS,
     st.dictionaries(

@@ -21,7 +21,7 @@ DTYPES = [
 ]  # fmt: skip
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(lambda n: n != "__metadata__")
 SHAPES = st.lists(st.integers(0, 5), max_size=4)
-PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def tensor_of(dtype: torch.dtype, shape: list[int]) -> Tensor:
