@@ -103,6 +103,7 @@ def test_install_and_uninstall() -> None:
 def run(script: str, **environment: str) -> str:
     """What another Python process prints."""
     variables = {**os.environ, **environment}
+    script = f"import faulthandler\nfaulthandler.dump_traceback_later(100, exit=True)\n{script}"
     done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
