@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -597,6 +598,16 @@ for case in json.loads(sys.argv[1]):
         os._exit(0)
     os.waitpid(process, 0)
 """
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_thread_is_left_that_a_fork_could_meet() -> None:
+    """A thread that ends during a fork leaves the child with MKL's memory locked."""
+    weights = [(WeightLayer(number, "w", ""), torch.randn(64, 64)) for number in range(1, 9)]
+    before = set(os.listdir("/proc/self/task"))
+    for _ in range(100):
+        list(postprocess_many(weights, PostProcess(), 4))
+        assert set(os.listdir("/proc/self/task")) <= before
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -146,7 +149,13 @@ def postprocess_many(
         raise InitError(f"workers={workers}: expected at least one thread")
     queued = workers * _QUEUED_PER_WORKER if queued is None else queued
     pending: deque[tuple[WeightLayer, Future[Tensor]]] = deque()
-    pool = ThreadPoolExecutor(workers, "timm-ghn", initializer=torch.set_num_threads, initargs=(1,))
+    threads: list[int] = []
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        threads.append(threading.get_native_id())
+
+    pool = ThreadPoolExecutor(workers, "timm-ghn", initializer=begin)
     try:
         for layer, weight in items:
             pending.append((layer, pool.submit(postprocess_tensor, weight, layer, settings, in_place=in_place)))
@@ -158,7 +167,19 @@ def postprocess_many(
             yield done, future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        _await_end(threads)
         torch.set_num_threads(num_threads)
+
+
+def _await_end(threads: Sequence[int]) -> None:
+    """Waits until threads that were joined are gone from the operating system, on Linux; Python does not wait for that.
+
+    MKL gives back the memory of a thread as the thread goes. A process that is forked in that moment spins for ever in
+    its first matrix product.
+    """
+    latest = time.monotonic() + 1
+    while any(os.path.exists(f"/proc/self/task/{thread}") for thread in threads) and time.monotonic() < latest:
+        time.sleep(1e-4)
 
 
 def selected_layers(layers: Sequence[WeightLayer], start: int) -> tuple[WeightLayer, ...]:
@@ -219,7 +240,7 @@ def orthogonalize_(
     if kept and not selected:
         raise InitError(f"nothing can be orthogonalized: {', '.join(kept)}")
     weights = [model.get_parameter(layer.parameter) for layer in selected]
-    with single_threaded():  # in a forked child torch's threads may hang
+    with single_threaded():
         for layer, weight in zip(selected, weights, strict=True):
             _check_weight(weight, layer)
             if weight.numel():
@@ -252,7 +273,11 @@ def _check_weight(weight: Tensor, layer: WeightLayer) -> None:
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Lets torch use one thread in the calling thread, because sums depend on how they are split among threads."""
+    """Lets torch use one thread in the calling thread.
+
+    Sums depend on how they are split among threads. And a child that is forked from a process with torch's threads
+    hangs in its first parallel loop.
+    """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
