@@ -15,7 +15,7 @@ import joblib
 import pytest
 import timm
 from ghn_reference import SMALL, released_ghn3, seeded_ghn, seeded_ghn3
-from hub_client import Client
+from hub_client import DIGEST, Client
 from hub_server import Hub
 from shards import noisy_images, write_shard
 from test_ghn3_hub import publish
@@ -30,14 +30,6 @@ from timm_ghn.training.processes import join_processes
 from timm_ghn.training.run import Beginning, prepare
 
 BY_NAME: dict[str, str | None] = {"TIMM_GHN": "ghn3-t"}
-STATE = """
-import hashlib
-def digest(model):
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(name.encode() + tensor.numpy().tobytes())
-    return found.hexdigest()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +51,7 @@ def file(ghn: GHN, tmp_path: Path) -> Path:
 
 
 def test_results_are_kept_in_the_cache(published: Hub, client: Client) -> None:
-    code = f"{STATE}model = timm.create_model('test_vit', init='ghn-orth')\nreport = timm_ghn.report_of(model)\n"
+    code = f"{DIGEST}model = timm.create_model('test_vit', init='ghn-orth')\nreport = timm_ghn.report_of(model)\n"
     code += "result = [digest(model), report.from_cache, report.provenance['ghn'], report.predicted_share > 0.99]"
     weights, *facts = client.run(code, BY_NAME).result
     assert facts == [False, "ghn3-t", True]
@@ -73,7 +65,7 @@ def test_weights_are_streamed_to_a_folder(published: Hub, client: Client, tmp_pa
     done = client.command("init", "test_vit", "--out", str(tmp_path / "out"), environment=BY_NAME)
     assert done.result == 0, done.err
     assert GHN3_NOTE in done.out.splitlines()
-    code = f"{STATE}model = timm.create_model('test_vit', init=timm_ghn.Init('ghn-orth', cache=False))\n"
+    code = f"{DIGEST}model = timm.create_model('test_vit', init=timm_ghn.Init('ghn-orth', cache=False))\n"
     code += f"saved = timm.create_model('local-dir:{tmp_path / 'out'}', pretrained=True)\n"
     code += "result = digest(model) == digest(saved)"
     assert client.run(code, BY_NAME).result is True
@@ -86,7 +78,7 @@ def test_weights_are_pushed_and_pulled(published: Hub, client: Client, ghn: GHN)
     provenance = json.loads(files["timm_ghn.json"].data)["report"]["provenance"]
     assert [provenance[name] for name in ("ghn", "ghn_hash", "ghn_kind")] == ["ghn3-t", content_hash(ghn), "GHN-3"]
     assert "| GHN | `ghn3-t` |" in files["README.md"].data.decode()
-    code = f"{STATE}a = timm.create_model('test_vit', init='hf-hub:lab/test_vit.ghn_orth')\n"
+    code = f"{DIGEST}a = timm.create_model('test_vit', init='hf-hub:lab/test_vit.ghn_orth')\n"
     code += "b = timm.create_model('test_vit', init=timm_ghn.Init('ghn-orth', cache=False))\n"
     code += "table = timm_ghn.report_of(a).table().splitlines()\n"
     code += "result = [digest(a) == digest(b), timm_ghn.report_of(a).source is not None, table[-1]]"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_client import Client, Done, Failed
+from hub_client import DIGEST, Client, Done, Failed
 from hub_server import Blob, Hub, Repository, Response
 from safetensors.torch import load, save
 
@@ -18,14 +18,6 @@ NAME = "lab/test_resnet.orth"
 SOURCE = f"hf-hub:{NAME}"
 WEIGHTS = "model.safetensors"
 ORGANIZATION: dict[str, str | None] = {"TIMM_GHN_HUB_ORG": "lab"}
-STATE = """
-import hashlib
-def digest(model):
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(name.encode() + tensor.numpy().tobytes())
-    return found.hexdigest()
-"""
 TAKE = f"model = timm.create_model('test_resnet', init='{SOURCE}')"
 
 
@@ -83,7 +75,7 @@ def blobs(client: Client) -> list[str]:
 
 def test_weights_and_provenance_are_those_that_were_pushed(stocked: Hub, client: Client) -> None:
     done = client.run(
-        f"{STATE}{TAKE}\nother = timm.create_model('test_resnet', init='orth')\nreport = timm_ghn.report_of(model)\n"
+        f"{DIGEST}{TAKE}\nother = timm.create_model('test_resnet', init='orth')\nreport = timm_ghn.report_of(model)\n"
         "result = [digest(model) == digest(other), timm_ghn.provenance(model) == timm_ghn.provenance(other),\n"
         "          report.source, str(report), report.parameters == timm_ghn.report_of(other).parameters]"
     )
@@ -279,7 +271,7 @@ def test_a_server_that_stalls_in_the_middle_is_given_up(stocked: Hub, client: Cl
 def create(client: Client, arguments: str = "init='orth'", code: str = "", **environment: str | None) -> Done:
     """A model that the organization may have: its weights, where they are from, and what was logged."""
     return client.run(
-        f"{STATE}{code}\nimport logging, io\nlog = io.StringIO()\nhandler = logging.StreamHandler(log)\n"
+        f"{DIGEST}{code}\nimport logging, io\nlog = io.StringIO()\nhandler = logging.StreamHandler(log)\n"
         "logger = logging.getLogger('timm_ghn')\nlogger.addHandler(handler); logger.setLevel('INFO')\n"
         f"try:\n    model = timm.create_model('test_resnet', {arguments})\n"
         "finally:\n    logger.removeHandler(handler); logger.setLevel('WARNING')\n"

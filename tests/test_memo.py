@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from ghn_reference import seeded_ghn
-from timm.models import register_model
+from test_fingerprint import Net, residual
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
@@ -17,31 +17,6 @@ from timm_ghn.initialize import outline
 from timm_ghn.initialize.create import create
 from timm_ghn.initialize.memo import Memo
 from timm_ghn.request import Request
-
-
-class Residual(nn.Module):
-    """A small network whose code the tests change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_classes = 4
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.first, self.second = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head(self.second(self.first(x)).mean((2, 3)))
-
-
-@register_model
-def ghn_test_memo_net(pretrained: bool = False, **kwargs: object) -> nn.Module:
-    return Residual()
-
-
-def with_sum(self: Residual, x: Tensor) -> Tensor:
-    x = self.stem(x)
-    return self.head((x + self.second(self.first(x))).mean((2, 3)))
 
 
 def settings(seed: int = 0, method: str = "ghn-orth") -> timm_ghn.Init:
@@ -91,10 +66,10 @@ def test_settings_other_than_the_seed_are_heeded() -> None:
 
 
 def test_a_changed_forward_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = timm.create_model("ghn_test_memo_net", init=settings())
-    monkeypatch.setattr(Residual, "forward", with_sum)
-    after = timm.create_model("ghn_test_memo_net", init=settings())
-    assert_equal(after, alone("ghn_test_memo_net", settings()))
+    before = timm.create_model("ghn_test_net", init=settings())
+    monkeypatch.setattr(Net, "forward", residual)
+    after = timm.create_model("ghn_test_net", init=settings())
+    assert_equal(after, alone("ghn_test_net", settings()))
     assert not torch.equal(after.stem.weight, before.stem.weight)
 
 
