@@ -30,7 +30,7 @@ from timm_ghn.graph.targets import (
     table_target,
     weight_targets,
 )
-from timm_ghn.trace.operations import LAYERS, Kind, factors, flat, kind_of, operands, row_of, weight_and_bias
+from timm_ghn.trace.operations import LAYERS, Kind, factors, flat, is_matrix, kind_of, operands, row_of, weight_and_bias
 from timm_ghn.trace.records import Operation, Trace, Value
 
 
@@ -282,7 +282,7 @@ class _Builder:
     def _add_learned(self, data: Value, learned: Value, sources: _Nodes) -> _Nodes:
         """A parameter added to an activation: the bias of the layer before, a table of positions, or neither."""
         origin, extent = self._origins.of(learned), self._known.extents.get(data.index, UNKNOWN)
-        if sum(size > 1 for size in learned.shape) <= 1:
+        if not is_matrix(learned.shape):
             if data.index in self._known.unbiased:
                 return self._bias(learned, sources)
             norm = self._known.norms.get(data.index)

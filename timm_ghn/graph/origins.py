@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from timm_ghn.trace.operations import LAYERS, Kind, flat, kind_of, operands, swaps_last_dims
+from timm_ghn.trace.operations import LAYERS, Kind, flat, is_matrix, kind_of, operands, swaps_last_dims
 from timm_ghn.trace.propagate import Flow
 from timm_ghn.trace.records import Operation, Trace, Value
 
@@ -86,9 +86,9 @@ def _step(operation: Operation, output: Value, known: Sequence[Origin | None]) -
 
 def _spreads(operation: Operation, value: Value, output: Value) -> bool:
     """Whether an operation makes a matrix of a vector's numbers and others; vectors side by side are all its own."""
-    was_matrix, is_matrix = (sum(size > 1 for size in shape) > 1 for shape in (value.shape, output.shape))
+    becomes_matrix = is_matrix(output.shape) and not is_matrix(value.shape)
     is_larger = math.prod(output.shape) > math.prod(value.shape)
-    return is_matrix and not was_matrix and is_larger and kind_of(operation) is not Kind.CONCATENATION
+    return becomes_matrix and is_larger and kind_of(operation) is not Kind.CONCATENATION
 
 
 def _obstacle(operation: Operation, known: Sequence[Origin | None]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from timm_ghn.graph.nodes import Layout, Role, Shape, Target
-from timm_ghn.trace.operations import Kind, flat, kind_of
+from timm_ghn.trace.operations import Kind, flat, is_matrix, kind_of
 from timm_ghn.trace.records import Operation, Trace, Value
 
 Found = tuple[Shape, tuple[Target, ...]]
@@ -33,7 +33,7 @@ def weight_targets(
         is_swapped: Whether input channels come first.
     """
     parameters = _parameters(trace, values, Role.WEIGHT)
-    kernels = [target for target in parameters if _is_matrix(target.shape)]
+    kernels = [target for target in parameters if is_matrix(target.shape)]
     kernels = kernels or [target for target in parameters if len(target.shape) > 1]
     if not kernels:
         return None
@@ -69,7 +69,7 @@ def table_target(
         channels: Their channels, if known.
         grid: (h, w) of the feature map that they come from, if there was one.
     """
-    tables = [target for target in _parameters(trace, values, Role.POS_ENC) if _is_matrix(target.shape)]
+    tables = [target for target in _parameters(trace, values, Role.POS_ENC) if is_matrix(target.shape)]
     if len(tables) != 1:
         return None
     shape = tables[0].shape
@@ -84,11 +84,6 @@ def table_target(
     else:
         return None
     return shape_read, (replace(tables[0], layout=layout),)
-
-
-def _is_matrix(shape: Shape) -> bool:
-    """Whether more than one dimension is longer than 1."""
-    return sum(size > 1 for size in shape) > 1
 
 
 def canonical_kernel(shape: Shape, operand: Shape, spatial: int, swapped: bool) -> tuple[Shape, Layout]:

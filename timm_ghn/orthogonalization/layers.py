@@ -21,8 +21,8 @@ from timm_ghn.graph.origins import find_origins
 from timm_ghn.text import did_you_mean
 from timm_ghn.trace.capture import capture
 from timm_ghn.trace.inputs import timm_config
-from timm_ghn.trace.operations import Kind, kind_of, operands
-from timm_ghn.trace.records import Operation, Trace, Value
+from timm_ghn.trace.operations import Kind, is_matrix, kind_of, operands
+from timm_ghn.trace.records import Operation, Trace
 
 _logger = logging.getLogger(__name__)
 
@@ -201,30 +201,24 @@ def _scales(
             trace = capture(model, input_size=input_size, example_input=example_input)
         except CaptureError as error:
             parameters = dict(model.named_parameters())
-            scales = {name for name in names if sum(size > 1 for size in parameters[name].shape) < 2}
+            scales = {name for name in names if not is_matrix(parameters[name].shape)}
             if unclear := sorted(set(names) - scales):
                 _logger.warning("%s count as layers, as no forward pass says how they are used: %s", unclear, error)
             return scales
     origins = find_origins(trace)
     uses: dict[str, set[bool]] = {name: set() for name in names}
-    spread: set[str] = set()  # vectors that are made into matrices, as by torch.diag
     for operation in trace.operations:
         values = operands(operation)
-        on_data = any(origins.is_data(value) for value in values)
-        size = max((math.prod(output.shape) for output in operation.outputs), default=0)
+        if not any(origins.is_data(value) for value in values):
+            continue
         for value in values:
-            used = {name for index in origins.of(value).values for name in trace.parameters[index]}
+            origin = origins.of(value)
+            used = {name for index in origin.values for name in trace.parameters[index]}
+            is_unknown_vector = kind_of(operation) is Kind.OTHER and not is_matrix(value.shape)
             for name in used.intersection(names):
-                is_all = _is_vector(value) and math.prod(value.shape) == math.prod(trace.parameter_shapes[name])
-                if on_data:
-                    uses[name].add(_is_elementwise(operation) or (is_all and kind_of(operation) is Kind.OTHER))
-                elif is_all and size > math.prod(value.shape):
-                    spread.add(name)
-    return spread | {name for name, found in uses.items() if found == {True}}
-
-
-def _is_vector(value: Value) -> bool:
-    return sum(size > 1 for size in value.shape) < 2
+                is_all = math.prod(value.shape) == math.prod(trace.parameter_shapes[name])
+                uses[name].add(origin.is_spread or _is_elementwise(operation) or (is_unknown_vector and is_all))
+    return {name for name, found in uses.items() if found == {True}}
 
 
 def _is_elementwise(operation: Operation) -> bool:

@@ -5,7 +5,7 @@ Operations without a row are `Kind.OTHER`: they compute with all of their operan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -235,6 +235,11 @@ def swaps_last_dims(operation: Operation) -> bool:
     if operation.name == "permute":
         return order[-2:] == [rank - 1, rank - 2]
     return operation.name not in ("transpose", "swapaxes") or sorted(order) == [rank - 2, rank - 1]
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether more than one dimension is longer than 1."""
+    return sum(size > 1 for size in shape) > 1
 
 
 def flat(items: Any) -> list[Any]:
