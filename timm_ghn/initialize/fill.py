@@ -94,7 +94,7 @@ def fill_others(
     generated = report.generated
     others = [row for row in report.parameters if row.name not in generated]
     transformed = {row.name for row in others if row.status is Status.ORTHOGONALIZED}
-    with single_threaded():  # a child that is forked from a process with torch's threads hangs in its first loop
+    with single_threaded():
         for row in others:
             if row.name not in transformed:
                 deferred.replay(model.get_parameter(row.name), row.name)

@@ -52,8 +52,7 @@ class Hypernetwork:
 def find_hypernetwork(init: Init, memo: Memo | None = None) -> Hypernetwork | None:
     """The GHN that an initialization asks for, and its hash; None for methods without one.
 
-    One thread loads it: once torch has started threads, children that are forked later hang in their first parallel
-    loop.
+    One thread loads it, so that children that are forked later can use torch.
 
     Args:
         init: The settings.

@@ -137,7 +137,7 @@ def expected_origin(model: nn.Module, init: Init) -> dict[str, Any]:
     return describe_origin(init, hypernetwork, layers, _start_layer(init, layers, hypernetwork))
 
 
-@single_threaded()  # a child that is forked from a process with torch's threads hangs in its first loop
+@single_threaded()  # so that forked children can make a plan, too
 def make_plan(
     model: nn.Module,
     init: Init,

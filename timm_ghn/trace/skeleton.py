@@ -41,9 +41,8 @@ def skeleton_of(model: nn.Module) -> tuple[nn.Module, list[Tensor]]:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta
     tensors = [*memo.values()]
-    for module in reversed(
-        [*model.modules()]
-    ):  # of most modules, which copy.deepcopy is slow with; the inner ones first
+    # Most modules, with which copy.deepcopy is slow, are copied here; the inner ones first.
+    for module in reversed([*model.modules()]):
         if (copied := _plain_copy(module, memo)) is not None:
             memo[id(module)] = copied
     with _CopiesOnMeta(tensors):

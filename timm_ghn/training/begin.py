@@ -23,8 +23,7 @@ def new_ghn(shape: GHNConfig, seed: int) -> GHN:
     torch.manual_seed(seed)
     ghn = GHN(shape)
     smooth_sizes(ghn, seed)
-    if shape.decoder == "conv":
-        share_decoder(ghn, seed)
+    share_decoder(ghn, seed)
     return ghn
 
 
@@ -60,7 +59,7 @@ def share_decoder(ghn: GHN, seed: int = 0) -> None:
     initialization the kernels of different nodes have next to nothing in common.
 
     Args:
-        ghn: GHN with a convolutional decoder; changed in place.
+        ghn: The GHN; changed in place.
         seed: Seed of that bias.
     """
     parameters = dict(ghn.named_parameters())
