@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from timm_ghn.orthogonalization import (
     single_threaded,
     weight_layers,
 )
-from timm_ghn.scale.rule import Structure, gaining_norms
+from timm_ghn.scale.rule import gaining_norms
 from timm_ghn.scale.structure import find_structure
 from timm_ghn.settings import Init, Source
 from timm_ghn.trace.distributed import whole
@@ -165,47 +165,95 @@ def make_plan(
         GraphError: If the model has no layer that can be predicted.
     """
     deferred = DeferredRandom(0) if deferred is None else deferred
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    parameters = dict(model.named_parameters())
     kept = _kept(model, init)
+    _check_model(model, init, kept)
     free = frozenset(parameters.keys() - kept.keys())
-    _check_model(init, parameters, buffers, kept)
     inputs: dict[str, Any] = {"input_size": input_size, "example_input": example_input}
     if hypernetwork is not None and outline is None:
         outline = read_outline(model, init.reading, **inputs)
     layers = weight_layers(model, **inputs) if outline is None else outline.layers
     start_layer = _start_layer(init, layers, hypernetwork)
-    targets: Mapping[str, Target] = {}
-    reasons: Mapping[str, str] = {}
-    unseen: Mapping[str, str] = {}
-    structure, computation = None, None
+
+    chosen: Mapping[str, Assignment] = {}
+    computation = None
     if hypernetwork is not None and outline is not None:
-        targets, reasons = _choose_targets(outline.graph, hypernetwork.model, free)
-        if init.fallback == "auto":
-            unseen = _unseen(targets, outline.graph, hypernetwork.model)
-            targets, reasons = {n: target for n, target in targets.items() if n not in unseen}, {**reasons, **unseen}
-        if init.rescale == "auto":
-            others = {name: parameter for name, parameter in parameters.items() if name not in targets}
-            structure = find_structure(
-                outline.analyses.trace, partial(_start, others, deferred), analyses=outline.analyses
-            )
-    processed = _processed(layers, free, start_layer, structure)
-    if hypernetwork is not None and outline is not None:
-        chosen = _predictions(targets, outline.graph, structure, hypernetwork.model, processed)
-        drawn = (layer for layer in layers if layer.parameter in unseen and not layer.is_classifier)
-        chosen |= {x.parameter: Assignment(Source.GAUSSIAN, layer=x, reason=unseen[x.parameter]) for x in drawn}
+        start = partial(_start, parameters, deferred)
+        chosen = _choose_for_ghn(init, hypernetwork.model, outline, start_layer, free, start)
     elif init.spec.source is Source.BASELINE:
         computation = BASELINES[init.method](Setting(model, init.method, init.seed or 0, free, **inputs))
         chosen = dict.fromkeys(computation.names, Assignment(Source.BASELINE))
-    elif init.spec.source is Source.GAUSSIAN:
-        chosen = {name: Assignment(Source.GAUSSIAN, layer=layer) for name, layer in processed.items()}
-    else:
-        chosen = {}
-    reasons = {**reasons, **kept}
-    assignments = {n: chosen.get(n) or _as_before(n, init, processed.get(n), reasons) for n in parameters}
-    _check_values(init, parameters, buffers, assignments, deferred)
+    elif init.spec.source is Source.GAUSSIAN and start_layer is not None:
+        late = (layer for layer in selected_layers(layers, start_layer) if layer.parameter in free)
+        chosen = {layer.parameter: Assignment(Source.GAUSSIAN, layer=layer) for layer in late}
+
+    default = f"not changed by {init.method}"
+    assignments = {n: chosen.get(n) or Assignment(Source.TIMM, reason=kept.get(n, default)) for n in parameters}
+    _check_values(model, init, assignments, deferred)
     origin = describe_origin(init, hypernetwork, layers, start_layer)
     graph = None if outline is None else outline.graph
     return Plan(init, origin, parameters, assignments, hypernetwork, graph, computation)
+
+
+def _choose_for_ghn(
+    init: Init,
+    ghn: GHN,
+    outline: Outline,
+    start_layer: int | None,
+    free: frozenset[str],
+    start: Callable[[str], float | None],
+) -> dict[str, Assignment]:
+    """Decide which parameters a GHN predicts, which are drawn instead, and which are orthogonalized.
+
+    Args:
+        init: Settings.
+        ghn: The GHN.
+        outline: Layers and graph of the model.
+        start_layer: L; None without post-processing.
+        free: Names of the parameters that may be changed.
+        start: The starting value of a parameter, as of `find_structure`.
+
+    Returns:
+        Assignments by name; none for parameters of which there is nothing to say.
+    """
+    graph, layers, classes = outline.graph, outline.layers, ghn.config.num_classes
+    targets = {target.name: target for target in graph.targets if target.name in free}
+    reasons = dict(graph.unused)
+    for name, target in list(targets.items()):
+        if target.role in (Role.CLASS_WEIGHT, Role.CLASS_BIAS) and target.shape[0] != classes:
+            reasons[name] = f"classifier of {target.shape[0]} classes, the GHN's has {classes}"
+            del targets[name]
+    unseen: dict[str, str] = {}
+    if init.fallback == "auto" and ghn.seen is not None:
+        found = ghn.seen.unseen(graph)
+        unseen = {name: f"not seen: {found[name]}" for name in found if targets.pop(name, None)}
+
+    late = [] if start_layer is None else [*selected_layers(layers, start_layer)]
+    structure = None
+    if init.rescale == "auto":
+
+        def start_of_kept(name: str) -> float | None:
+            return None if name in targets else start(name)
+
+        structure = find_structure(outline.analyses.trace, start_of_kept, analyses=outline.analyses)
+        if start_layer is not None:
+            late += [x for x in layers if not x.is_classifier and structure.needs_orthogonal(x.parameter)]
+    processed = {layer.parameter: layer for layer in late if layer.parameter in free}
+
+    plain = (target for name, target in targets.items() if name not in processed)
+    factors = {} if structure is None else structure.factors(plain, ghn.config.largest_kernel[1])
+    gaining = gaining_norms(graph)
+    chosen = {
+        name: Assignment(Source.TIMM, layer=processed.get(name), reason={**reasons, **unseen}.get(name, ""))
+        for name in free & (reasons.keys() | unseen.keys() | processed.keys())
+    }
+    for layer in layers:
+        if layer.parameter in unseen and not layer.is_classifier:
+            chosen[layer.parameter] = Assignment(Source.GAUSSIAN, layer=layer, reason=unseen[layer.parameter])
+    for name, target in targets.items():
+        factor = factors.get(name, 1.0)
+        chosen[name] = Assignment(Source.GHN, target, processed.get(name), factor, name in gaining)
+    return chosen
 
 
 def _kept(model: nn.Module, init: Init) -> dict[str, str]:
@@ -214,31 +262,34 @@ def _kept(model: nn.Module, init: Init) -> dict[str, str]:
     return (dict.fromkeys(frozen, FROZEN) if init.frozen == "keep" else {}) | kept_parameters(model)
 
 
-def _processed(
-    layers: Sequence[WeightLayer], free: frozenset[str], start_layer: int | None, structure: Structure | None
-) -> dict[str, WeightLayer]:
-    """The layers to post-process, by name of the parameter: from L on, and where the structure asks for it."""
-    if start_layer is None:
-        return {}
-    found = list(selected_layers(layers, start_layer))
-    if structure is not None:
-        found += [x for x in layers if not x.is_classifier and structure.needs_orthogonal(x.parameter)]
-    return {layer.parameter: layer for layer in found if layer.parameter in free}
+def _start_layer(init: Init, layers: Sequence[WeightLayer], hypernetwork: Hypernetwork | None) -> int | None:
+    """L, by default that of the method or of the GHN's training; None for methods that do not orthogonalize."""
+    if not init.spec.orthogonal:
+        return None
+    default = init.spec.start_layer if hypernetwork is None else hypernetwork.model.config.start_layer
+    return resolve_start_layer(layers, init.start_layer, default)
 
 
-def _as_before(name: str, init: Init, layer: WeightLayer | None, reasons: Mapping[str, str]) -> Assignment:
-    """What a parameter gets that has its values from timm."""
-    reason = reasons.get(name, "" if layer else f"not changed by {init.method}")
-    return Assignment(Source.TIMM, layer=layer, reason=reason)
+def _start(parameters: Mapping[str, Tensor], deferred: DeferredRandom, name: str) -> float | None:
+    """The size of the number that all elements of a parameter are.
+
+    None if the elements differ, or get random values later.
+    """
+    parameter = parameters.get(name)
+    if parameter is None or parameter.numel() == 0 or deferred.is_pending(parameter):
+        return None
+    parameter = whole(parameter)
+    first = parameter.detach().flatten()[0]
+    return float(first.abs()) if bool((parameter == first).all()) else None
 
 
-def _check_model(
-    init: Init, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], kept: Mapping[str, str]
-) -> None:
+def _check_model(model: nn.Module, init: Init, kept: Mapping[str, str]) -> None:
     """Raises InitError for models that no method can initialize."""
     if init.spec.source is Source.TIMM:
         return
-    on_meta = next((name for name, tensor in {**parameters, **buffers}.items() if tensor.is_meta), None)
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {**parameters, **dict(model.named_buffers())}
+    on_meta = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
     if on_meta is not None:
         raise InitError(
             f"{on_meta} is on the meta device, where parameters and buffers that are kept have no values. Build the "
@@ -262,21 +313,18 @@ def _check_model(
 
 
 def _check_values(
-    init: Init,
-    parameters: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    assignments: Mapping[str, Assignment],
-    deferred: DeferredRandom,
+    model: nn.Module, init: Init, assignments: Mapping[str, Assignment], deferred: DeferredRandom
 ) -> None:
     """Raises InitError if parameters or buffers that keep their values hold none, or none to orthogonalize."""
     if init.spec.source is Source.TIMM:
         return
-    kept = {name: assigned for name, assigned in assignments.items() if assigned.source is Source.TIMM}
-    for name, tensor in [*((name, parameters[name]) for name in kept), *buffers.items()]:
-        if deferred.is_pending(tensor):
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
+        assigned = assignments.get(name)  # None for a buffer
+        if deferred.is_pending(tensor) or (assigned is not None and assigned.source is not Source.TIMM):
             continue
         tensor = whole(tensor)
-        if name in kept and kept[name].layer is not None and not bool(tensor.isfinite().all()):
+        if assigned is not None and assigned.layer is not None and not bool(tensor.isfinite().all()):
             raise InitError(f"{name} holds NaN or infinity, so nothing was changed; repair the weights first")
         if bool(tensor.isnan().any()):
             raise InitError(
@@ -284,60 +332,3 @@ def _check_values(
                 "no values: build the model on a real device, load weights first, or give build=, a function that "
                 "builds the model"
             )
-
-
-def _start_layer(init: Init, layers: Sequence[WeightLayer], hypernetwork: Hypernetwork | None) -> int | None:
-    """L, by default that of the method or of the GHN's training; None for methods that do not orthogonalize."""
-    if not init.spec.orthogonal:
-        return None
-    default = init.spec.start_layer if hypernetwork is None else hypernetwork.model.config.start_layer
-    return resolve_start_layer(layers, init.start_layer, default)
-
-
-def _predictions(
-    targets: Mapping[str, Target],
-    graph: Graph,
-    structure: Structure | None,
-    ghn: GHN,
-    processed: Mapping[str, WeightLayer],
-) -> dict[str, Assignment]:
-    """What the parameters get that are predicted, by name."""
-    unprocessed = (target for name, target in targets.items() if name not in processed)
-    factors = {} if structure is None else structure.factors(unprocessed, ghn.config.largest_kernel[1])
-    gaining = gaining_norms(graph)
-    return {
-        name: Assignment(Source.GHN, target, processed.get(name), factors.get(name, 1.0), name in gaining)
-        for name, target in targets.items()
-    }
-
-
-def _start(kept: Mapping[str, Tensor], deferred: DeferredRandom, name: str) -> float | None:
-    """The size of the number that all elements of a kept parameter are.
-
-    None if the elements differ, or get random values later.
-    """
-    parameter = kept.get(name)
-    if parameter is None or parameter.numel() == 0 or deferred.is_pending(parameter):
-        return None
-    parameter = whole(parameter)
-    first = parameter.detach().flatten()[0]
-    return float(first.abs()) if bool((parameter == first).all()) else None
-
-
-def _choose_targets(graph: Graph, ghn: GHN, free: frozenset[str]) -> tuple[dict[str, Target], dict[str, str]]:
-    """Parameters to predict, and why the others are not."""
-    reasons = dict(graph.unused)
-    chosen: dict[str, Target] = {}
-    for target in graph.targets:
-        classes = target.shape[0]
-        if target.role in (Role.CLASS_WEIGHT, Role.CLASS_BIAS) and classes != ghn.config.num_classes:
-            reasons[target.name] = f"classifier of {classes} classes, the GHN's has {ghn.config.num_classes}"
-        elif target.name in free:
-            chosen[target.name] = target
-    return chosen, reasons
-
-
-def _unseen(targets: Mapping[str, Target], graph: Graph, ghn: GHN) -> dict[str, str]:
-    """Which predictions would be guesses, and why: parameters in surroundings that the GHN was not trained in."""
-    unseen = {} if ghn.seen is None else ghn.seen.unseen(graph)
-    return {name: f"not seen: {reason}" for name, reason in unseen.items() if name in targets}
