@@ -94,10 +94,11 @@ def fill_others(
     generated = report.generated
     others = [row for row in report.parameters if row.name not in generated]
     transformed = {row.name for row in others if row.status is Status.ORTHOGONALIZED}
+    parameters = dict(model.named_parameters())
     with single_threaded():
         for row in others:
             if row.name not in transformed:
-                deferred.replay(model.get_parameter(row.name), row.name)
+                deferred.replay(parameters[row.name], row.name)
                 finished(row.name, None)
     if not transformed:
         return
@@ -105,7 +106,7 @@ def fill_others(
     def source() -> Iterator[tuple[WeightLayer, Tensor]]:
         for layer in layers():
             if layer.parameter in transformed:
-                weight = model.get_parameter(layer.parameter)
+                weight = parameters[layer.parameter]
                 deferred.replay(weight, layer.parameter)
                 yield layer, weight
 

@@ -37,10 +37,7 @@ def fingerprint(model: nn.Module) -> str | None:
     """
     kinds = dict.fromkeys(base for module in model.modules() for base in type(module).__mro__)
     try:
-        attributes = [
-            (name, [(key, _describe(value)) for key, value in vars(module).items() if key not in _REGISTERED])
-            for name, module in model.named_modules()
-        ]
+        attributes = [(name, _attributes(module)) for name, module in model.named_modules()]
         classes = [
             (_describe(kind), [(key, _describe(value)) for key, value in vars(kind).items() if key not in _UNUSED])
             for kind in kinds
@@ -50,6 +47,15 @@ def fingerprint(model: nn.Module) -> str | None:
     except _ForeignCodeError:
         return None
     return hashlib.sha256(repr((attributes, classes, functions, hooks)).encode(errors="surrogatepass")).hexdigest()
+
+
+def _attributes(module: nn.Module) -> list[object]:
+    """What a module holds besides tensors and modules: plain values as they are, texts of others as tuples of one."""
+    return [
+        (key, value if type(value) in _PLAIN else (_describe(value),))
+        for key, value in vars(module).items()
+        if key not in _REGISTERED
+    ]
 
 
 def _functions(kinds: Iterable[type]) -> Iterable[object]:
@@ -74,9 +80,7 @@ def _describe(value: object) -> str:
     Raises:
         _ForeignCodeError: If code belongs to it that neither timm nor torch defines.
     """
-    if value is None or type(value) in _PLAIN:  # before others, as most of the thousands of attributes of a model are
-        return repr(value)
-    if isinstance(value, dict):  # nearly all of them empty
+    if isinstance(value, dict):  # before others: a module has a dozen, nearly all of them empty
         return _describe([*value.items()]) if value else ""
     if isinstance(value, FunctionType):
         return _describe_function(value)

@@ -71,9 +71,11 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         FileExistsError, OSError: As `WeightFiles`.
         TensorFileError: If the format does not know the type of a tensor.
     """
-    files = WeightFiles({path: specs_of(tensors)}, dict(sorted(metadata.items())))
-    for name, tensor in tensors.items():
-        files.write(name, tensor)
+    header, content, _ = Header.plan(specs_of(tensors), dict(sorted(metadata.items())))
+    with open(path, "xb") as file:
+        file.write(content)
+        for name in header.offsets:  # in the order of the file
+            file.write(bytes_of(tensors[name].detach().to("cpu").contiguous()))
 
 
 def split(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> StateDictSplit:
