@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from timm_ghn import errors as errors
 from timm_ghn._version import __version__
-from timm_ghn.hook import install, install_with_timm, report_of, uninstall
+from timm_ghn.hook import install, install_with_timm, uninstall
 from timm_ghn.settings import METHODS, Init
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from timm_ghn.hub.ghns import push_ghn
     from timm_ghn.hub.push import push
     from timm_ghn.initialize.in_memory import init_model
-    from timm_ghn.initialize.provenance import provenance
+    from timm_ghn.initialize.provenance import provenance, report_of
     from timm_ghn.initialize.report import Report
     from timm_ghn.initialize.to_folder import init_to_folder
     from timm_ghn.orthogonalization import orthogonalize_
@@ -60,6 +60,7 @@ _LAZY = {
     "provenance": "timm_ghn.initialize.provenance",
     "push": "timm_ghn.hub.push",
     "push_ghn": "timm_ghn.hub.ghns",
+    "report_of": "timm_ghn.initialize.provenance",
     "to_graph": "timm_ghn.graph",
 }
 """Modules that import torch, timm or the client of the Hub: imported when one of these names is used (PEP 562)."""

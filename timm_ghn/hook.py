@@ -26,8 +26,6 @@ from timm_ghn.settings import Init
 if TYPE_CHECKING:
     from torch import nn
 
-    from timm_ghn.initialize.report import Report
-
 _logger = logging.getLogger(__name__)
 
 _ORIGINAL = "__timm_ghn__"
@@ -103,13 +101,6 @@ def uninstall() -> None:
 def is_installed() -> bool:
     """Whether `timm.create_model` knows `init=`."""
     return hasattr(_create_model(), _ORIGINAL)
-
-
-def report_of(model: nn.Module) -> Report | None:
-    """What every parameter of a model got, or of the model that it is a copy of; None for models of other origin."""
-    from timm_ghn.initialize import provenance
-
-    return provenance.report_of(model)
 
 
 def dispatch(args: tuple[Any, ...], kwargs: dict[str, Any], init: str | Mapping[str, Any] | Init | None) -> nn.Module:

@@ -79,7 +79,8 @@ class Request:
         if checkpoint_path:
             raise InitError(f"{asked} and checkpoint_path ask for different weights of {name!r}; leave one out")
         if pretrained and tag is None:
-            hint = "" if source else f", or write the initialization as a tag: '{_base(name)}.{settings.method}'"
+            tagged = f"{name.partition('.')[0]}.{settings.method}"
+            hint = "" if source else f", or write the initialization as a tag: {tagged!r}"
             raise InitError(f"{asked} and pretrained=True ask for different weights of {name!r}; leave one out{hint}")
         if config is not None:
             arguments["pretrained_cfg"] = config
@@ -145,7 +146,3 @@ def _split_tag(model_name: str, pretrained_cfg: Any) -> tuple[str, Any, str | No
 def is_method(tag: str) -> bool:
     """Whether a tag names a method: "ghn-orth", "ghn_orth", "lsuv", ..."""
     return tag.replace("_", "-").lower() in METHODS
-
-
-def _base(name: str) -> str:
-    return name.partition(".")[0]

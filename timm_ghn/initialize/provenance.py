@@ -60,12 +60,7 @@ def describe_origin(
         "noise": init.noise if processes and init.spec.source is Source.GHN else 0.0,
         "start_layer": start_layer,
         "num_layers": len(layers),
-        "seed": init.seed,
-        "correlation": init.correlation,
-        "reading": init.reading,
-        "rescale": init.rescale,
-        "fallback": init.fallback,
-        "frozen": init.frozen,
+        **{name: getattr(init, name) for name in ("seed", "correlation", "reading", "rescale", "fallback", "frozen")},
     }
 
 
