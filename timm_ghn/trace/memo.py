@@ -72,6 +72,7 @@ _LIKE_INPUT: Mapping[Callable[..., Any], tuple[str, ...]] = {
     F.hardsigmoid: ("input", "inplace"),
     F.hardswish: ("input", "inplace"),
     F.layer_norm: ("input", "normalized_shape", "weight", "bias"),
+    F.relu: ("input", "inplace"),
     F.silu: ("input", "inplace"),
 }  # slow functions that many models call with ever other shapes, and the names of their first parameters
 
@@ -102,7 +103,7 @@ def _like_input(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     is_usual = is_usual and all(item.shape == shape and item.dtype == source.dtype for item in others)
     if not is_usual or not source.is_contiguous():
         return None
-    return source if named.get("inplace") else torch.empty_like(source)
+    return source if named.get("inplace") else torch.empty(source.shape, dtype=source.dtype, device="meta")
 
 
 class _UnusualError(Exception):
