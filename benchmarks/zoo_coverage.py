@@ -2,6 +2,7 @@
 
     python benchmarks/zoo_coverage.py --table docs/coverage.md          # every model; goes on where it was stopped
     python benchmarks/zoo_coverage.py 'resnet*' 'vit_*' --graph-only    # some of them, without weights
+    python benchmarks/zoo_coverage.py --every 12                        # a sample: every 12th model
     python benchmarks/zoo_coverage.py --peer ppuda --max-params 3e7     # also ppuda, where it is importable
 
 All graphs come first, then the weights, small models first. Each model has a process of its own, of one thread: what
@@ -44,6 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="names with * and ?; all models by default")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take every n-th of them")
     parser.add_argument("--out", type=Path, default=Path("zoo_coverage.jsonl"), help="results, JSON Lines")
     parser.add_argument("--fresh", action="store_true", help="throw away what --out holds")
     parser.add_argument("--mixed", action="store_true", help="go on with results of other versions, timm's excepted")
@@ -80,7 +82,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 def work_off(args: argparse.Namespace, plan: Plan, info: RunInfo) -> None:
     """Try everything that is not in the file of results, and append it there."""
-    names = select_names(args.patterns)
+    names = select_names(args.patterns)[:: args.every]
     with open_results(args.out, info, fresh=args.fresh, mixed=args.mixed) as writer:
         known = without_failures(writer.known) if args.retry else writer.known
         stages = 1 + (not plan.graph_only) + len(plan.peers)
@@ -99,7 +101,7 @@ def work_off(args: argparse.Namespace, plan: Plan, info: RunInfo) -> None:
 
 def write_table(args: argparse.Namespace, plan: Plan, results: Results) -> None:
     """Write the page from all results of the chosen models."""
-    names = set(select_names(args.patterns))
+    names = set(select_names(args.patterns)[:: args.every])
     entries = [entry for entry in results.entries if entry.name in names]
     if not entries:
         raise ResultsError(f"{args.out} has no results of these models: {args.table} stays as it is")
