@@ -8,7 +8,7 @@ own initialization). Memory of a dropped tensor is not even touched before the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +27,8 @@ _VIEWS = {
 }  # fmt: skip
 
 
-class _Fill(NamedTuple):
-    """An in-place call that was put off."""
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+_Fill = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+"""An in-place call that was put off: function, arguments, keyword arguments."""
 
 
 class DeferredRandom(PrivateRandom):
@@ -58,13 +54,13 @@ class DeferredRandom(PrivateRandom):
             return self.call(func, args, kwargs)
         subject = args[0] if args else kwargs.get("tensor")
         if name in FILLS and isinstance(subject, Tensor) and subject.device.type != "meta":
-            return self._defer(subject, _Fill(func, args, kwargs), overwrites=True)
+            return self._defer(subject, (func, args, kwargs), overwrites=True)
         if name in _VIEWS:
             return func(*args, **kwargs)
         touched = [tensor for tensor in tensors_in((*args, *kwargs.values())) if self.is_pending(tensor)]
         if touched and all(leaf is subject for leaf in touched) and name.endswith("_") and not name.endswith("__"):
             if name not in _CONSTANT_FILLS or not _is_whole(touched[0]):
-                return self._defer(touched[0], _Fill(func, args, kwargs), overwrites=False)
+                return self._defer(touched[0], (func, args, kwargs), overwrites=False)
             self.drop([touched[0]])
         else:
             self._replay_unlabelled(touched)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import Prediction
+from timm_ghn.graph import Layout
 from timm_ghn.initialize.plan import Plan, postprocess_settings
 from timm_ghn.initialize.report import Report, Status, why_scaled
 from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_many, single_threaded
@@ -181,11 +182,11 @@ def _drawn(plan: Plan, deferred: DeferredRandom) -> Iterator[tuple[WeightLayer, 
 
 def _claim(plan: Plan, deferred: DeferredRandom, name: str) -> Tensor:
     """The memory of a generated parameter; what was put off is done if a part of it stays, and else forgotten."""
-    parameter = plan.parameters[name]
-    if plan.assignments[name].is_whole:
-        deferred.drop([parameter])
-    else:
+    parameter, target = plan.parameters[name], plan.assignments[name].target
+    if target is not None and target.layout is Layout.TOKENS:  # the prefix rows of a table of tokens stay
         deferred.replay(parameter, name)
+    else:
+        deferred.drop([parameter])
     return parameter.data
 
 

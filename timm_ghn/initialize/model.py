@@ -28,7 +28,7 @@ from timm_ghn.initialize.provenance import model_name, record_
 from timm_ghn.initialize.report import Report
 from timm_ghn.orthogonalization import weight_layers
 from timm_ghn.settings import Init, Source
-from timm_ghn.storage.cache import Entry, WeightCache, cache_key
+from timm_ghn.storage.cache import WeightCache, cache_key
 from timm_ghn.storage.fingerprint import fingerprint
 from timm_ghn.storage.upkeep import UNREADABLE
 
@@ -71,13 +71,13 @@ def initialize_(
             outline = _outline(memo, identity, model, init, inputs)
         plan = make_plan(model, init, hypernetwork, **inputs, deferred=deferred, outline=outline)
         report = _generate(plan, cache, deferred, key, model_name(model))
-    if hypernetwork is not None:  # the same GHN may have had another name when an entry of the cache was written
-        report = replace(report, provenance={**report.provenance, "ghn": hypernetwork.name})
     layers = plan.processed if plan else partial(weight_layers, model, **inputs)
     fill_others(model, report, layers, postprocess_settings(init), deferred, lambda *_: None)
     if plan is not None:
         fill_computed(plan)
-    report = replace(report, model=model_name(model), seconds=time.perf_counter() - start)
+    # The same GHN may have had another name when an entry of the cache was written.
+    origin = report.provenance if hypernetwork is None else {**report.provenance, "ghn": hypernetwork.name}
+    report = replace(report, model=model_name(model), provenance=origin, seconds=time.perf_counter() - start)
     record_(model, report)
     return report
 
@@ -128,7 +128,8 @@ def _restore(
         return None
     try:
         report = replace(Report.from_dict(entry.report), from_cache=True)
-        partly = _partly_kept(entry)
+        # Of a table of tokens, the prefix rows stay.
+        partly = {name for name, tile in entry.tiles.items() if tile["layout"] == Layout.TOKENS.value}
         deferred.drop(parameters[name] for name in entry.names - partly)
         for name in partly:
             deferred.replay(parameters[name], name)
@@ -137,11 +138,6 @@ def _restore(
         cache.report_damage(entry.path, error)
         return None
     return report
-
-
-def _partly_kept(entry: Entry) -> frozenset[str]:
-    """Weights of which a part may stay: the prefix rows of a table of tokens."""
-    return frozenset(name for name, tile in entry.tiles.items() if tile["layout"] == Layout.TOKENS.value)
 
 
 def _cache_inputs(plan: Plan) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from timm_ghn.baselines import BASELINES, Computation, Setting
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN
-from timm_ghn.graph import Graph, Layout, Role, Target
+from timm_ghn.graph import Graph, Role, Target
 from timm_ghn.initialize.hypernetwork import Hypernetwork, find_hypernetwork
 from timm_ghn.initialize.outline import Outline, read_outline
 from timm_ghn.initialize.provenance import describe_origin
@@ -67,11 +67,6 @@ class Assignment:
         if self.source is Source.GAUSSIAN and self.reason:
             return Status.DRAWN
         return Status.KEPT if self.layer is None else Status.ORTHOGONALIZED
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is kept of the parameter, not even the prefix rows of a table of tokens."""
-        return self.target is None or self.target.layout is not Layout.TOKENS
 
 
 @dataclass(frozen=True)

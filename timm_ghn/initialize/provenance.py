@@ -94,11 +94,8 @@ def record_(model: nn.Module, report: Report) -> None:
     origin = report.provenance
     for name in _FOREIGN_FIELDS:
         config.pop(name, None)
-    config["custom_load"] = False
-    config["tag"] = origin["method"].replace("-", "_")
-    config["description"] = _sentence(origin)
-    config["paper_ids"] = _PAPER
-    config["notes"] = (_PREFIX + json.dumps(origin),)
+    tag, notes = origin["method"].replace("-", "_"), (_PREFIX + json.dumps(origin),)
+    config.update(custom_load=False, tag=tag, description=_sentence(origin), paper_ids=_PAPER, notes=notes)
 
 
 def _sentence(origin: Mapping[str, Any]) -> str:

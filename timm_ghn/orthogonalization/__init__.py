@@ -16,7 +16,6 @@ from timm_ghn.orthogonalization.noise import correlation_std
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor
 from timm_ghn.orthogonalization.run import (
     PostProcess,
-    Progress,
     orthogonalize_,
     postprocess_many,
     postprocess_tensor,
@@ -26,7 +25,6 @@ from timm_ghn.orthogonalization.run import (
 
 __all__ = [
     "PostProcess",
-    "Progress",
     "WeightLayer",
     "classifier_prefixes",
     "correlation_std",

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from timm_ghn.errors import InitError
 from timm_ghn.orthogonalization.layers import WeightLayer, resolve_start_layer, weight_layers
@@ -25,9 +26,6 @@ from timm_ghn.trace.distributed import is_distributed, place_, unwrapped, whole
 from timm_ghn.trace.inputs import check_model
 
 _logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int, str], None]
-"""Called after each layer with the number of finished layers, their total, and the name of the parameter."""
 
 _QUEUED_PER_WORKER = 4
 """Bounds how many weights wait while the next ones are predicted. Only those that run need memory beyond their own."""
@@ -45,6 +43,9 @@ class PostProcess:
         orthogonal: Whether Eq. 2 is applied.
         seed: Seed of the noise.
         correlation: What Eq. 1 correlates: the channels ("paper"), or the rows of the tall matrix ("ppuda").
+
+    Raises:
+        InitError: A setting has the wrong type or lies outside of its range.
     """
 
     noise: float = NOISE
@@ -53,11 +54,6 @@ class PostProcess:
     correlation: Correlation = "paper"
 
     def __post_init__(self) -> None:
-        """Validates the settings.
-
-        Raises:
-            InitError: A setting has the wrong type or lies outside of its range.
-        """
         check_noise(self.noise)
         check_seed(self.seed)
         check_choice("correlation", self.correlation, Correlation)
@@ -196,7 +192,6 @@ def orthogonalize_(
     seed: int = 0,
     orthogonal: bool = True,
     correlation: Correlation = "paper",
-    progress: Progress | None = None,
     input_size: Sequence[int] | None = None,
     example_input: Any = None,
 ) -> tuple[str, ...]:
@@ -218,7 +213,6 @@ def orthogonalize_(
         seed: Seed of the noise.
         orthogonal: Whether Eq. 2 is applied.
         correlation: What Eq. 1 correlates, "paper" or "ppuda".
-        progress: Called after each layer.
         input_size: (channels, height, width) of one image. It is only needed for a model with weights in modules that
             neither torch nor timm knows: a forward pass tells whether these are layers.
         example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors.
@@ -249,11 +243,10 @@ def orthogonalize_(
         _logger.warning("kept as they are: %s", ", ".join(kept))
     source = ((layer, whole(weight)) for layer, weight in zip(selected, weights, strict=True))
     results = postprocess_many(source, settings, in_place=True)
-    for done, ((layer, result), weight) in enumerate(zip(results, weights, strict=True), start=1):
+    bar = tqdm(weights, "orthogonalizing", unit="layer", delay=2, leave=False, disable=None)
+    for (_, result), weight in zip(results, bar, strict=True):
         if is_distributed(weight):
             place_(weight, result)
-        if progress is not None:
-            progress(done, len(selected), layer.parameter)
     return tuple(layer.parameter for layer in selected)
 
 
