@@ -1,4 +1,4 @@
-"""Groups of processes that shard models and initialize them. Each process is spawned, and imports this module."""
+"""Groups of processes that shard models and initialize them. Each process has imported this module."""
 
 from __future__ import annotations
 
@@ -74,10 +74,15 @@ class Case:
 def start_group(size: int, work: Callable[..., None], folder: Path, *args: Any) -> None:
     """Run `work(rank, folder, *args)` in processes that know each other.
 
+    Where the system can fork, they are forked from a process that has imported this module once for all groups.
+
     Raises:
         Exception: What one of them raised.
     """
-    mp.spawn(_joined, (size, work, folder, *args), size)
+    method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+    if method == "forkserver":
+        mp.set_forkserver_preload([__name__])
+    mp.start_processes(_joined, (size, work, folder, *args), size, start_method=method)
 
 
 def _joined(rank: int, size: int, work: Callable[..., None], folder: Path, *args: Any) -> None:
