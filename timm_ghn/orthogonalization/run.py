@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from timm_ghn.errors import InitError
 from timm_ghn.orthogonalization.layers import WeightLayer, resolve_start_layer, weight_layers
@@ -192,6 +191,7 @@ def orthogonalize_(
     seed: int = 0,
     orthogonal: bool = True,
     correlation: Correlation = "paper",
+    progress: Callable[[int, int, str], None] | None = None,
     input_size: Sequence[int] | None = None,
     example_input: Any = None,
 ) -> tuple[str, ...]:
@@ -213,6 +213,7 @@ def orthogonalize_(
         seed: Seed of the noise.
         orthogonal: Whether Eq. 2 is applied.
         correlation: What Eq. 1 correlates, "paper" or "ppuda".
+        progress: Called after each layer with the number of finished layers, their total, and the parameter's name.
         input_size: (channels, height, width) of one image. It is only needed for a model with weights in modules that
             neither torch nor timm knows: a forward pass tells whether these are layers.
         example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors.
@@ -243,10 +244,11 @@ def orthogonalize_(
         _logger.warning("kept as they are: %s", ", ".join(kept))
     source = ((layer, whole(weight)) for layer, weight in zip(selected, weights, strict=True))
     results = postprocess_many(source, settings, in_place=True)
-    bar = tqdm(weights, "orthogonalizing", unit="layer", delay=2, leave=False, disable=None)
-    for (_, result), weight in zip(results, bar, strict=True):
+    for done, ((layer, result), weight) in enumerate(zip(results, weights, strict=True), start=1):
         if is_distributed(weight):
             place_(weight, result)
+        if progress is not None:
+            progress(done, len(selected), layer.parameter)
     return tuple(layer.parameter for layer in selected)
 
 
