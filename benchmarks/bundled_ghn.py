@@ -36,6 +36,7 @@ from cuda_graphs import CapturedStep
 from fashion_mnist import load_dataset
 from paired import sign_flip_p
 from processes import grid, run_together, tune_together
+from protocol import PaperConfig
 from safetensors.torch import save
 
 import timm_ghn
@@ -44,7 +45,6 @@ from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune import (
     Benchmark,
     Execution,
-    FineTuneConfig,
     Job,
     ResultStore,
     RunResult,
@@ -60,14 +60,14 @@ from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.training.begin import new_ghn
 
 _SMALL = {"stem": "original", "optimizer": "adamw", "weight_decay": 0.05, "batch_size": 48, "epochs": 20, "lr": 2e-3}
-MODELS: dict[str, FineTuneConfig] = {
-    "resnet": FineTuneConfig("resnet18", model_kwargs={"channels": (32, 64, 128, 256)}, **_SMALL),
-    "convnext": FineTuneConfig(
+MODELS: dict[str, PaperConfig] = {
+    "resnet": PaperConfig("resnet18", model_kwargs={"channels": (32, 64, 128, 256)}, **_SMALL),
+    "convnext": PaperConfig(
         "convnext_atto",
         model_kwargs={"patch_size": 2, "dims": (24, 48, 96, 192), "depths": (2, 2, 4, 2)},
         **_SMALL,
     ),
-    "vit": FineTuneConfig(
+    "vit": PaperConfig(
         "vit_tiny_patch16_224",
         model_kwargs={"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
         **_SMALL,
@@ -115,7 +115,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.store = ResultStore(args.out)
+        self.store = ResultStore(args.out, PaperConfig)
         self.images: dict[str, Benchmark] = {}
         self.execution = Execution(args.device, evaluate_every=0, evaluate_at=marks(args.epochs), capture=CapturedStep)
 
@@ -129,7 +129,7 @@ class Bench:
                 self.images[task] = load_dataset(task, self.args.data)
         return self.images[task]
 
-    def config(self, task: str, model: str, init: str) -> FineTuneConfig:
+    def config(self, task: str, model: str, init: str) -> PaperConfig:
         """Settings of the runs of one line, before the learning rate is chosen."""
         labels = 20 if task == "held-out" else 100
         base = replace(MODELS[model], epochs=self.args.epochs, labels_per_class=labels)
@@ -141,7 +141,7 @@ class Bench:
         ghn = self.args.ghn if method in ("ghn", "ghn-orth") else None
         return replace(base, init=method, ghn=ghn, **settings)
 
-    def weights(self, base: FineTuneConfig, model: str, method: str) -> Path:
+    def weights(self, base: PaperConfig, model: str, method: str) -> Path:
         """File of the weights that a line starts from."""
         if method == "oracle":
             return self.oracle(model)
@@ -221,7 +221,7 @@ def known_init(text: str) -> str:
     Raises:
         argparse.ArgumentTypeError: If they cannot.
     """
-    unknown = set(parse_init(text)[1]) - {entry.name for entry in fields(FineTuneConfig)}
+    unknown = set(parse_init(text)[1]) - {entry.name for entry in fields(PaperConfig)}
     if unknown:
         raise argparse.ArgumentTypeError(f"{text!r}: there is no setting {', '.join(sorted(unknown))}")
     return text

@@ -1,4 +1,4 @@
-"""Data sets as `load_benchmark` loads them, and Fashion-MNIST from Debian's package dataset-fashion-mnist."""
+"""Data sets by name and path, and Fashion-MNIST from Debian's package dataset-fashion-mnist."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from torchvision.datasets import FashionMNIST
 
 from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune import Benchmark, load_benchmark
+from timm_ghn.finetune.data import DATASETS
 from timm_ghn.images import ImageSet
 
+CHOICES = (*DATASETS, "folder", "shards")
+"""Names that `load_dataset` takes."""
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package dataset-fashion-mnist puts its files."""
 
@@ -25,18 +28,19 @@ def load_dataset(name: str, path: str | Path | None = None, *, size: int = 32, *
     """Load a data set; Fashion-MNIST that is not in the folder is taken from Debian's package.
 
     Args:
-        name: As of `load_benchmark`.
-        path: As of `load_benchmark`.
+        name: One of `CHOICES`.
+        path: Folder of the data set ("data" by default), or prefix of shards.
         size: As of `load_benchmark`.
         **kwargs: As of `load_benchmark`.
 
     Raises:
         FineTuneError: As `load_benchmark`, or if a file of the package is damaged.
     """
+    data = f"{name}:{path or ''}" if name in DATASETS else str(path or "data")
     if name != "fashion-mnist" or not DEBIAN_FASHION.is_dir():
-        return load_benchmark(name, path, size=size, **kwargs)
+        return load_benchmark(data, size=size, **kwargs)
     try:
-        return load_benchmark(name, path, size=size, **{**kwargs, "download": False})
+        return load_benchmark(data, size=size, **{**kwargs, "download": False})
     except FineTuneError:
         return _from_debian(size)
 

@@ -29,6 +29,7 @@ import timm
 import torch
 from paired import sign_flip_p
 from presets import PRESETS
+from protocol import PaperConfig
 from torch import Tensor, nn
 
 import timm_ghn
@@ -454,7 +455,7 @@ def embeddings(args: argparse.Namespace) -> None:
     points = [graph_embedding(ghn, network.graph) for network in networks]
     accuracies: list[float | None] = [None] * len(networks)
     if args.data is not None:
-        images = load_benchmark("shards", args.data).test
+        images = load_benchmark(str(args.data)).test
         ways = min(20, len(images.classes))
         generator = torch.Generator().manual_seed(args.seed)
         index = draw_classes(images.labels, 2 * args.shots * ways, ways, generator)
@@ -483,7 +484,7 @@ def embeddings(args: argparse.Namespace) -> None:
 
 def tables(args: argparse.Namespace) -> None:
     """Print tables 1 and 2."""
-    found = tested(ResultStore(args.results))
+    found = tested(ResultStore(args.results, PaperConfig))
     text = f"{table_1(found)}\n\n{table_2(found)}\n"
     print(text)
     if args.out is not None:
@@ -492,7 +493,7 @@ def tables(args: argparse.Namespace) -> None:
 
 def plot_curves(args: argparse.Namespace) -> None:
     """Figure 4."""
-    store = ResultStore(args.results)
+    store = ResultStore(args.results, PaperConfig)
     tested(store)
     data = curves([result for result in store.all() if result.config.split == "test" and not result.diverged])
     if not data:

@@ -24,15 +24,16 @@ from pathlib import Path
 import torch
 from class_parts import part_of
 from cuda_graphs import CapturedStep
-from fashion_mnist import load_dataset
+from fashion_mnist import CHOICES, load_dataset
 from paired import sign_flip_p
 from presets import PRESETS
 from processes import grid, run_together, tune_together
+from protocol import PaperConfig
 from throughput import measure_throughput
 
 from timm_ghn.cli.common import add_model_kwargs, exit_status, literal
-from timm_ghn.finetune import Execution, FineTuneConfig, Job, ResultStore, differences, spread, summarize
-from timm_ghn.finetune.data import DATASETS, make_task
+from timm_ghn.finetune import Execution, Job, ResultStore, differences, spread, summarize
+from timm_ghn.finetune.data import make_task
 from timm_ghn.finetune.experiment import explained_memory
 from timm_ghn.finetune.verdict import comparison_table
 
@@ -64,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--rescale", choices=("auto", "off"), help="whether the scale of predictions is kept sane")
     what.add_argument("--stem", choices=("auto", "adjusted", "original"), help="adjust the first layers (up to 64 px)")
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=DATASETS, default="cifar10")
+    data.add_argument("--dataset", choices=CHOICES, default="cifar10")
     data.add_argument("--data", type=Path, metavar="PATH", help="folder of the data set, or prefix of shards")
     data.add_argument("--download", action="store_true", help="let torchvision download what is missing")
     data.add_argument("--labels", type=int, metavar="N", help="training images a class (default: 100); 0 for all")
@@ -100,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_configs(args: argparse.Namespace) -> list[FineTuneConfig]:
+def make_configs(args: argparse.Namespace) -> list[PaperConfig]:
     """A configuration for each initialization.
 
     Raises:
@@ -108,8 +109,8 @@ def make_configs(args: argparse.Namespace) -> list[FineTuneConfig]:
     """
     if args.preset is None and args.model is None:
         raise SystemExit("finetune.py: error: --model or --preset is needed")
-    base = PRESETS[args.preset].config if args.preset else FineTuneConfig(args.model)
-    names = {entry.name for entry in fields(FineTuneConfig)} - {"model_kwargs"}
+    base = PRESETS[args.preset].config if args.preset else PaperConfig(args.model)
+    names = {entry.name for entry in fields(PaperConfig)} - {"model_kwargs"}
     changes = {name: value for name, value in vars(args).items() if name in names and value is not None}
     if args.labels is not None:
         changes["labels_per_class"] = args.labels or None
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
                 f"{found.seconds_per_run:.0f} s"
             )
         return
-    store = ResultStore(args.out)
+    store = ResultStore(args.out, PaperConfig)
     grids = [grid(config, args.tune_lr, args.tune_weight_decay) for config in configs]
     tuned = [tune_together(each, args.tune_seeds, data, store, execution, args.together) for each in grids]
     jobs = [Job(config, seed) for config in tuned for seed in args.seeds or range(args.num_seeds)]

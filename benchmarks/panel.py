@@ -119,7 +119,6 @@ def config_of(trial: Trial, ghn: str) -> FineTuneConfig:
         "ghn-orth" if trial.init in _WITH_GHN else "rand" if trial.init == PRETRAINED else trial.init,
         model_kwargs=PANEL.get(trial.model, {}),
         ghn=ghn if trial.init in _WITH_GHN else None,
-        stem="original",
         optimizer="adamw",
         weight_decay=0.05,
         batch_size=48,
@@ -157,7 +156,7 @@ _images: dict[str, Any] = {}
 def load_images(data: Path) -> None:
     """Prepare a worker: one thread, and the images."""
     torch.set_num_threads(1)
-    benchmark = load_benchmark("cifar10", data)
+    benchmark = load_benchmark(f"cifar10:{data}")
     task = make_task(benchmark, FineTuneConfig("resnet18", split="validation"))
     few = task.test.subset(classes_in_turn(task.test.labels, VALIDATION))
     _images.update(task=replace(task, test=few), test=benchmark.test)

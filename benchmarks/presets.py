@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from timm_ghn.finetune import FineTuneConfig
+from protocol import PaperConfig
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Preset:
     """
 
     name: str
-    config: FineTuneConfig
+    config: PaperConfig
     source: str
 
-    def of(self, **changes: Any) -> FineTuneConfig:
+    def of(self, **changes: Any) -> PaperConfig:
         """The configuration with some settings replaced."""
         return replace(self.config, **changes)
 
@@ -36,10 +36,10 @@ _SOURCE = (
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("paper-resnet50", FineTuneConfig("resnet50", noise=3e-5, start_layer=37), _SOURCE),
+        Preset("paper-resnet50", PaperConfig("resnet50", noise=3e-5, start_layer=37), _SOURCE),
         Preset(
             "paper-convnext_base",
-            FineTuneConfig(
+            PaperConfig(
                 "convnext_base", noise=3e-5, start_layer=94, optimizer="adamw", lr=1e-3, weight_decay=0.1, batch_size=48
             ),
             _SOURCE,

@@ -28,11 +28,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fashion_mnist import CHOICES, load_dataset
+from protocol import PaperConfig
+
 from timm_ghn.cli.common import add_model_kwargs, exit_status
 from timm_ghn.errors import FineTuneError, MissingDependencyError
-from timm_ghn.finetune import Execution, FineTuneConfig, Job, ResultStore, load_benchmark
-from timm_ghn.finetune.data import DATASETS
-from timm_ghn.finetune.experiment import run_jobs
+from timm_ghn.finetune import Execution, Job, ResultStore, run_jobs
 from timm_ghn.finetune.run import Point
 from timm_ghn.storage.atomic import write_atomically
 
@@ -63,7 +64,7 @@ class Workload:
     """What a trial needs besides its settings; plain data, so that any worker can rebuild it.
 
     Attributes:
-        dataset: Name for `load_benchmark`.
+        dataset: Name for `load_dataset`.
         data: Its path.
         stored_size: Side that images are kept at.
         out: Folder of results.
@@ -81,7 +82,7 @@ class Workload:
     evaluate_every: int
 
 
-def configurations(args: argparse.Namespace) -> Iterator[FineTuneConfig]:
+def configurations(args: argparse.Namespace) -> Iterator[PaperConfig]:
     """Every point of the grid; beta and L only where there is something that reads them."""
     axes = [(field, getattr(args, name)) for name, field, _, _ in _AXES if getattr(args, name)]
     seen = set()
@@ -91,7 +92,7 @@ def configurations(args: argparse.Namespace) -> Iterator[FineTuneConfig]:
             settings.pop("noise", None)
         if settings["init"] not in ("ghn-orth", "ghn_orth", "orth"):
             settings.pop("start_layer", None)
-        config = FineTuneConfig(
+        config = PaperConfig(
             **settings,
             model_kwargs=dict(args.model_kwargs),
             split=args.split,
@@ -111,15 +112,15 @@ def train_trial(trial: Mapping[str, Any], work: Workload) -> None:
     import torch
 
     torch.set_num_threads(work.threads)
-    config, seed = FineTuneConfig.from_dict(trial["config"]), int(trial["seed"])
-    data = load_benchmark(work.dataset, work.data, size=work.stored_size)
+    config, seed = PaperConfig.from_dict(trial["config"]), int(trial["seed"])
+    data = load_dataset(work.dataset, work.data, size=work.stored_size)
     execution = Execution(work.device, evaluate_every=work.evaluate_every)
 
     def report(point: Point) -> None:
         if point.accuracy is not None and point.epoch < config.epochs:
             tune.report({"accuracy": point.accuracy, "epoch": point.epoch})
 
-    results = run_jobs([Job(config, seed)], data, ResultStore(work.out), execution, report=report)
+    results = run_jobs([Job(config, seed)], data, ResultStore(work.out, PaperConfig), execution, report=report)
     if not results:
         raise FineTuneError("another process works on this run")
     tune.report({"accuracy": results[0].accuracy, "epoch": config.epochs, "key": results[0].key, "finished": True})
@@ -215,7 +216,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--labels", type=int, default=100, help="training images a class; 0 for all")
     parser.add_argument("--ghn", help="GHN by name or path")
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10")
+    parser.add_argument("--dataset", choices=CHOICES, default="cifar10")
     parser.add_argument("--data", metavar="PATH")
     parser.add_argument("--stored-size", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("results/sweep"))
@@ -239,7 +240,7 @@ def run(args: argparse.Namespace) -> int:
     """Run all trials, and print and write what they came to."""
     configs = list(configurations(args))
     # Missing data are told once, here.
-    load_benchmark(args.dataset, args.data, size=args.stored_size)
+    load_dataset(args.dataset, args.data, size=args.stored_size)
     trials = [{"config": config.to_dict(), "seed": seed} for config in configs for seed in args.seeds]
     device = "cuda" if args.gpus_per_trial else args.device
     data = None if args.data is None else str(Path(args.data).expanduser().resolve())

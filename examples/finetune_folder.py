@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18", help="name of a timm model (default: resnet18)")
     parser.add_argument("--epochs", type=int, default=30)
     args = parser.parse_args()
-    data = load_benchmark("folder", args.folder, size=64)
+    data = load_benchmark(str(args.folder), size=64)
     config = FineTuneConfig(args.model, "ghn-orth", image_size=64, labels_per_class=None, epochs=args.epochs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = Path(f"{args.folder}-results")

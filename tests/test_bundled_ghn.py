@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from protocol import PaperConfig
 from safetensors.torch import load_file
 from shards import noisy_images, write_shard
 
-from timm_ghn.finetune import FineTuneConfig, ResultStore
+from timm_ghn.finetune import ResultStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 bundled_ghn = importlib.import_module("bundled_ghn")
@@ -33,7 +34,7 @@ def data(tmp_path: Path) -> Path:
 def test_every_line_of_the_table(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = FineTuneConfig("test_resnet", stem="original", batch_size=100)
+    config = PaperConfig("test_resnet", stem="original", batch_size=100)
     monkeypatch.setattr(bundled_ghn, "MODELS", {"tiny": config})
     command = ["--data", data, "--out", data / "out", "--models", "tiny", "--epochs", "1", "--seeds", "1"]
     command += ["--oracle-epochs", "1", "--lrs", "1e-3", "3e-3"]
@@ -42,7 +43,7 @@ def test_every_line_of_the_table(
     assert [line.split(" | ")[2] for line in lines] == list(bundled_ghn.INITS)
     assert lines[0].endswith("| - | - |")
     assert all("(p = " in line for line in lines[1:])
-    runs = ResultStore(data / "out").all()
+    runs = ResultStore(data / "out", PaperConfig).all()
     # two trials and a seed a line, and the oracle itself
     assert len(runs) == 3 * len(bundled_ghn.INITS) + 1
     assert sum(run.config.split == "validation" for run in runs) == 2 * len(bundled_ghn.INITS)
@@ -56,11 +57,11 @@ def test_every_line_of_the_table(
 def test_classes_that_the_ghn_never_saw(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bundled_ghn, "MODELS", {"tiny": FineTuneConfig("test_resnet", stem="original")})
+    monkeypatch.setattr(bundled_ghn, "MODELS", {"tiny": PaperConfig("test_resnet", stem="original")})
     command = ["--data", data, "--out", data / "out", "--tasks", "held-out", "--models", "tiny", "--epochs", "1"]
     command += ["--inits", "ghn-orth", "--lrs", "1e-3", "--seeds", "1"]
     assert bundled_ghn.main([*map(str, command)]) == 0
-    (run,) = ResultStore(data / "out").all()
+    (run,) = ResultStore(data / "out", PaperConfig).all()
     assert run.data["classes"] == 50
     assert run.data["train"] == 1000
     assert "| held-out | tiny | ghn-orth |" in capsys.readouterr().out
@@ -69,13 +70,13 @@ def test_classes_that_the_ghn_never_saw(
 def test_variants_and_the_table_of_what_is_there(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bundled_ghn, "MODELS", {"tiny": FineTuneConfig("test_resnet", stem="original", batch_size=100)})
+    monkeypatch.setattr(bundled_ghn, "MODELS", {"tiny": PaperConfig("test_resnet", stem="original", batch_size=100)})
     out = data / "out"
     command = ["--data", data, "--out", out, "--models", "tiny", "--epochs", "1", "--seeds", "2", "--lrs", "1e-3"]
     inits = ["orth", "ghn-orth@noise=0@start_layer=1", "ghn-orth@start_layer=0.5", "noise-only", "oracle-orth"]
     assert bundled_ghn.main([*map(str, command), "--oracle-epochs", "1", "--inits", *inits]) == 0
     printed = capsys.readouterr().out.splitlines()[2:]
-    runs = [run for run in ResultStore(out).all() if run.data["name"] == "cifar10"]
+    runs = [run for run in ResultStore(out, PaperConfig).all() if run.data["name"] == "cifar10"]
     assert len(runs) == 2 * len(inits)
     settings = {(run.config.noise, run.config.start_layer) for run in runs if run.config.init == "ghn-orth"}
     assert settings == {(0, 1), (None, 0.5)}

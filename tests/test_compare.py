@@ -13,7 +13,7 @@ from torch import Tensor
 
 from timm_ghn.cli import main
 from timm_ghn.errors import FineTuneError
-from timm_ghn.finetune import FineTuneConfig, Summary, find_benchmark
+from timm_ghn.finetune import FineTuneConfig, Summary, load_benchmark
 from timm_ghn.finetune.verdict import ENOUGH_STEPS, comparison_table, verdict
 
 
@@ -72,14 +72,14 @@ def test_one_seed_and_no_seed() -> None:
 
 
 def test_data_are_a_folder_a_prefix_or_a_name(folder: Path, tmp_path: Path) -> None:
-    assert find_benchmark(str(folder)).train.size == 64
+    assert load_benchmark(str(folder)).train.size == 64
     for part, seed in (("train", 0), ("test", 1)):
         write_shard(tmp_path / f"cifar10-{part}.safetensors", noisy_images(12, seed))
-    shards = find_benchmark(str(tmp_path / "cifar10"), size=16)
-    named = find_benchmark(f"cifar10:{tmp_path}", size=16)
+    shards = load_benchmark(str(tmp_path / "cifar10"), size=16)
+    named = load_benchmark(f"cifar10:{tmp_path}", size=16)
     assert torch.equal(shards.train.images, named.train.images)
     with pytest.raises(FineTuneError, match=r"no folder nix, .* no shards nix-train.*, .* known are cifar10"):
-        find_benchmark("nix")
+        load_benchmark("nix")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from protocol import PaperConfig
 
 from timm_ghn.errors import FineTuneError
-from timm_ghn.finetune import FineTuneConfig, ResultStore, RunResult
+from timm_ghn.finetune import ResultStore, RunResult
 from timm_ghn.finetune.run import Point
 from timm_ghn.orthogonalization.noise import correlation_std
 
@@ -28,7 +29,7 @@ sys.path.pop(0)
 
 
 def write_result(store: ResultStore, model: str, init: str, seed: int, accuracy: float, **settings: object) -> None:
-    config = replace(FineTuneConfig(model, init, epochs=4), **settings)
+    config = replace(PaperConfig(model, init, epochs=4), **settings)
     curve = tuple(
         Point(e, 0.01, 2.0 / e, 0.2 * e, *((1.0, accuracy * e / 4) if e % 2 == 0 else (None, None)))
         for e in range(1, 5)
@@ -40,7 +41,7 @@ def write_result(store: ResultStore, model: str, init: str, seed: int, accuracy:
 
 @pytest.fixture
 def store(tmp_path: Path) -> ResultStore:
-    store = ResultStore(tmp_path / "results")
+    store = ResultStore(tmp_path / "results", PaperConfig)
     for seed in range(5):
         for model in ("resnet18", "convnext_atto"):
             write_result(store, model, "rand", seed, 0.5 + 0.01 * seed)

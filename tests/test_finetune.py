@@ -29,6 +29,7 @@ from paired import sign_flip_p
 from PIL import Image
 from presets import PRESETS
 from processes import grid, run_together
+from protocol import PaperConfig
 from safetensors.torch import save_file
 from shards import noisy_images as images
 from shards import write_shard
@@ -67,13 +68,13 @@ CONFIG = FineTuneConfig(
     "test_resnet",
     "rand",
     image_size=16,
-    stem="original",
     epochs=4,
     batch_size=10,
     labels_per_class=7,
     padding=2,
     lr=0.02,
 )
+PAPER = PaperConfig(**CONFIG.to_dict(), stem="original")
 CPU = Execution(evaluate_every=2)
 
 
@@ -146,12 +147,12 @@ def test_a_folder_that_is_sorted_by_class_is_tuned_and_tested_on_every_class(tmp
     size, classes = 20, 10
     labels = torch.arange(classes).repeat_interleave(size)
     write_folder(tmp_path, ImageSet(images(size * classes, 0).images, labels, tuple("abcdefghij")))
-    data = load_benchmark("folder", tmp_path, size=16)
+    data = load_benchmark(str(tmp_path), size=16)
     assert torch.bincount(data.test.labels).tolist() == [4] * classes
     task = make_task(data, replace(CONFIG, split="validation", labels_per_class=None))
     assert torch.bincount(task.test.labels).tolist() == [2] * classes
     assert torch.bincount(task.train.labels).tolist() == [14] * classes
-    again = load_benchmark("folder", tmp_path, size=16)
+    again = load_benchmark(str(tmp_path), size=16)
     assert torch.equal(data.test.images, again.test.images)
 
 
@@ -399,7 +400,7 @@ def test_accuracy_is_measured_after_the_epochs_that_were_asked_for(benchmark: Be
 def test_weights_of_a_finished_run_are_a_start_for_another(benchmark: Benchmark, tmp_path: Path) -> None:
     store = ResultStore(tmp_path)
     (result,) = run_jobs([Job(CONFIG, 0)], benchmark, store, Execution(keep_weights=True))
-    config = replace(CONFIG, init_file=str(store.weights(result.key)), epochs=1, lr=1e-9)
+    config = replace(PAPER, init_file=str(store.weights(result.key)), epochs=1, lr=1e-9)
     (again,) = run_jobs([Job(config, 0)], benchmark, store, CPU)
     assert not store.weights(again.key).exists()
     assert again.accuracy == pytest.approx(result.accuracy, abs=0.03)
@@ -454,7 +455,7 @@ def test_a_killed_process_loses_no_finished_run(benchmark: Benchmark, tmp_path: 
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*.json")}
     assert 1 <= len(before) < 3
     assert finetune.main(arguments) == 0
-    assert [result.seed for result in ResultStore(out).all()] == [0, 1, 2]
+    assert [result.seed for result in ResultStore(out, PaperConfig).all()] == [0, 1, 2]
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
@@ -554,39 +555,38 @@ def test_fashion_mnist_from_debian_and_from_torchvision(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
 def test_missing_data_says_how_to_get_them(name: str, tmp_path: Path) -> None:
     with pytest.raises(FineTuneError, match=rf"{name} is not in .*: --download gets it"):
-        load_benchmark(name, tmp_path)
+        load_benchmark(f"{name}:{tmp_path}")
 
 
 def test_unknown_data_and_missing_folders(tmp_path: Path) -> None:
-    with pytest.raises(FineTuneError, match="unknown data set 'mnist'; known are cifar10"):
+    with pytest.raises(FineTuneError, match=r"there is no folder mnist, .* no data set is named so; known are cifar10"):
         load_benchmark("mnist")
-    with pytest.raises(FineTuneError, match="there is no folder"):
-        load_benchmark("folder", tmp_path / "none")
-    with pytest.raises(FineTuneError, match=r"there are no shards .*x-train\*\.safetensors"):
-        load_benchmark("shards", tmp_path / "x")
+    write_shard(tmp_path / "x-train.safetensors", images(3, 0))
+    with pytest.raises(FineTuneError, match=r"there are no shards .*x-test\*\.safetensors beside"):
+        load_benchmark(str(tmp_path / "x"))
     (tmp_path / "train").mkdir()
     with pytest.raises(FineTuneError, match="neither 'test' nor 'val'"):
-        load_benchmark("folder", tmp_path)
+        load_benchmark(str(tmp_path))
 
 
 def test_a_folder_of_classes(tmp_path: Path, benchmark: Benchmark) -> None:
     write_folder(tmp_path / "whole", benchmark.train)
-    whole = load_benchmark("folder", tmp_path / "whole", size=16)
+    whole = load_benchmark(str(tmp_path / "whole"), size=16)
     assert len(whole.train) + len(whole.test) == 90
     counts = torch.bincount(benchmark.train.labels)
     assert torch.equal(torch.bincount(whole.test.labels), counts // 5)
     (tmp_path / "whole" / "class 1" / "bad.jpg").write_bytes(b"\xff\xd8 no image")
     with pytest.raises(ImageError, match=r"cannot decode .*bad\.jpg"):
-        load_benchmark("folder", tmp_path / "whole", size=16)
+        load_benchmark(str(tmp_path / "whole"), size=16)
 
 
 def test_jpeg_shards(tmp_path: Path, benchmark: Benchmark) -> None:
     write_shard(tmp_path / "cifar10-train.safetensors", benchmark.train)
     write_shard(tmp_path / "cifar10-test.safetensors", benchmark.test)
-    first = load_benchmark("cifar10", tmp_path, size=16)
+    first = load_benchmark(f"cifar10:{tmp_path}", size=16)
     assert "JPEG" in first.copy
     assert torch.equal(first.train.labels, benchmark.train.labels)
-    second = load_benchmark("shards", tmp_path / "cifar10", size=16)
+    second = load_benchmark(str(tmp_path / "cifar10"), size=16)
     assert torch.equal(second.test.images, first.test.images)
     assert second.train.classes == first.train.classes
 
@@ -597,7 +597,7 @@ def test_jpeg_shards(tmp_path: Path, benchmark: Benchmark) -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("lr", 0.0, "lr must be greater than 0"),
+        ("lr", 0.0, "lr must be at least 1e-12"),
         ("epochs", 0, "epochs must be at least 1"),
         ("batch_size", 1, "batch_size must be at least 2"),
         ("optimizer", "adam", "optimizer must be one of sgd, adamw"),
@@ -614,6 +614,11 @@ def test_settings_round_trip_and_name_the_run() -> None:
     assert FineTuneConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
     with pytest.raises(FineTuneError, match="unknown or missing settings of a run: colour"):
         FineTuneConfig.from_dict({**CONFIG.to_dict(), "colour": 1})
+    former = {**CONFIG.to_dict(), "stem": "original", "init_file": None}  # as earlier versions wrote them
+    assert FineTuneConfig.from_dict(former) == CONFIG
+    assert CONFIG.key(0, "d") == PAPER.key(0, "d") == "test_resnet-rand-s0-44c3e5d19b"
+    with pytest.raises(FineTuneError, match="unknown or missing settings of a run: stem"):
+        FineTuneConfig.from_dict({**former, "stem": "adjusted"})
     keys = {CONFIG.key(0, "d"), CONFIG.key(1, "d"), CONFIG.key(0, "e"), CONFIG.key(0, "d", "w")}
     assert len(keys | {replace(CONFIG, lr=0.1).key(0, "d")}) == 5
 
@@ -633,7 +638,7 @@ def test_models_that_cannot_be_made(benchmark: Benchmark, tmp_path: Path) -> Non
         build_network(replace(CONFIG, model_kwargs={"colour": 1}), 3, 0)
     with pytest.raises(FineTuneError, match=r"--init-file .*none.safetensors cannot be read"):
         run_jobs(
-            [Job(replace(CONFIG, init_file=str(tmp_path / "none.safetensors")), 0)],
+            [Job(replace(PAPER, init_file=str(tmp_path / "none.safetensors")), 0)],
             benchmark,
             ResultStore(tmp_path),
             CPU,
@@ -643,7 +648,7 @@ def test_models_that_cannot_be_made(benchmark: Benchmark, tmp_path: Path) -> Non
 def test_starting_from_a_file(tmp_path: Path) -> None:
     source = timm.create_model("test_resnet", num_classes=20)
     save_file(source.state_dict(), tmp_path / "a.safetensors")
-    config = replace(CONFIG, init_file=str(tmp_path / "a.safetensors"))
+    config = replace(PAPER, init_file=str(tmp_path / "a.safetensors"))
     network = build_network(config, 3, 0).module
     head = {"fc.weight", "fc.bias"}
     for name, value in network.state_dict().items():
@@ -673,7 +678,7 @@ def test_no_gpu(benchmark: Benchmark) -> None:
 def test_out_of_memory_says_what_to_change() -> None:
     with (
         pytest.raises(
-            FineTuneError, match=r"test_resnet .*try a smaller --batch-size than 10, .*, fewer runs at a time"
+            FineTuneError, match=r"test_resnet .*try a smaller --batch-size than 10, .*, or fewer runs at a time"
         ),
         explained_memory(CONFIG),
     ):

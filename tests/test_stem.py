@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from stem import adjust_stem
 from torch import nn
 
 from timm_ghn.errors import FineTuneError
-from timm_ghn.finetune import adjust_stem
 
 SIZE = (3, 32, 32)
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from protocol import PaperConfig
 
-from timm_ghn.finetune import FineTuneConfig, ResultStore
+from timm_ghn.finetune import ResultStore
 
 pytest.importorskip("ray.tune")
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -24,7 +25,7 @@ sys.path.insert(0, str(BENCHMARKS))
 sweep = importlib.import_module("sweep")
 sys.path.pop(0)
 
-CONFIG = FineTuneConfig(
+CONFIG = PaperConfig(
     "test_resnet",
     "rand",
     image_size=16,
@@ -49,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def parse(*arguments: str) -> list[FineTuneConfig]:
+def parse(*arguments: str) -> list[PaperConfig]:
     return list(sweep.configurations(sweep.make_parser().parse_args(arguments)))
 
 
@@ -86,7 +87,7 @@ def test_a_killed_trial_leaves_the_others_alone(folder: Path, tmp_path: Path, mo
         status = {(row["seed"], row["labels_per_class"]): row["status"] for row in rows}
         assert status == {(0, 4): "finished", (1, 4): "failed", (2, 4): "finished", (0, 500): "failed"}
         assert any("500 labels a class were asked for" in (row["error"] or "") for row in rows)
-        assert len(ResultStore(tmp_path / "out").all()) == 2
+        assert len(ResultStore(tmp_path / "out", PaperConfig).all()) == 2
         again = sweep.sweep(trials, work, run_trial=die_once)
         assert sorted(row["status"] for row in again) == ["failed", "finished", "finished", "finished"]
         sweep.write_table(again, tmp_path / "trials.jsonl")

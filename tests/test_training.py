@@ -326,7 +326,7 @@ def test_configuration_is_json_able_and_checked() -> None:
         TrainConfig.from_dict({"steps": 1})
     with pytest.raises(TrainingError, match="steps must be at least 1"):
         TrainConfig(steps=0)
-    with pytest.raises(TrainingError, match="lr must be positive"):
+    with pytest.raises(TrainingError, match="lr must be at least 1e-12"):
         TrainConfig(lr=0)
     with pytest.raises(TrainingError, match="average must be"):
         TrainConfig(average=1.0)

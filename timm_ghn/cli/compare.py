@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from timm_ghn.finetune import Execution, Job, ResultStore, find_benchmark, run_jobs, summarize, tune
+    from timm_ghn.finetune import Execution, Job, ResultStore, load_benchmark, run_jobs, summarize, tune
     from timm_ghn.finetune.verdict import comparison_table, draw_curves, verdict
 
     check_name(args.model)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--seeds must be at least 1")
     for init in args.inits:
         _config(args, init)  # before images are read
-    data = find_benchmark(args.data, size=args.image_size, download=args.download)
+    data = load_benchmark(args.data, size=args.image_size, download=args.download)
     configs = [_config(args, init, len(data.train), data.train.size) for init in dict.fromkeys(args.inits)]
     out = args.out or Path(f"compare-{args.model.replace('/', '-')}")
     store = ResultStore(out)
@@ -113,7 +113,6 @@ def _config(args: argparse.Namespace, init: str, count: int = 100, size: int = 6
         model_kwargs=kwargs,
         ghn=args.ghn,
         image_size=size,
-        stem="original",
         optimizer="adamw",
         lr=args.lrs[0],
         weight_decay=0.05,

@@ -1,11 +1,10 @@
 """Fine-tuning of timm models from different initializations: the experiments of arXiv 2207.10049."""
 
 from timm_ghn.finetune.config import FineTuneConfig
-from timm_ghn.finetune.data import Benchmark, find_benchmark, load_benchmark
+from timm_ghn.finetune.data import Benchmark, load_benchmark
 from timm_ghn.finetune.experiment import Job, run_jobs, tune
 from timm_ghn.finetune.results import ResultStore, RunResult, Summary, differences, spread, summarize
 from timm_ghn.finetune.run import Execution
-from timm_ghn.finetune.stem import adjust_stem
 
 __all__ = [
     "Benchmark",
@@ -15,9 +14,7 @@ __all__ = [
     "ResultStore",
     "RunResult",
     "Summary",
-    "adjust_stem",
     "differences",
-    "find_benchmark",
     "load_benchmark",
     "run_jobs",
     "spread",

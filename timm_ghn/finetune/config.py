@@ -7,17 +7,16 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Literal
 
+import timm
+from torch import nn
+
+from timm_ghn.checked import Checked, setting
 from timm_ghn.errors import FineTuneError
-from timm_ghn.settings import Init, Rescale
-
-OptimizerName = Literal["sgd", "adamw"]
-Stem = Literal["auto", "adjusted", "original"]
-Normalization = Literal["auto", "data", "imagenet"]
-Precision = Literal["float32", "bfloat16"]
-Split = Literal["test", "validation"]
+from timm_ghn.ghn import content_hash, default_ghn, load_ghn
+from timm_ghn.settings import Init, Rescale, Source
 
 PRETRAINED = "pretrained"
 """Initialization by timm's pretrained weights."""
@@ -26,95 +25,96 @@ VALIDATION_IMAGES = 5000
 
 
 @dataclass(frozen=True)
-class FineTuneConfig:
+class FineTuneConfig(Checked):
     """Everything but the data and the seed that decides the numbers of a run.
 
     The defaults are the paper's protocol; what the paper leaves open follows its reference code (ppuda at 4673a42):
     a cosine over epochs, gradients clipped to a norm of 5, crops from a black border of 4 pixels.
-
-    Attributes:
-        model: Name of a timm model.
-        init: A method of `timm_ghn.METHODS`, or "pretrained" for timm's weights.
-        model_kwargs: Further arguments of `timm.create_model`.
-        init_file: A file of weights to start from instead, such as `timm-ghn init` writes.
-        ghn: GHN by name or path; None for the default.
-        noise: beta; None for the method's default.
-        start_layer: L; None for the method's default.
-        rescale: As of `Init`.
-        image_size: Side of the network's input in pixels.
-        stem: Whether the first layers are adjusted to small images (`adjust_stem`); "auto" up to 64 pixels.
-        normalization: Statistics of the training "data", or of "imagenet"; "auto" as ppuda: the data's at their own
-            size, ImageNet's for images that are enlarged, and for pretrained weights.
-        optimizer: "sgd" (with momentum) or "adamw".
-        lr: Learning rate at the start of the cosine.
-        weight_decay: Weight decay.
-        momentum: Of SGD.
-        epochs: Passes over the training images.
-        batch_size: Images a step; the last of an epoch has fewer.
-        clip: Largest norm of the gradient.
-        smoothing: Label smoothing.
-        padding: Pixels of black border that random crops are taken from.
-        flip: Whether half of the images are mirrored.
-        labels_per_class: The first so many images of every class are trained on; None for all.
-        split: What accuracy is measured on: the "test" set, or the "validation" images that are held out for tuning.
-        precision: Of the forward and backward pass; "bfloat16" is autocast.
-        settle: Whether batch norms are measured with statistics taken anew over training images. Their running averages
-            need about a hundred steps to follow the weights, so that a short run says more about them than about
-            the network.
 
     Raises:
         FineTuneError: If a value is out of range.
         InitError: If there is no such initialization.
     """
 
-    model: str
-    init: str = "ghn-orth"
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    init_file: str | None = None
-    ghn: str | None = None
-    noise: float | None = None
-    start_layer: int | float | str | None = None
-    rescale: Rescale = "auto"
-    image_size: int = 32
-    stem: Stem = "auto"
-    normalization: Normalization = "auto"
-    optimizer: OptimizerName = "sgd"
-    lr: float = 0.01
-    weight_decay: float = 0.01
-    momentum: float = 0.9
-    epochs: int = 300
-    batch_size: int = 96
-    clip: float = 5.0
-    smoothing: float = 0.0
-    padding: int = 4
-    flip: bool = True
-    labels_per_class: int | None = 100
-    split: Split = "test"
-    precision: Precision = "float32"
-    settle: bool = False
+    error = FineTuneError
+
+    model: str = setting(MISSING, "name of a timm model")
+    init: str = setting("ghn-orth", "a method of `timm_ghn.METHODS`, or 'pretrained' for timm's weights")
+    model_kwargs: Mapping[str, Any] = setting(text="further arguments of `timm.create_model`", made=dict)
+    ghn: str | None = setting(None, "GHN by name or path; None for the default")
+    noise: float | None = setting(None, "beta; None for the method's default")
+    start_layer: int | float | str | None = setting(None, "L; None for the method's default")
+    rescale: Rescale = setting("auto", "as of `Init`")
+    image_size: int = setting(32, "side of the network's input in pixels", 8)
+    normalization: Literal["auto", "data", "imagenet"] = setting(
+        "auto",
+        "statistics of the training data, or of ImageNet; 'auto' as ppuda: the data's at their own size, ImageNet's "
+        "for images that are enlarged, and for pretrained weights",
+    )
+    optimizer: Literal["sgd", "adamw"] = setting("sgd", "SGD with momentum, or AdamW")
+    lr: float = setting(0.01, "learning rate at the start of the cosine", 1e-12)
+    weight_decay: float = setting(0.01, "weight decay", 0)
+    momentum: float = setting(0.9, "momentum of SGD", 0)
+    epochs: int = setting(300, "passes over the training images", 1)
+    batch_size: int = setting(96, "images a step; the last of an epoch has fewer", 2)
+    clip: float = setting(5.0, "largest norm of the gradient", 1e-9)
+    smoothing: float = setting(0.0, "label smoothing", 0)
+    padding: int = setting(4, "pixels of black border that random crops are taken from", 0)
+    flip: bool = setting(True, "whether half of the images are mirrored")
+    labels_per_class: int | None = setting(100, "the first so many images of every class are trained on; None: all", 1)
+    split: Literal["test", "validation"] = setting(
+        "test", "what accuracy is measured on: the test set, or the images that are held out for tuning"
+    )
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32", "of the forward and backward pass; 'bfloat16' is autocast"
+    )
+    # Running averages need about a hundred steps to follow the weights: a short run says more about them than about
+    # the network.
+    settle: bool = setting(False, "whether batch norms are measured with statistics taken anew over training images")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.init != PRETRAINED:
             Init(self.init)
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise FineTuneError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name, low in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= low):
-                raise FineTuneError(f"{name} must be at least {low}, got {value!r}")
-        if not self.lr > 0:
-            raise FineTuneError(f"lr must be greater than 0, got {self.lr!r}")
-
-    @property
-    def adjusts_stem(self) -> bool:
-        """Whether the first layers are adjusted to small images."""
-        return self.stem == "adjusted" or (self.stem == "auto" and self.image_size <= 64)
 
     @property
     def starts_from(self) -> str:
         """Name of the start in tables."""
-        return f"file:{self.init_file}" if self.init_file else self.init
+        return self.init
+
+    def create_model(self, num_classes: int) -> nn.Module:
+        """The timm model, with the weights that timm gives it.
+
+        Raises:
+            FineTuneError: If it cannot be created.
+        """
+        if not timm.is_model(self.model.partition(".")[0]) and ":" not in self.model:
+            raise FineTuneError(f"timm has no model {self.model!r}")
+        kwargs = {"pretrained": self.init == PRETRAINED, "num_classes": num_classes, **self.model_kwargs}
+        try:
+            model: nn.Module = timm.create_model(self.model, **kwargs)
+        except (RuntimeError, TypeError, ValueError, OSError) as error:
+            raise FineTuneError(f"{self.model} cannot be created: {' '.join(str(error).split())}") from error
+        return model
+
+    def initialization(self, seed: int) -> Init | None:
+        """What gives the model other weights than timm's; None if it keeps those."""
+        if self.init == PRETRAINED or Init(self.init).spec.source is Source.TIMM:
+            return None
+        chosen = {"ghn": self.ghn, "noise": self.noise, "start_layer": self.start_layer}
+        settings: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        return Init(self.init, seed=seed, rescale=self.rescale, cache=False, **settings)
+
+    def weights_digest(self) -> str:
+        """Hash of the GHN that the weights come from, which the settings name without its content; empty without one.
+
+        Raises:
+            CheckpointError, UnknownGhnError, DownloadError: If the GHN cannot be loaded.
+        """
+        init = self.initialization(0)
+        if init is None or init.spec.source is not Source.GHN:
+            return ""
+        return content_hash(load_ghn(self.ghn, shared=True) if self.ghn is not None else default_ghn(shared=True))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-compatible settings."""
@@ -127,10 +127,11 @@ class FineTuneConfig:
         Raises:
             FineTuneError: If a setting is unknown or missing.
         """
-        unknown = sorted(set(values) - {entry.name for entry in fields(cls)})
+        known = {entry.name for entry in fields(cls)}
+        unknown = sorted(name for name in set(values) - known if values[name] != _FORMER.get(name, ...))
         if unknown or "model" not in values:
             raise FineTuneError(f"unknown or missing settings of a run: {', '.join(unknown) or 'model'}")
-        return cls(**values)
+        return cls(**{name: values[name] for name in known & set(values)})
 
     def key(self, seed: int, data: str, weights: str = "") -> str:
         """Name of a run: model, initialization, seed, and a digest of everything that decides its numbers.
@@ -138,28 +139,16 @@ class FineTuneConfig:
         Args:
             seed: Seed of the run.
             data: Digest of the images.
-            weights: Digest of the GHN or file that the weights come from.
+            weights: What `weights_digest` gives.
         """
-        text = json.dumps({**self.to_dict(), "seed": seed, "data": data, "weights": weights}, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-        init = "file" if self.init_file else self.init
-        return f"{re.sub(_SPECIAL, '-', self.model)}-{re.sub(_SPECIAL, '-', init)}-s{seed}-{digest}"
+        settings = {**_FORMER, **self.to_dict(), "seed": seed, "data": data, "weights": weights}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+        model, init = (re.sub(r"[^\w.-]", "-", text) for text in (self.model, self.starts_from.partition(":")[0]))
+        return f"{model}-{init}-s{seed}-{digest}"
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "stem": get_args(Stem),
-    "normalization": get_args(Normalization),
-    "optimizer": get_args(OptimizerName),
-    "precision": get_args(Precision),
-    "rescale": get_args(Rescale),
-    "split": get_args(Split),
-}
-_LEAST: dict[str, float] = {
-    "image_size": 8, "weight_decay": 0, "momentum": 0, "epochs": 1, "batch_size": 2, "clip": 1e-9, "smoothing": 0,
-    "padding": 0, "labels_per_class": 1,
-}  # fmt: skip
-_SPECIAL = r"[^\w.-]"
-"""Letters that the name of a file should not have."""
+_FORMER = {"stem": "original", "init_file": None}
+"""Settings of earlier versions; they are still part of the names of runs, so that finished runs are found again."""
 
 
 def learning_rate(config: FineTuneConfig, epoch: int) -> float:

@@ -13,7 +13,7 @@ from torchvision import datasets
 
 from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.config import VALIDATION_IMAGES, FineTuneConfig
-from timm_ghn.images import ImageSet, from_dataset, load_folder, load_shards
+from timm_ghn.images import ImageSet, from_dataset, load_images
 from timm_ghn.seeding import derived_seed
 
 
@@ -151,62 +151,41 @@ _TORCHVISION: dict[str, Callable[[Path, bool, bool], datasets.VisionDataset]] = 
     "svhn": lambda root, train, download: datasets.SVHN(root, "train" if train else "test", download=download),
     "fashion-mnist": lambda root, train, download: datasets.FashionMNIST(root, train, download=download),
 }
-DATASETS = (*_TORCHVISION, "folder", "shards")
-"""Names that `load_benchmark` takes."""
+DATASETS = tuple(_TORCHVISION)
+"""Data sets that `load_benchmark` knows by name."""
 
 
-def load_benchmark(name: str, path: str | Path | None = None, *, size: int = 32, download: bool = False) -> Benchmark:
-    """Load a data set.
-
-    - "cifar10", "cifar100", "svhn", "fashion-mnist": torchvision's files in `path`, or JPEG shards named
-      `NAME-train*.safetensors` and `NAME-test*.safetensors` there.
-    - "folder": `path` with `train` and `test` (or `val`), each with a folder a class; or with the classes themselves,
-      of which a fifth of the images of every class are then test images.
-    - "shards": `path` is a prefix such as `data/tinyimagenet32`, for `PREFIX-train*.safetensors` and
-      `PREFIX-test*.safetensors` (or `-val`).
-
-    Args:
-        name: One of `DATASETS`.
-        path: Folder or prefix; "data" by default.
-        size: Side in pixels that images are kept at; others are resized and cropped.
-        download: Whether torchvision may download what is missing.
-
-    Raises:
-        FineTuneError: If the data are not there; the message says how to get them.
-        ImageError: If an image is damaged.
-    """
-    root = Path(path if path is not None else "data").expanduser()
-    if name == "folder":
-        return _from_folder(root, size)
-    if name == "shards":
-        return _from_shards(root.name, root, size)
-    if name in _TORCHVISION:
-        return _named(name, root, size, download)
-    raise FineTuneError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
-
-
-def find_benchmark(text: str, *, size: int | None = None, download: bool = False) -> Benchmark:
+def load_benchmark(data: str, *, size: int | None = None, download: bool = False) -> Benchmark:
     """Load the data that a user names in one word.
 
     Args:
-        text: A folder of classes; a data set's name, such as "cifar10" or "cifar10:FOLDER"; or the prefix of shards.
-        size: Side in pixels that images are kept at; None for 64 in a folder, and 32 otherwise.
+        data: One of three:
+
+            - a name of `DATASETS`, as "cifar10" or "cifar10:FOLDER": torchvision's files in that folder ("data" by
+              default), or JPEG shards named `cifar10-train*.safetensors` and `cifar10-test*.safetensors` there;
+            - a folder with `train` and `test` (or `val`), each with a folder a class; or with the classes themselves,
+              of which a fifth of the images of every class are then test images;
+            - a prefix such as `data/tinyimagenet32`, for JPEG shards named `PREFIX-train*.safetensors` and
+              `PREFIX-test*.safetensors` (or `-val`).
+        size: Side in pixels that images are kept at, others are resized and cropped; None for 64 in a folder, and 32
+            otherwise.
         download: Whether torchvision may download what is missing.
 
     Raises:
-        FineTuneError, ImageError: If there is nothing of that name, or as `load_benchmark`.
+        FineTuneError: If there are no such data; the message says how to get them.
+        ImageError: If an image is damaged.
     """
-    name, _, root = text.partition(":")
-    path = Path(text).expanduser()
+    name, _, root = data.partition(":")
+    path = Path(data).expanduser()
     if name in _TORCHVISION:
-        return load_benchmark(name, root or None, size=size or 32, download=download)
+        return _named(name, Path(root or "data").expanduser(), size or 32, download)
     if path.is_dir():
-        return load_benchmark("folder", path, size=size or 64)
+        return _from_folder(path, size or 64)
     if _shard_files(path, "train"):
-        return load_benchmark("shards", path, size=size or 32)
+        return _from_shards(path, size or 32)
     raise FineTuneError(
-        f"there is no folder {text}, there are no shards {text}-train*.safetensors, and no data set is named so; known "
-        f"are {', '.join(_TORCHVISION)}"
+        f"there is no folder {data}, there are no shards {data}-train*.safetensors, and no data set is named so; known "
+        f"are {', '.join(DATASETS)}"
     )
 
 
@@ -217,7 +196,7 @@ def _named(name: str, root: Path, size: int, download: bool) -> Benchmark:
             parts = [_TORCHVISION[name](root, train, fetch) for train in (True, False)]
         except RuntimeError:  # torchvision's word for missing and for damaged files
             if _shard_files(root / name, "train"):
-                return _from_shards(name, root / name, size)
+                return _from_shards(root / name, size)
             continue
         except OSError as error:
             raise FineTuneError(f"{name} could not be read from or downloaded to {root}: {error}") from error
@@ -229,32 +208,28 @@ def _named(name: str, root: Path, size: int, download: bool) -> Benchmark:
 
 def _from_folder(root: Path, size: int) -> Benchmark:
     """torchvision's ImageFolder layout, divided or not."""
-    if not root.is_dir():
-        raise FineTuneError(f"there is no folder {root}; a folder with one sub-folder a class is expected")
-    if (root / "train").is_dir():
-        other = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
-        if other is None:
-            raise FineTuneError(f"{root} has a folder 'train', but neither 'test' nor 'val' beside it")
-        train, test = (load_folder(part, size) for part in (root / "train", other))
-        if train.classes != test.classes:
-            differ = sorted(set(train.classes) ^ set(test.classes))
-            raise FineTuneError(f"{root}: train and {other.name} have different classes: {', '.join(differ[:5])}")
-        return Benchmark(root.name, train, test, f"folder {root.name}")
-    images = load_folder(root, size)
-    is_test = stratified(images.labels, 0.2, "to measure on")
-    return Benchmark(root.name, images.subset(~is_test), images.subset(is_test), f"folder, fifths: {root.name}")
+    if not (root / "train").is_dir():
+        images = load_images([root], size)
+        is_test = stratified(images.labels, 0.2, "to measure on")
+        return Benchmark(root.name, images.subset(~is_test), images.subset(is_test), f"folder, fifths: {root.name}")
+    other = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
+    if other is None:
+        raise FineTuneError(f"{root} has a folder 'train', but neither 'test' nor 'val' beside it")
+    train, test = (load_images([part], size) for part in (root / "train", other))
+    if train.classes != test.classes:
+        differ = sorted(set(train.classes) ^ set(test.classes))
+        raise FineTuneError(f"{root}: train and {other.name} have different classes: {', '.join(differ[:5])}")
+    return Benchmark(root.name, train, test, f"folder {root.name}")
 
 
-# --- JPEG shards ----------------------------------------------------------------------------------------------------
+def _from_shards(prefix: Path, size: int) -> Benchmark:
+    """JPEG shards; a benchmark is called as their prefix."""
+    train, test = _shard_files(prefix, "train"), _shard_files(prefix, "test") or _shard_files(prefix, "val")
+    if not test:
+        raise FineTuneError(f"there are no shards {prefix}-test*.safetensors beside {prefix}-train*.safetensors")
+    copy = "JPEG shards (not bit-identical to the original)"
+    return Benchmark(prefix.name, load_images(train, size), load_images(test, size), copy)
 
 
 def _shard_files(prefix: Path, part: str) -> list[Path]:
     return sorted(prefix.parent.glob(f"{prefix.name}-{part}*.safetensors"))
-
-
-def _from_shards(name: str, prefix: Path, size: int) -> Benchmark:
-    train, test = _shard_files(prefix, "train"), _shard_files(prefix, "test") or _shard_files(prefix, "val")
-    if not train or not test:
-        raise FineTuneError(f"there are no shards {prefix}-train*.safetensors and {prefix}-test*.safetensors")
-    copy = "JPEG shards (not bit-identical to the original)"
-    return Benchmark(name, load_shards(train, size), load_shards(test, size), copy)

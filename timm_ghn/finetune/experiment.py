@@ -15,7 +15,7 @@ from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.batches import DeviceImages
 from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.data import Benchmark, Task, classes_in_turn, make_task
-from timm_ghn.finetune.network import build_network, weights_digest
+from timm_ghn.finetune.network import build_network
 from timm_ghn.finetune.results import ResultStore, RunResult, Summary, environment, summarize
 from timm_ghn.finetune.run import Execution, Point, Run
 
@@ -72,15 +72,15 @@ def run_jobs(
 def _named(jobs: Sequence[Job], data: Benchmark) -> list[tuple[str, Job, Task]]:
     """The runs with their names and images; what several have in common is made once."""
     tasks: dict[tuple[str, int | None], Task] = {}
-    weights: dict[tuple[str, str | None, str | None], str] = {}
+    weights: dict[tuple[str, str | None], str] = {}
     named = []
     for job in jobs:
         config = job.config
-        images, source = (config.split, config.labels_per_class), (config.init, config.ghn, config.init_file)
+        images, source = (config.split, config.labels_per_class), (config.starts_from, config.ghn)
         if images not in tasks:
             tasks[images] = make_task(data, config)
         if source not in weights:
-            weights[source] = weights_digest(config)
+            weights[source] = config.weights_digest()
         named.append((config.key(job.seed, tasks[images].digest, weights[source]), job, tasks[images]))
     return named
 
@@ -142,7 +142,6 @@ def _result(key: str, run: Run, task: Task, data: Benchmark) -> RunResult:
         },
         network={
             "parameters": sum(parameter.numel() for parameter in run.module.parameters()),
-            "stem": run.network.stem,
             "weights": dict(run.network.provenance),
         },
         environment=environment(run.device),
@@ -159,12 +158,10 @@ def explained_memory(config: FineTuneConfig) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        ways = [f"a smaller --batch-size than {config.batch_size}", "--precision bfloat16", "fewer runs at a time"]
-        if config.adjusts_stem:
-            ways.append("--stem original")
         raise FineTuneError(
-            f"{config.model} does not fit in the memory of the GPU with images of {config.image_size} pixels: try "
-            f"{', '.join(ways)}. Finished runs are kept; the same command goes on"
+            f"{config.model} does not fit in the memory of the GPU with images of {config.image_size} pixels: try a "
+            f"smaller --batch-size than {config.batch_size}, a smaller --image-size, or fewer runs at a time. Finished "
+            "runs are kept; the same command goes on"
         ) from error
 
 

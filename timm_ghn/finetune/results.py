@@ -45,7 +45,7 @@ class RunResult:
         images_per_second: Training images a second.
         curve: One point an epoch.
         data: Name, copy, digest and sizes of the data.
-        network: Parameters, changes to the stem, and where the weights came from.
+        network: Number of parameters, and where the weights came from.
         environment: Versions, device, commit.
     """
 
@@ -67,15 +67,18 @@ class RunResult:
         return {**vars(self), "config": self.config.to_dict(), "curve": [asdict(point) for point in self.curve]}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunResult:
+    def from_dict(cls, values: Mapping[str, Any], settings: type[FineTuneConfig] = FineTuneConfig) -> RunResult:
         """A result from `to_dict`.
+
+        Args:
+            values: What `to_dict` gave.
+            settings: The type of its settings.
 
         Raises:
             KeyError, TypeError, FineTuneError: If it is none.
         """
-        config = FineTuneConfig.from_dict(values["config"])
         curve = tuple(Point(**point) for point in values["curve"])
-        return cls(**{**values, "config": config, "curve": curve})
+        return cls(**{**values, "config": settings.from_dict(values["config"]), "curve": curve})
 
 
 class ResultStore:
@@ -83,10 +86,11 @@ class ResultStore:
 
     Args:
         folder: Where `runs/`, `weights/` and `locks/` are.
+        settings: The type of the settings of its runs.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, settings: type[FineTuneConfig] = FineTuneConfig) -> None:
+        self.folder, self.settings = Path(folder), settings
 
     def path(self, key: str) -> Path:
         """File of a finished run."""
@@ -104,7 +108,7 @@ class ResultStore:
         """The result of a run; None if it is not finished or its file is damaged."""
         path = self.path(key)
         try:
-            return RunResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return RunResult.from_dict(json.loads(path.read_text(encoding="utf-8")), self.settings)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, FineTuneError) as error:

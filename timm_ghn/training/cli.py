@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,7 @@ from timm_ghn.training.processes import join_processes
 from timm_ghn.training.run import Beginning, prepare
 from timm_ghn.training.teacher import PACKAGED
 
-_SETTINGS = (
-    ("steps", int, "updates of the GHN"),
-    ("cooldown", int, "updates at the end over which the learning rate falls to zero"),
-    ("meta_batch", int, "networks an update, over all processes"),
-    ("batch_size", int, "images a network"),
-    ("lr", float, "learning rate"),
-    ("first", int, "networks to begin with"),
-    ("fresh", float, "new networks an update"),
-    ("kept", int, "networks in use at a time"),
-    ("average", float, "decay of the running average of the weights"),
-    ("held_out_classes", int, "classes that are kept for measuring"),
-    ("eval_every", int, "updates between evaluations"),
-    ("save_every", int, "updates between checkpoints"),
-    ("log_every", int, "updates between lines in metrics.jsonl"),
-    ("seed", int, "seed of everything drawn"),
-    ("num_threads", int, "threads a process"),
-)
+_SETTINGS = {entry.name: entry for entry in fields(TrainConfig) if isinstance(entry.default, (int, float))}
 _GHN_SETTINGS = (("hid", "size of the GHN's node features"), ("tiles", "blocks a side that differ in a large kernel"))
 
 
@@ -76,8 +60,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         choices=sorted(FAMILIES),
         help="families of networks never to train on, for measuring generalization",
     )
-    for name, kind, text in _SETTINGS:
-        parser.add_argument(_option(name), type=kind, help=f"{text} (default: the preset's)")
+    for name, entry in _SETTINGS.items():
+        text = f"{entry.metadata['text']} (default: the preset's)"
+        parser.add_argument(_option(name), type=type(entry.default), help=text)
     for name, text in _GHN_SETTINGS:
         parser.add_argument(_option(name), type=int, help=f"{text} (default: the preset's)")
     parser.add_argument(
@@ -102,8 +87,7 @@ def make_config(args: argparse.Namespace) -> TrainConfig:
         CheckpointError, UnknownGhnError, DownloadError: If the GHN to begin with cannot be loaded.
     """
     config = PRESETS[args.preset]
-    names = [name for name, _, _ in _SETTINGS]
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    changes = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
     shape: dict[str, Any] = {name: getattr(args, name) for name, _ in _GHN_SETTINGS if getattr(args, name) is not None}
     if args.hypernet is not None:
         layers, heads = (4, 8) if args.hypernet == "graphormer" else (0, 0)

@@ -3,82 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from timm_ghn.checked import Checked, setting
 from timm_ghn.errors import CheckpointError, TrainingError
 from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.training.families import FAMILIES
 
-_AT_LEAST = {
-    **dict.fromkeys(
-        ("steps", "meta_batch", "first", "kept", "eval_every", "eval_images", "save_every", "log_every"), 1
-    ),
-    **dict.fromkeys(("cooldown", "fresh", "held_out_classes"), 0),
-    "batch_size": 2,  # batch norms use the statistics of the batch
-}
+
+def _all_families() -> dict[str, float]:
+    return {name: share for name, (share, _) in FAMILIES.items()}
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides the course of a training run.
+class TrainConfig(Checked):
+    """Everything that decides the course of a training run. What update i of process r draws depends on (seed, i, r).
 
-    Attributes:
-        ghn: Hyperparameters of the GHN, but for its number of classes, which follows from images and teacher.
-        steps: Number of updates. A run may go on beyond: resume it with more.
-        cooldown: Updates at the end of `steps` over which the learning rate falls linearly to zero.
-        meta_batch: Networks an update, over all processes.
-        batch_size: Images that each of them sees, all different.
-        lr: Learning rate after the warm-up.
-        warmup: Updates over which the learning rate rises to `lr`.
-        average: Decay, for each update, of a running average of the weights, which is what is evaluated and exported.
-        first: Networks to begin with.
-        fresh: New networks an update.
-        kept: Networks in use at a time: the latest ones.
-        families: How often each family of networks is drawn; none that is left out.
-        held_out_classes: Classes that the GHN never sees, for measuring.
-        validation: Share of every class's images for validation.
-        eval_every: Updates between evaluations.
-        eval_images: Images a network in an evaluation.
-        save_every: Updates between checkpoints.
-        log_every: Updates between lines in the metrics file.
-        seed: Seed of everything drawn: what update i of process r draws depends on (seed, i, r) alone.
-        num_threads: Threads a process; None leaves torch's choice.
+    Raises:
+        TrainingError: If a value is out of range.
     """
 
-    ghn: GHNConfig = field(default_factory=lambda: GHNConfig(kernels="orthogonal"))
-    steps: int = 10_000
-    cooldown: int = 0
-    meta_batch: int = 8
-    batch_size: int = 64
-    lr: float = 2e-3
-    warmup: int = 30
-    average: float = 0.995
-    first: int = 24
-    fresh: float = 0.25
-    kept: int = 1024
-    families: Mapping[str, float] = field(
-        default_factory=lambda: {name: share for name, (share, _) in FAMILIES.items()}
+    error = TrainingError
+
+    ghn: GHNConfig = setting(
+        text="hyperparameters of the GHN, but for its number of classes, which follows from images and teacher",
+        made=lambda: GHNConfig(kernels="orthogonal"),
     )
-    held_out_classes: int = 50
-    validation: float = 0.04
-    eval_every: int = 500
-    eval_images: int = 400
-    save_every: int = 50
-    log_every: int = 20
-    seed: int = 0
-    num_threads: int | None = 1
+    steps: int = setting(10_000, "updates of the GHN; a run may go on beyond: resume it with more", 1)
+    cooldown: int = setting(0, "updates at the end over which the learning rate falls linearly to zero", 0)
+    meta_batch: int = setting(8, "networks an update, over all processes", 1)
+    batch_size: int = setting(64, "images a network; batch norms use their statistics", 2)
+    lr: float = setting(2e-3, "learning rate after the warm-up", 1e-12)
+    warmup: int = setting(30, "updates over which the learning rate rises", 0)
+    average: float = setting(
+        0.995, "decay, for each update, of the running average of the weights that is evaluated and exported", 0
+    )
+    first: int = setting(24, "networks to begin with", 1)
+    fresh: float = setting(0.25, "new networks an update", 0)
+    kept: int = setting(1024, "networks in use at a time: the latest ones", 1)
+    families: Mapping[str, float] = setting(
+        text="how often each family of networks is drawn; none that is left out", made=_all_families
+    )
+    held_out_classes: int = setting(50, "classes that the GHN never sees, for measuring", 0)
+    validation: float = setting(0.04, "share of every class's images for validation", 0)
+    eval_every: int = setting(500, "updates between evaluations", 1)
+    eval_images: int = setting(400, "images a network in an evaluation", 1)
+    save_every: int = setting(50, "updates between checkpoints", 1)
+    log_every: int = setting(20, "updates between lines in metrics.jsonl", 1)
+    seed: int = setting(0, "seed of everything drawn")
+    num_threads: int | None = setting(1, "threads a process; None leaves torch's choice")
 
     def __post_init__(self) -> None:
-        for name, least in _AT_LEAST.items():
-            if getattr(self, name) < least:
-                raise TrainingError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        super().__post_init__()
         if self.cooldown > self.steps:
             raise TrainingError(f"a cooldown of {self.cooldown} updates does not fit into a run of {self.steps}")
-        if not 0 <= self.average < 1:
-            raise TrainingError(f"average must be at least 0 and less than 1, not {self.average}")
-        if not self.lr > 0:
-            raise TrainingError(f"lr must be positive, not {self.lr}")
+        if self.average >= 1:
+            raise TrainingError(f"average must be less than 1, got {self.average}")
         unknown = sorted(set(self.families) - set(FAMILIES))
         if unknown:
             raise TrainingError(f"unknown families of networks: {', '.join(unknown)}")
