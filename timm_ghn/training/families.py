@@ -8,6 +8,7 @@ are often narrower than what its classes take, so they are not checked here.)
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import random
@@ -38,6 +39,12 @@ class Draw:
         self.real, self.number = self._random.uniform, self._random.randint
         self.size = size
         self.classes = classes
+
+    def build(self, network: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+        """A network of a class of timm's, told its classes, its images' size, and no dropout, where it takes them."""
+        told = {"num_classes": self.classes, "img_size": self.size, "drop_rate": 0.0, "drop_path_rate": 0.0}
+        known = inspect.signature(network).parameters
+        return network(*args, **{name: value for name, value in told.items() if name in known}, **kwargs)
 
     def pick(self, *options: T) -> T:
         """One of the options."""
@@ -91,13 +98,13 @@ Family = Callable[[Draw], nn.Module]
 
 def _resnet(d: Draw) -> nn.Module:
     attention = d.pick(None, None, None, "se", "eca")
-    options = {"block_args": {"attn_layer": attention}} if attention else {}
+    options: dict[str, Any] = {"block_args": {"attn_layer": attention}} if attention else {}
     block = d.pick(models.resnet.BasicBlock, models.resnet.BasicBlock, models.resnet.Bottleneck)
     low, high = (16, 64) if block is models.resnet.BasicBlock else (12, 32)
     if block is models.resnet.Bottleneck and d.flag(0.3):
         options |= {"cardinality": d.pick(4, 8, 32), "base_width": d.pick(4, 8)}
-    return models.resnet.ResNet(
-        block, d.depths(4), num_classes=d.classes, stem_width=d.width(12, 64), stem_type=d.pick("", "", "deep"),
+    return d.build(
+        models.resnet.ResNet, block, d.depths(4), stem_width=d.width(12, 64), stem_type=d.pick("", "", "deep"),
         avg_down=d.flag(0.3), channels=d.widths(4, low, high), act_layer=d.pick(nn.ReLU, nn.ReLU, nn.ReLU, nn.SiLU),
         **options,
     )
@@ -105,63 +112,58 @@ def _resnet(d: Draw) -> nn.Module:
 
 def _resnetv2(d: Draw) -> nn.Module:
     groups = d.pick(4, 8, 16, 32)
-    if d.flag():
-        options: dict[str, Any] = {"norm_layer": BatchNormAct2d, "conv_layer": create_conv2d}
-    else:
-        options = {"norm_layer": partial(GroupNormAct, num_groups=groups)}
-    return models.resnetv2.ResNetV2(
-        list(d.depths(4)), channels=d.widths(4, 32, 96, 4 * groups), num_classes=d.classes,
-        stem_chs=d.width(32, 64, 2 * groups), stem_type=d.pick("", "deep"), preact=d.flag(0.7), **options,
+    batch = {"norm_layer": BatchNormAct2d, "conv_layer": create_conv2d}
+    norms = batch if d.flag() else {"norm_layer": partial(GroupNormAct, num_groups=groups)}
+    return d.build(
+        models.resnetv2.ResNetV2, list(d.depths(4)), channels=d.widths(4, 32, 96, 4 * groups),
+        stem_chs=d.width(32, 64, 2 * groups), stem_type=d.pick("", "deep"), preact=d.flag(0.7), **norms,
     )
+
+
+def _byob(d: Draw, blocks: Sequence[Any], **options: Any) -> nn.Module:
+    return d.build(models.byobnet.ByobNet, models.byobnet.ByoModelCfg(blocks=tuple(blocks), **options))
 
 
 def _byobnet(d: Draw) -> nn.Module:
     kind = d.pick("basic", "bottle", "dark", "edge", "rep")
     widths = d.widths(4, 24, 64)
-    blocks = tuple(
+    blocks = [
         models.byobnet.ByoBlockCfg(
             type=kind, d=depth, c=width, s=2 if index or kind == "rep" else 1,
             gs=d.pick(0, 0, 8) if kind == "bottle" else 0,
             br=1.0 if kind in ("basic", "rep") else d.pick(0.25, 0.5) if kind != "edge" else d.pick(1.0, 2.0),
         )
         for index, (depth, width) in enumerate(zip(d.depths(4), widths, strict=True))
-    )
-    cfg = models.byobnet.ByoModelCfg(
-        blocks=blocks, stem_chs=d.width(24, 64),
+    ]
+    return _byob(
+        d, blocks, stem_chs=d.width(24, 64),
         stem_type="rep" if kind == "rep" else d.pick("3x3", "7x7", "tiered", "quad2"),
         stem_pool="" if kind == "rep" else d.pick("maxpool", ""),
         act_layer=d.pick("relu", "relu", "silu", "leaky_relu"), attn_layer=d.pick(None, None, None, "se", "eca"),
         num_features=d.pick(0, 0, d.width(128, 640)),
     )
-    return models.byobnet.ByobNet(cfg, num_classes=d.classes)
 
 
 def _mobileone(d: Draw) -> nn.Module:
     stem = before = d.width(24, 48)
     branches = {"num_conv_branches": d.pick(1, 1, 2)}
+    block = partial(models.byobnet.ByoBlockCfg, type="one", d=1)
     stages: list[Any] = []
     for depth, width in zip(d.depths(4), d.widths(4, 24, 48), strict=True):
-        stage = []
-        for index in range(depth):
-            depthwise = models.byobnet.ByoBlockCfg(
-                type="one", d=1, c=before, gs=1, s=1 if index else 2, block_kwargs=branches,
-                attn_layer=d.pick(None, "se"),
-            )
-            pointwise = models.byobnet.ByoBlockCfg(
-                type="one", d=1, c=width, gs=0, s=1, block_kwargs={"kernel_size": 1, **branches}
-            )
-            stage += [depthwise, pointwise]
+        pointwise = block(c=width, gs=0, s=1, block_kwargs={"kernel_size": 1, **branches})
+        stages.append([])
+        for stride in (2, *(1,) * (depth - 1)):
+            depthwise = block(c=before, gs=1, s=stride, block_kwargs=branches, attn_layer=d.pick(None, "se"))
+            stages[-1] += [depthwise, pointwise]
             before = width
-        stages.append(tuple(stage))
-    cfg = models.byobnet.ByoModelCfg(blocks=tuple(stages), stem_type="one", stem_chs=stem)
-    return models.byobnet.ByobNet(cfg, num_classes=d.classes)
+    return _byob(d, map(tuple, stages), stem_type="one", stem_chs=stem)
 
 
 def _mobilevit(d: Draw) -> nn.Module:
     second = d.flag()
     widths = d.widths(5, 16, 32)
-    ratio = d.pick(2.0, 3.0, 4.0)
-    inverted = {"gs": 1, "br": ratio, "block_kwargs": {"bottle_in": True, "linear_out": True}}
+    inverted = {"gs": 1, "br": d.pick(2.0, 3.0, 4.0), "block_kwargs": {"bottle_in": True, "linear_out": True}}
+    mixer = partial(models.byobnet.ByoBlockCfg, d=1, s=1)
     blocks: list[Any] = []
     for index, width in enumerate(widths):
         conv = models.byobnet.ByoBlockCfg(type="bottle", d=d.number(1, 2), c=width, s=2 if index else 1, **inverted)
@@ -170,16 +172,14 @@ def _mobilevit(d: Draw) -> nn.Module:
             continue
         details = {"transformer_depth": d.number(1, 3), "patch_size": d.pick(1, 2) if index == 2 else 1}
         if second:
-            mixer = models.byobnet.ByoBlockCfg(type="mobilevit2", d=1, c=width, s=1, br=0.5, gs=1, block_kwargs=details)
+            blocks.append((conv, mixer(type="mobilevit2", c=width, br=0.5, gs=1, block_kwargs=details)))
         else:
-            dim = {"transformer_dim": width + d.pick(0, 16, 32), "num_heads": 4}
-            mixer = models.byobnet.ByoBlockCfg(type="mobilevit", d=1, c=width, s=1, block_kwargs=details | dim)
-        blocks.append((conv, mixer))
-    cfg = models.byobnet.ByoModelCfg(
-        blocks=tuple(blocks), stem_chs=widths[0], stem_pool="", downsample="", act_layer="silu",
+            details |= {"transformer_dim": width + d.pick(0, 16, 32), "num_heads": 4}
+            blocks.append((conv, mixer(type="mobilevit", c=width, block_kwargs=details)))
+    return _byob(
+        d, blocks, stem_chs=widths[0], stem_pool="", downsample="", act_layer="silu",
         num_features=0 if second else d.width(128, 512),
     )
-    return models.byobnet.ByobNet(cfg, num_classes=d.classes)
 
 
 def _efficient_stages(d: Draw, first_stride: int, kinds: Sequence[str]) -> list[list[str]]:
@@ -201,8 +201,8 @@ def _mobilenetv3(d: Draw) -> nn.Module:
     stages = _efficient_stages(d, d.pick(1, 2), ("ir",))
     stages = [[text + ("_nre" if index < 2 else "") for text in stage] for index, stage in enumerate(stages)]
     stages.append([f"cn_r1_k1_s1_c{d.width(144, 640)}"])
-    return models.mobilenetv3.MobileNetV3(
-        decode_arch_def(stages), num_classes=d.classes, num_features=d.width(256, 1024), stem_size=16,
+    return d.build(
+        models.mobilenetv3.MobileNetV3, decode_arch_def(stages), num_features=d.width(256, 1024), stem_size=16,
         act_layer=d.pick(nn.Hardswish, nn.Hardswish, nn.ReLU),
         se_layer=partial(models.mobilenetv3.SqueezeExcite, gate_layer=d.pick("hard_sigmoid", "sigmoid")),
         round_chs_fn=round_channels,
@@ -213,24 +213,20 @@ def _mobilenetv4(d: Draw) -> nn.Module:
     widths = d.widths(4, 16, 40)
     stages = [[d.pick(f"cn_r1_k3_s2_e1_c{widths[0]}", f"er_r1_k3_s2_e4_c{widths[0]}")]]
     for index, width in enumerate(widths[1:]):
-        head = f"uir_r1_a{d.pick(0, 3, 5)}_k{d.pick(3, 5)}_s2_e{d.pick(3, 4, 6)}_c{width}"
-        stage = [head]
+        stage = [f"uir_r1_a{d.pick(0, 3, 5)}_k{d.pick(3, 5)}_s2_e{d.pick(3, 4, 6)}_c{width}"]
         for _ in range(d.number(1, 5)):
             kind = d.pick("ib", "extra", "next", "ffn", "mqa" if index else "ib")
-            expand = d.pick(2, 3, 4)
-            stage.append(
-                {
-                    "ib": f"uir_r1_a0_k{d.pick(3, 5)}_s1_e{expand}_c{width}",
-                    "extra": f"uir_r1_a3_k{d.pick(3, 5)}_s1_e{expand}_c{width}",
-                    "next": f"uir_r1_a{d.pick(3, 5)}_k0_s1_e{expand}_c{width}",
-                    "ffn": f"uir_r1_a0_k0_s1_e{expand}_c{width}",
-                    "mqa": f"mqa_r1_k3_h{d.pick(2, 4)}_s1_d{d.pick(16, 32)}_c{width}",
-                }[kind]
-            )
+            end = f"s1_e{d.pick(2, 3, 4)}_c{width}"
+            texts = {
+                "ib": f"uir_r1_a0_k{d.pick(3, 5)}_{end}", "extra": f"uir_r1_a3_k{d.pick(3, 5)}_{end}",
+                "next": f"uir_r1_a{d.pick(3, 5)}_k0_{end}", "ffn": f"uir_r1_a0_k0_{end}",
+                "mqa": f"mqa_r1_k3_h{d.pick(2, 4)}_s1_d{d.pick(16, 32)}_c{width}",
+            }
+            stage.append(texts[kind])
         stages.append(stage)
     stages.append([f"cn_r1_k1_s1_c{d.width(160, 640)}"])
-    return models.mobilenetv3.MobileNetV3(
-        decode_arch_def(stages), num_classes=d.classes, head_bias=False, head_norm=True,
+    return d.build(
+        models.mobilenetv3.MobileNetV3, decode_arch_def(stages), head_bias=False, head_norm=True,
         num_features=d.width(256, 1024), stem_size=d.width(16, 32), act_layer=d.pick(nn.ReLU, nn.GELU),
         round_chs_fn=round_channels, layer_scale_init_value=d.pick(None, 0.1),
     )
@@ -248,12 +244,11 @@ def _ghost_stages(d: Draw) -> list[Any]:
 
 
 def _vgg(d: Draw) -> nn.Module:
-    cfg: list[Any] = []
-    for width, depth in zip(d.widths(5, 12, 32), d.depths(5, 2), strict=True):
-        cfg += [width] * min(depth, 3) + ["M"]
+    plan = zip(d.widths(5, 12, 32), d.depths(5, 2), strict=True)
+    cfg = [layer for width, depth in plan for layer in ([width] * min(depth, 3) + ["M"])]
     # The first layer of timm's VGG head is a kernel of 7 x 7, over a map of 7 x 7 of ImageNet's images.
-    return models.vgg.VGG(
-        cfg, num_classes=d.classes, mlp_ratio=d.pick(1 / 64, 1 / 32, 1 / 16),
+    return d.build(
+        models.vgg.VGG, cfg, mlp_ratio=d.pick(1 / 64, 1 / 32, 1 / 16),
         norm_layer=d.pick(None, nn.BatchNorm2d, nn.BatchNorm2d),
     )
 
@@ -261,11 +256,11 @@ def _vgg(d: Draw) -> nn.Module:
 def _rdnet(d: Draw) -> nn.Module:
     stages = d.number(4, 6)
     down = (None, True, True, *(d.flag(0.3) for _ in range(stages - 3)))
-    return models.rdnet.RDNet(
-        num_classes=d.classes, growth_rates=[d.width(16, 64) for _ in range(stages)],
-        num_blocks_list=[d.number(1, 3) for _ in range(stages)],
-        block_type=[d.pick("Block", "BlockESE") for _ in range(stages)], is_downsample_block=down,
-        num_init_features=d.width(24, 64), ls_init_value=d.pick(1e-6, 0.1, 1.0),
+    return d.build(
+        models.rdnet.RDNet, growth_rates=[d.width(16, 64) for _ in range(stages)],
+        num_blocks_list=[d.number(1, 3) for _ in range(stages)], is_downsample_block=down,
+        block_type=[d.pick("Block", "BlockESE") for _ in range(stages)], num_init_features=d.width(24, 64),
+        ls_init_value=d.pick(1e-6, 0.1, 1.0),
     )
 
 
@@ -273,26 +268,13 @@ def _hgnet(d: Draw) -> nn.Module:
     outs, mids = d.widths(4, 32, 64, 16), d.widths(4, 16, 32)
     ins = (d.width(16, 32), *outs[:-1])
     second = d.flag()
-    cfg: dict[str, Any] = {"stem_type": "v2" if second else "v1"}
-    cfg["stem_chs"] = [16, ins[0]] if second else [16, 16, ins[0]]
+    stem = [16, ins[0]] if second else [16, 16, ins[0]]
+    cfg: dict[str, Any] = {"stem_type": "v2" if second else "v1", "stem_chs": stem}
     for index in range(4):
         light = index > 1 and second
         row = [ins[index], mids[index], outs[index], d.number(1, 2), index > 0, light]
         cfg[f"stage{index + 1}"] = [*row, d.pick(3, 5) if light else 3, d.number(2, 4)]
-    return models.hgnet.HighPerfGpuNet(
-        cfg, num_classes=d.classes, head_hidden_size=d.width(128, 768), use_lab=d.flag(0.3)
-    )
-
-
-def _nfnet(d: Draw) -> nn.Module:
-    cfg = models.nfnet.NfCfg(
-        depths=d.depths(4, 2), channels=d.widths(4, 48, 128, 16),
-        stem_type=d.pick("3x3", "7x7_pool", "deep_quad"), stem_chs=d.width(24, 64), group_size=d.pick(None, 8, 16),
-        attn_layer=d.pick(None, "se", "eca"), attn_kwargs={}, bottle_ratio=d.pick(0.25, 0.5),
-        num_features=d.pick(0, d.width(192, 640)), act_layer=d.pick("relu", "silu", "gelu"), reg=d.flag(0.3),
-        skipinit=d.flag(0.2),
-    )
-    return models.nfnet.NormFreeNet(cfg, num_classes=d.classes)
+    return d.build(models.hgnet.HighPerfGpuNet, cfg, head_hidden_size=d.width(128, 768), use_lab=d.flag(0.3))
 
 
 # --- convolutional networks in the style of transformers ------------------------------------------------------------
@@ -305,30 +287,31 @@ def _scale(d: Draw) -> float | None:
 
 def _metaformer(d: Draw) -> nn.Module:
     conv, attention, pooling = models.metaformer.SepConv, models.metaformer.Attention, models.metaformer.Pooling
-    dims = d.widths(4, 24, 64, 32) if (kind := d.number(0, 3)) == 2 else d.widths(4, 24, 64)
-    common: dict[str, Any] = {"num_classes": d.classes, "depths": d.depths(4), "dims": dims, "use_mlp_head": d.flag()}
     flat, maps = models.metaformer.LayerNormNoBias, models.metaformer.LayerNorm2dNoBias
-    if kind == 0:  # PoolFormer
-        common |= {"token_mixers": pooling, "mlp_act": nn.GELU, "mlp_bias": True}
-        common |= {"norm_layers": models.metaformer.GroupNorm1, "downsample_norm": None}
-        common |= {"layer_scale_init_values": _scale(d), "res_scale_init_values": None}
-    elif kind == 1:  # ConvFormer
-        common |= {"token_mixers": conv, "norm_layers": maps}
-    elif kind == 2:  # CAFormer
-        common |= {"token_mixers": [conv, conv, attention, attention], "norm_layers": [maps, maps, flat, flat]}
-    else:  # PoolFormerV2
-        common |= {"token_mixers": pooling, "norm_layers": models.metaformer.GroupNorm1NoBias}
-    return models.metaformer.MetaFormer(**common)
+    kind = d.pick("PoolFormer", "ConvFormer", "CAFormer", "PoolFormerV2")
+    dims = d.widths(4, 24, 64, 32 if kind == "CAFormer" else 8)
+    options: dict[str, Any] = {"depths": d.depths(4), "dims": dims, "use_mlp_head": d.flag()}
+    if kind == "PoolFormer":
+        options |= {"token_mixers": pooling, "mlp_act": nn.GELU, "mlp_bias": True, "downsample_norm": None}
+        options |= {"norm_layers": models.metaformer.GroupNorm1, "res_scale_init_values": None}
+        options |= {"layer_scale_init_values": _scale(d)}
+    elif kind == "ConvFormer":
+        options |= {"token_mixers": conv, "norm_layers": maps}
+    elif kind == "CAFormer":
+        options |= {"token_mixers": [conv, conv, attention, attention], "norm_layers": [maps, maps, flat, flat]}
+    else:
+        options |= {"token_mixers": pooling, "norm_layers": models.metaformer.GroupNorm1NoBias}
+    return d.build(models.metaformer.MetaFormer, **options)
 
 
 def _fastvit(d: Draw) -> nn.Module:
-    layers = d.depths(4)
-    attention = d.flag(0.3)
+    layers, attention = d.depths(4), d.flag(0.3)
     position = partial(models.fastvit.RepConditionalPosEnc, spatial_shape=(7, 7))
-    return models.fastvit.FastVit(
-        layers=layers, token_mixers=("repmixer",) * 3 + ("attention" if attention else "repmixer",),
+    return d.build(
+        models.fastvit.FastVit, layers=layers,
+        token_mixers=("repmixer",) * 3 + ("attention" if attention else "repmixer",),
         embed_dims=d.scaled((32,) if attention else (16, 24, 32, 40, 48), (1, 2, 4, 8)),
-        mlp_ratios=(d.pick(2, 3, 4),) * 4, num_classes=d.classes, layer_scale_init_value=d.pick(1e-5, 0.1, 1.0),
+        mlp_ratios=(d.pick(2, 3, 4),) * 4, layer_scale_init_value=d.pick(1e-5, 0.1, 1.0),
         pos_embs=(None, None, None, position if attention else None),
     )
 
@@ -341,21 +324,20 @@ def _patch(d: Draw) -> int:
 
 
 def _swin(d: Draw) -> nn.Module:
-    heads = d.number(1, 2)
-    stages = d.number(2, 4)
-    common: dict[str, Any] = {
-        "img_size": d.size, "patch_size": d.pick(2, 4) if d.size == 32 else 4, "num_classes": d.classes,
-        "embed_dim": heads * d.pick(24, 32), "depths": d.depths(stages, 2),
-        "num_heads": tuple(heads * 2**index for index in range(stages)), "window_size": d.pick(2, 4, 4, 7),
-        "drop_path_rate": 0.0,
+    heads, stages = d.number(1, 2), d.number(2, 4)
+    options: dict[str, Any] = {
+        "patch_size": d.pick(2, 4) if d.size == 32 else 4, "embed_dim": heads * d.pick(24, 32),
+        "depths": d.depths(stages, 2), "num_heads": tuple(heads * 2**index for index in range(stages)),
+        "window_size": d.pick(2, 4, 4, 7),
     }
-    return d.pick(models.swin_transformer.SwinTransformer, models.swin_transformer_v2.SwinTransformerV2)(**common)
+    kind = d.pick(models.swin_transformer.SwinTransformer, models.swin_transformer_v2.SwinTransformerV2)
+    return d.build(kind, **options)
 
 
 def _maxxvit(d: Draw) -> nn.Module:
     kind = d.pick(("C", "C", "T", "T"), ("C", "C", "T", "T"), ("M", "M", "M", "M"), (("C", "T"),) * 4)
     block = d.pick("mbconv", "mbconv", "convnext")
-    cfg = models.maxxvit.MaxxVitCfg(
+    return d.build(models.maxxvit.MaxxVit, models.maxxvit.MaxxVitCfg(
         embed_dim=(32, 64, 128, d.pick(128, 256)), depths=d.depths(4, 1), block_type=kind, stem_width=32,
         stem_bias=d.flag(),
         conv_cfg=models.maxxvit.MaxxVitConvCfg(
@@ -367,195 +349,185 @@ def _maxxvit(d: Draw) -> nn.Module:
             init_values=d.pick(None, 0.1, 1e-6),
         ),
         head_hidden_size=d.pick(None, d.width(64, 256)),
-    )
-    return models.maxxvit.MaxxVit(cfg, img_size=d.size, num_classes=d.classes)
+    ))
 
 
 def _mixer(d: Draw) -> nn.Module:
-    common: dict[str, Any] = {
-        "num_classes": d.classes, "img_size": d.size, "patch_size": _patch(d), "num_blocks": d.number(3, 12),
-        "embed_dim": d.width(64, 256),
-    }
-    kind = d.number(0, 2)
-    if kind == 1:  # ResMLP
-        common |= {"mlp_ratio": d.pick(3, 4), "norm_layer": models.mlp_mixer.Affine}
-        common |= {"block_layer": partial(models.mlp_mixer.ResBlock, init_values=d.pick(0.1, 1e-4))}
-    elif kind == 2:  # gMLP
-        common |= {"mlp_ratio": d.pick(4, 6), "block_layer": models.mlp_mixer.SpatialGatingBlock}
-        common |= {"mlp_layer": models.mlp_mixer.GatedMlp}
+    options: dict[str, Any] = {"patch_size": _patch(d), "num_blocks": d.number(3, 12), "embed_dim": d.width(64, 256)}
+    kind = d.pick("Mixer", "ResMLP", "gMLP")
+    if kind == "ResMLP":
+        options |= {"mlp_ratio": d.pick(3, 4), "norm_layer": models.mlp_mixer.Affine}
+        options |= {"block_layer": partial(models.mlp_mixer.ResBlock, init_values=d.pick(0.1, 1e-4))}
+    elif kind == "gMLP":
+        options |= {"mlp_ratio": d.pick(4, 6), "block_layer": models.mlp_mixer.SpatialGatingBlock}
+        options |= {"mlp_layer": models.mlp_mixer.GatedMlp}
     else:
-        common |= {"mlp_ratio": (d.pick(0.5, 0.5, 1.0), d.pick(3.0, 4.0))}
-        common |= {"mlp_layer": d.pick(Mlp, Mlp, GluMlp)}
-    return models.mlp_mixer.MlpMixer(**common)
+        options |= {"mlp_ratio": (d.pick(0.5, 0.5, 1.0), d.pick(3.0, 4.0)), "mlp_layer": d.pick(Mlp, Mlp, GluMlp)}
+    return d.build(models.mlp_mixer.MlpMixer, **options)
 
 
 FAMILIES: dict[str, tuple[float, Family]] = {
     "resnet": (6, _resnet), "resnetv2": (2, _resnetv2), "byobnet": (3, _byobnet), "mobileone": (1, _mobileone),
     "mobilevit": (2, _mobilevit), "mobilenetv3": (3, _mobilenetv3), "mobilenetv4": (2, _mobilenetv4), "vgg": (2, _vgg),
-    "rdnet": (1, _rdnet), "hgnet": (1, _hgnet), "nfnet": (2, _nfnet), "metaformer": (3, _metaformer),
-    "fastvit": (1, _fastvit), "swin": (3, _swin), "maxxvit": (2, _maxxvit), "mixer": (3, _mixer),
+    "rdnet": (1, _rdnet), "hgnet": (1, _hgnet), "metaformer": (3, _metaformer), "fastvit": (1, _fastvit),
+    "swin": (3, _swin), "maxxvit": (2, _maxxvit), "mixer": (3, _mixer),
     # Convolutional networks.
-    "res2net": (1, lambda d: models.resnet.ResNet(
-        models.res2net.Bottle2neck, d.depths(4), num_classes=d.classes, base_width=d.pick(14, 26, 48),
+    "nfnet": (2, lambda d: d.build(models.nfnet.NormFreeNet, models.nfnet.NfCfg(
+        depths=d.depths(4, 2), channels=d.widths(4, 48, 128, 16), stem_type=d.pick("3x3", "7x7_pool", "deep_quad"),
+        stem_chs=d.width(24, 64), group_size=d.pick(None, 8, 16), attn_layer=d.pick(None, "se", "eca"), attn_kwargs={},
+        bottle_ratio=d.pick(0.25, 0.5), num_features=d.pick(0, d.width(192, 640)),
+        act_layer=d.pick("relu", "silu", "gelu"), reg=d.flag(0.3), skipinit=d.flag(0.2),
+    ))),
+    "res2net": (1, lambda d: d.build(
+        models.resnet.ResNet, models.res2net.Bottle2neck, d.depths(4), base_width=d.pick(14, 26, 48),
         channels=d.widths(4, 16, 48), block_args={"scale": d.pick(3, 4, 6)},
     )),
-    "regnet": (3, lambda d: models.regnet.RegNet(
-        models.regnet.RegNetCfg(
-            depth=d.number(8, 18), w0=d.width(16, 48), wa=d.real(18, 40), wm=d.real(2.0, 2.6),
-            group_size=d.pick(8, 8, 16, 24), bottle_ratio=d.pick(1.0, 1.0, 1.0, 0.5), se_ratio=d.pick(0.0, 0.0, 0.25),
-            act_layer=d.pick("relu", "relu", "silu"),
-        ),
-        num_classes=d.classes,
+    "regnet": (3, lambda d: d.build(models.regnet.RegNet, models.regnet.RegNetCfg(
+        depth=d.number(8, 18), w0=d.width(16, 48), wa=d.real(18, 40), wm=d.real(2.0, 2.6),
+        group_size=d.pick(8, 8, 16, 24), bottle_ratio=d.pick(1.0, 1.0, 1.0, 0.5), se_ratio=d.pick(0.0, 0.0, 0.25),
+        act_layer=d.pick("relu", "relu", "silu"),
+    ))),
+    "dpn": (1, lambda d: d.build(
+        models.dpn.DPN, k_sec=d.depths(4), inc_sec=d.widths(4, 8, 16), groups=(groups := d.pick(4, 8, 16)),
+        k_r=groups * d.pick(2, 4), small=d.flag(), num_init_features=d.width(16, 48), b=d.flag(0.3),
     )),
-    "dpn": (1, lambda d: models.dpn.DPN(
-        k_sec=d.depths(4), inc_sec=d.widths(4, 8, 16), groups=(groups := d.pick(4, 8, 16)),
-        k_r=groups * d.pick(2, 4), num_classes=d.classes, small=d.flag(), num_init_features=d.width(16, 48),
-        b=d.flag(0.3),
-    )),
-    "dla": (1, lambda d: models.dla.DLA(
-        [1, 1, *(d.number(1, 2) for _ in range(3)), 1], list(d.widths(6, 8, 16)), num_classes=d.classes,
+    "dla": (1, lambda d: d.build(
+        models.dla.DLA, [1, 1, *(d.number(1, 2) for _ in range(3)), 1], list(d.widths(6, 8, 16)),
         shortcut_root=d.flag(), **d.pick(
             {"block": models.dla.DlaBasic}, {"block": models.dla.DlaBottleneck},
             {"block": models.dla.DlaBottle2neck, "base_width": 32},
         ),
     )),
-    "cspnet": (2, lambda d: models.cspnet.CspNet(
-        models.cspnet.CspModelCfg(
-            stem=models.cspnet.CspStemCfg(out_chs=d.width(16, 32), kernel_size=3, stride=d.pick(1, 2), pool=""),
-            stages=models.cspnet.CspStagesCfg(
-                depth=d.depths(4, 2), out_chs=d.widths(4, 24, 56, 16), bottle_ratio=0.5, cross_linear=d.flag(),
-                **d.pick(
-                    {"stage_type": "csp", "block_type": "bottle", "expand_ratio": 2.0, "block_ratio": 1.0},
-                    {"stage_type": "cs3", "block_type": "bottle", "expand_ratio": 1.0, "block_ratio": 0.5},
-                    {"stage_type": "dark", "block_type": "dark", "expand_ratio": 1.0, "block_ratio": 1.0},
-                ),
+    "cspnet": (2, lambda d: d.build(models.cspnet.CspNet, models.cspnet.CspModelCfg(
+        stem=models.cspnet.CspStemCfg(out_chs=d.width(16, 32), kernel_size=3, stride=d.pick(1, 2), pool=""),
+        stages=models.cspnet.CspStagesCfg(
+            depth=d.depths(4, 2), out_chs=d.widths(4, 24, 56, 16), bottle_ratio=0.5, cross_linear=d.flag(),
+            **d.pick(
+                {"stage_type": "csp", "block_type": "bottle", "expand_ratio": 2.0, "block_ratio": 1.0},
+                {"stage_type": "cs3", "block_type": "bottle", "expand_ratio": 1.0, "block_ratio": 0.5},
+                {"stage_type": "dark", "block_type": "dark", "expand_ratio": 1.0, "block_ratio": 1.0},
             ),
-            act_layer=d.pick("leaky_relu", "silu"),
-        ),
-        num_classes=d.classes,
-    )),
-    "vovnet": (1, lambda d: models.vovnet.VovNet(
-        {
-            "stem_chs": [d.width(16, 32), 32, d.width(16, 48)], "stage_conv_chs": list(d.widths(4, 16, 32)),
-            "stage_out_chs": list(d.widths(4, 32, 64)), "layer_per_block": d.number(2, 4),
-            "block_per_stage": [1, 1, d.number(1, 2), 1], "residual": d.flag(), "depthwise": d.flag(0.3),
-            "attn": d.pick("", "ese"),
-        },
-        num_classes=d.classes,
-    )),
-    "convnext": (6, lambda d: models.convnext.ConvNeXt(
-        num_classes=d.classes, depths=d.depths(4), dims=d.widths(4, 24, 64), kernel_sizes=d.pick(7, 7, 7, 5, 3, 9),
+        ), act_layer=d.pick("leaky_relu", "silu"),
+    ))),
+    "vovnet": (1, lambda d: d.build(models.vovnet.VovNet, {
+        "stem_chs": [d.width(16, 32), 32, d.width(16, 48)], "stage_conv_chs": list(d.widths(4, 16, 32)),
+        "stage_out_chs": list(d.widths(4, 32, 64)), "layer_per_block": d.number(2, 4),
+        "block_per_stage": [1, 1, d.number(1, 2), 1], "residual": d.flag(), "depthwise": d.flag(0.3),
+        "attn": d.pick("", "ese"),
+    })),
+    "convnext": (6, lambda d: d.build(
+        models.convnext.ConvNeXt, depths=d.depths(4), dims=d.widths(4, 24, 64), kernel_sizes=d.pick(7, 7, 7, 5, 3, 9),
         use_grn=(grn := d.flag(0.4)), ls_init_value=None if grn else _scale(d), patch_size=d.pick(2, 4, 4),
         stem_type=d.pick("patch", "patch", "overlap", "overlap_tiered"), conv_mlp=d.flag(),
         act_layer=d.pick("gelu", "gelu", "silu"),
     )),
-    "inception_next": (2, lambda d: models.inception_next.MetaNeXt(
-        num_classes=d.classes, depths=d.depths(4), dims=d.widths(4, 24, 64), ls_init_value=_scale(d),
+    "inception_next": (2, lambda d: d.build(
+        models.inception_next.MetaNeXt, depths=d.depths(4), dims=d.widths(4, 24, 64), ls_init_value=_scale(d),
         token_mixers=partial(
             models.inception_next.InceptionDWConv2d, band_kernel_size=d.pick(7, 9, 11),
             branch_ratio=d.pick(0.125, 0.25),
-        ),
-        mlp_ratios=d.pick((4, 4, 4, 3), (3, 3, 3, 3)),
+        ), mlp_ratios=d.pick((4, 4, 4, 3), (3, 3, 3, 3)),
     )),
-    "shvit": (1, lambda d: models.shvit.SHViT(
-        num_classes=d.classes, embed_dim=(dims := d.widths(3, 64, 128)), depth=d.depths(3),
+    "shvit": (1, lambda d: d.build(
+        models.shvit.SHViT, embed_dim=(dims := d.widths(3, 64, 128)), depth=d.depths(3),
         partial_dim=tuple(max(8, round(0.21 * dim)) for dim in dims), types=d.pick(("s", "s", "s"), ("i", "s", "s")),
     )),
-    "efficientvit": (2, lambda d: models.efficientvit_mit.EfficientVit(
-        widths=d.widths(5, 8, 16, 8), depths=(1, *d.depths(4, 2)), head_dim=d.pick(8, 16),
-        head_widths=(d.width(256, 768), d.width(256, 768)), num_classes=d.classes,
+    "efficientvit": (2, lambda d: d.build(
+        models.efficientvit_mit.EfficientVit, widths=d.widths(5, 8, 16, 8), depths=(1, *d.depths(4, 2)),
+        head_dim=d.pick(8, 16), head_widths=(d.width(256, 768), d.width(256, 768)),
     )),
-    "efficientvit_msra": (1, lambda d: models.efficientvit_msra.EfficientVitMsra(
-        img_size=d.size, num_classes=d.classes, num_heads=(heads := d.pick(2, 4),) * 3,
+    "efficientvit_msra": (1, lambda d: d.build(
+        models.efficientvit_msra.EfficientVitMsra, num_heads=(heads := d.pick(2, 4),) * 3,
         embed_dim=d.widths(3, 48, 96, 16 * heads), depth=d.depths(3, 2), window_size=(7, 7, 7),
         kernels=d.pick((5, 5, 5, 5), (7, 5, 3, 3)),
     )),
-    "resnest": (1, lambda d: models.resnet.ResNet(
-        models.resnest.ResNestBottleneck, d.depths(4, 2), num_classes=d.classes, stem_type=d.pick("", "deep"),
+    "resnest": (1, lambda d: d.build(
+        models.resnet.ResNet, models.resnest.ResNestBottleneck, d.depths(4, 2), stem_type=d.pick("", "deep"),
         avg_down=True, stem_width=d.width(16, 32), channels=d.widths(4, 16, 40),
         block_args={"radix": d.pick(1, 2), "avd": True, "avd_first": d.flag()},
     )),
-    "sknet": (1, lambda d: models.resnet.ResNet(
-        d.pick(models.sknet.SelectiveKernelBasic, models.sknet.SelectiveKernelBottleneck), d.depths(4, 2),
-        num_classes=d.classes, channels=d.widths(4, 16, 40),
+    "sknet": (1, lambda d: d.build(
+        models.resnet.ResNet, d.pick(models.sknet.SelectiveKernelBasic, models.sknet.SelectiveKernelBottleneck),
+        d.depths(4, 2), channels=d.widths(4, 16, 40),
         block_args={"sk_kwargs": {"rd_ratio": d.pick(1 / 8, 1 / 16), "split_input": d.flag()}}, zero_init_last=False,
     )),
-    "efficientnet": (5, lambda d: models.efficientnet.EfficientNet(
+    "efficientnet": (5, lambda d: d.build(
+        models.efficientnet.EfficientNet,
         decode_arch_def(_efficient_stages(d, d.pick(1, 1, 2), d.pick(("ir",), ("ir",), ("er", "ir"), ("cn", "ir")))),
-        num_classes=d.classes, num_features=d.pick(0, d.width(192, 768), d.width(512, 1280)),
-        stem_size=d.width(12, 32), act_layer=d.pick(nn.SiLU, nn.SiLU, nn.ReLU6, nn.ReLU),
-        round_chs_fn=round_channels,
+        num_features=d.pick(0, d.width(192, 768), d.width(512, 1280)), stem_size=d.width(12, 32),
+        act_layer=d.pick(nn.SiLU, nn.SiLU, nn.ReLU6, nn.ReLU), round_chs_fn=round_channels,
     )),
-    "ghostnet": (2, lambda d: models.ghostnet.GhostNet(
-        _ghost_stages(d), num_classes=d.classes, width=d.pick(0.5, 0.75, 1.0), drop_rate=0.0,
+    "ghostnet": (2, lambda d: d.build(
+        models.ghostnet.GhostNet, _ghost_stages(d), width=d.pick(0.5, 0.75, 1.0),
         version=d.pick("v1", "v1", "v2"),
     )),
-    "rexnet": (1, lambda d: models.rexnet.RexNet(
-        num_classes=d.classes, initial_chs=d.width(8, 16, 4), final_chs=d.width(48, 140, 4),
-        depth_mult=d.pick(0.34, 0.5, 0.67, 1.0), se_ratio=d.pick(0, 1 / 12), ch_div=d.pick(1, 4), drop_rate=0.0,
+    "rexnet": (1, lambda d: d.build(
+        models.rexnet.RexNet, initial_chs=d.width(8, 16, 4), final_chs=d.width(48, 140, 4),
+        depth_mult=d.pick(0.34, 0.5, 0.67, 1.0), se_ratio=d.pick(0, 1 / 12), ch_div=d.pick(1, 4),
     )),
-    "densenet": (2, lambda d: models.densenet.DenseNet(
-        growth_rate=d.width(8, 32, 4), block_config=tuple(d.number(2, 8) for _ in range(4)), num_classes=d.classes,
+    "densenet": (2, lambda d: d.build(
+        models.densenet.DenseNet, growth_rate=d.width(8, 32, 4), block_config=tuple(d.number(2, 8) for _ in range(4)),
         bn_size=d.pick(2, 4, 4), stem_type=d.pick("", "", "deep"),
     )),
-    "fasternet": (1, lambda d: models.fasternet.FasterNet(
-        num_classes=d.classes, embed_dim=d.width(24, 64), depths=d.depths(4), mlp_ratio=d.pick(2.0, 3.0),
-        feature_dim=d.width(256, 1024), drop_path_rate=0.0, act_layer=d.pick(nn.ReLU, nn.GELU),
+    "fasternet": (1, lambda d: d.build(
+        models.fasternet.FasterNet, embed_dim=d.width(24, 64), depths=d.depths(4), mlp_ratio=d.pick(2.0, 3.0),
+        feature_dim=d.width(256, 1024), act_layer=d.pick(nn.ReLU, nn.GELU),
     )),
-    "starnet": (1, lambda d: models.starnet.StarNet(
-        num_classes=d.classes, base_dim=d.width(12, 32), depths=list(d.depths(4)), mlp_ratio=d.pick(3, 4)
+    "starnet": (1, lambda d: d.build(
+        models.starnet.StarNet, base_dim=d.width(12, 32), depths=list(d.depths(4)), mlp_ratio=d.pick(3, 4),
     )),
-    "convmixer": (1, lambda d: models.convmixer.ConvMixer(
-        d.width(64, 256), d.number(4, 12), kernel_size=d.pick(3, 5, 7, 9), patch_size=d.pick(4, 7),
-        num_classes=d.classes, act_layer=d.pick(nn.GELU, nn.ReLU),
+    "convmixer": (1, lambda d: d.build(
+        models.convmixer.ConvMixer, d.width(64, 256), d.number(4, 12), kernel_size=d.pick(3, 5, 7, 9),
+        patch_size=d.pick(4, 7), act_layer=d.pick(nn.GELU, nn.ReLU),
     )),
-    "repvit": (1, lambda d: models.repvit.RepVit(
-        img_size=d.size, embed_dim=d.widths(4, 24, 48), depth=d.depths(4), num_classes=d.classes,
-        distillation=d.flag(0.3), legacy=d.flag(0.3),
+    "repvit": (1, lambda d: d.build(
+        models.repvit.RepVit, embed_dim=d.widths(4, 24, 48), depth=d.depths(4), distillation=d.flag(0.3),
+        legacy=d.flag(0.3),
     )),
-    "mambaout": (2, lambda d: models.mambaout.MambaOut(
-        num_classes=d.classes, depths=d.depths(4), dims=d.widths(4, 24, 64), conv_ratio=d.pick(1.0, 1.0, 1.25, 1.5),
+    "mambaout": (2, lambda d: d.build(
+        models.mambaout.MambaOut, depths=d.depths(4), dims=d.widths(4, 24, 64), conv_ratio=d.pick(1.0, 1.0, 1.25, 1.5),
         expansion_ratio=d.pick(2.0, 8 / 3), kernel_size=d.pick(3, 5, 7, 7), stem_mid_norm=d.flag(),
         ls_init_value=_scale(d) if d.flag(0.4) else None, downsample=d.pick("conv", "conv_nf"),
     )),
-    "edgenext": (1, lambda d: models.edgenext.EdgeNeXt(
-        num_classes=d.classes, dims=d.widths(4, 24, 48), depths=tuple(depth + 1 for depth in d.depths(4, 2)),
+    "edgenext": (1, lambda d: d.build(
+        models.edgenext.EdgeNeXt, dims=d.widths(4, 24, 48), depths=tuple(depth + 1 for depth in d.depths(4, 2)),
         global_block_counts=(0, 1, 1, 1), heads=(4, 4, 4, 4) if d.flag() else (8, 8, 8, 8),
         use_pos_emb=(False, d.flag(), False, False), ls_init_value=d.pick(1e-6, 0.1, 1.0), conv_bias=d.flag(0.8),
         stem_type=d.pick("patch", "overlap"),
     )),
-    "focalnet": (1, lambda d: models.focalnet.FocalNet(
-        num_classes=d.classes, embed_dim=d.width(24, 64), depths=d.depths(4), focal_levels=(d.number(2, 3),) * 4,
-        use_overlap_down=d.flag(0.3), use_post_norm=d.flag(0.3), layerscale_value=_scale(d), drop_path_rate=0.0,
+    "focalnet": (1, lambda d: d.build(
+        models.focalnet.FocalNet, embed_dim=d.width(24, 64), depths=d.depths(4), focal_levels=(d.number(2, 3),) * 4,
+        use_overlap_down=d.flag(0.3), use_post_norm=d.flag(0.3), layerscale_value=_scale(d),
     )),
-    "swiftformer": (1, lambda d: models.swiftformer.SwiftFormer(
-        layers=list(d.depths(4)), embed_dims=list(d.widths(4, 24, 48)), num_classes=d.classes,
+    "swiftformer": (1, lambda d: d.build(
+        models.swiftformer.SwiftFormer, layers=list(d.depths(4)), embed_dims=list(d.widths(4, 24, 48)),
         layer_scale_init_value=d.pick(1e-5, 0.1, 1.0),
     )),
-    "efficientformer": (1, lambda d: models.efficientformer_v2.EfficientFormerV2(
-        tuple(depth + 1 for depth in d.depths(4, 2)), img_size=d.size, embed_dims=d.widths(4, 24, 40),
-        num_classes=d.classes, layer_scale_init_value=d.pick(1e-5, 0.1, 1.0), num_vit=d.number(0, 2),
+    "efficientformer": (1, lambda d: d.build(
+        models.efficientformer_v2.EfficientFormerV2, tuple(depth + 1 for depth in d.depths(4, 2)),
+        embed_dims=d.widths(4, 24, 40), layer_scale_init_value=d.pick(1e-5, 0.1, 1.0), num_vit=d.number(0, 2),
         distillation=d.flag(),
     )),
-    "repghost": (1, lambda d: models.repghost.RepGhostNet(
-        _ghost_stages(d), num_classes=d.classes, width=d.pick(0.5, 0.75, 1.0), drop_rate=0.0
+    "repghost": (1, lambda d: d.build(
+        models.repghost.RepGhostNet, _ghost_stages(d), width=d.pick(0.5, 0.75, 1.0),
     )),
-    "lcnetv2": (1, lambda d: models.lcnetv2.LCNetV2(
-        scale=d.width(16, 48) / 64, depths=d.depths(4), num_classes=d.classes,
+    "lcnetv2": (1, lambda d: d.build(
+        models.lcnetv2.LCNetV2, scale=d.width(16, 48) / 64, depths=d.depths(4),
         head_hidden_size=d.pick(None, d.width(256, 1024)),
     )),
-    "iformer": (1, lambda d: models.iformer.IFormer(
-        num_classes=d.classes, dims=d.scaled((16, 32), (1, 2, 4, 8)),
+    "iformer": (1, lambda d: d.build(
+        models.iformer.IFormer, dims=d.scaled((16, 32), (1, 2, 4, 8)),
         depths=(d.number(1, 2), d.number(1, 2), d.number(3, 9), d.number(2, 5)), attn_groups=(0, 0, d.number(1, 2), 1),
         conv_ratio=d.pick(3, 4), ffn_ratio=d.pick(2, 3),
     )),
-    "coat": (1, lambda d: models.coat.CoaT(
-        img_size=d.size, patch_size=4, num_classes=d.classes, embed_dims=d.widths(4, 24, 56),
-        serial_depths=d.depths(4, 1), mlp_ratios=d.pick((8, 8, 4, 4), (4, 4, 4, 4)),
+    "coat": (1, lambda d: d.build(
+        models.coat.CoaT, patch_size=4, embed_dims=d.widths(4, 24, 56), serial_depths=d.depths(4, 1),
+        mlp_ratios=d.pick((8, 8, 4, 4), (4, 4, 4, 4)),
     )),
     # Transformers.
-    "vit": (6, lambda d: models.vision_transformer.VisionTransformer(
-        img_size=d.size, patch_size=_patch(d), num_classes=d.classes, depth=d.number(3, 12),
+    "vit": (6, lambda d: d.build(
+        models.vision_transformer.VisionTransformer,
+        patch_size=_patch(d), depth=d.number(3, 12),
         mlp_ratio=d.pick(2.0, 3.0, 4.0, 4.0), qkv_bias=d.flag(0.8), qk_norm=d.flag(0.15),
         init_values=d.pick(None, None, 1e-5, 0.1), reg_tokens=d.pick(0, 0, 0, 4), act_layer=d.pick(None, None, nn.SiLU),
         mlp_layer=d.pick(Mlp, Mlp, Mlp, GluMlp), **d.heads(2, 6, 24, 32, 48, 64), **d.pick(
@@ -564,49 +536,50 @@ FAMILIES: dict[str, tuple[float, Family]] = {
             {"global_pool": "avg", "class_token": False, "fc_norm": False},
         ),
     )),
-    "eva": (1, lambda d: models.eva.Eva(
-        img_size=d.size, patch_size=_patch(d), num_classes=d.classes, depth=d.number(3, 10), qkv_fused=d.flag(),
-        swiglu_mlp=d.flag(), scale_mlp=d.flag(0.3), mlp_ratio=d.pick(8 / 3, 4.0), use_rot_pos_emb=d.flag(0.7),
+    "eva": (1, lambda d: d.build(
+        models.eva.Eva, patch_size=_patch(d), depth=d.number(3, 10), qkv_fused=d.flag(), swiglu_mlp=d.flag(),
+        scale_mlp=d.flag(0.3), mlp_ratio=d.pick(8 / 3, 4.0), use_rot_pos_emb=d.flag(0.7),
         init_values=d.pick(None, 0.1, 1e-5), **d.heads(2, 6, 32, 64),
     )),
-    "cait": (1, lambda d: models.cait.Cait(
-        img_size=d.size, patch_size=_patch(d), num_classes=d.classes, depth=d.number(3, 10),
-        init_values=d.pick(1e-5, 0.1, 1.0), **d.heads(2, 5, 32, 48),
+    "cait": (1, lambda d: d.build(
+        models.cait.Cait, patch_size=_patch(d), depth=d.number(3, 10), init_values=d.pick(1e-5, 0.1, 1.0),
+        **d.heads(2, 5, 32, 48)
     )),
-    "xcit": (1, lambda d: models.xcit.Xcit(
-        img_size=d.size, patch_size=d.pick(8, 16) if d.size == 64 else 8, num_classes=d.classes, depth=d.number(3, 8),
+    "xcit": (1, lambda d: d.build(
+        models.xcit.Xcit, patch_size=d.pick(8, 16) if d.size == 64 else 8, depth=d.number(3, 8),
         eta=d.pick(1.0, 0.1, 1e-5), tokens_norm=d.flag(), **d.heads(2, 5, 24, 32, 48),
     )),
-    "pit": (1, lambda d: models.pit.PoolingVisionTransformer(
-        img_size=d.size, patch_size=d.pick(8, 16), stride=4, stem_type="overlap", num_classes=d.classes,
+    "pit": (1, lambda d: d.build(
+        models.pit.PoolingVisionTransformer, patch_size=d.pick(8, 16), stride=4, stem_type="overlap",
         base_dims=d.scaled((16, 24, 32), (1, 1, 1)), depth=d.depths(3), heads=d.pick((1, 2, 4), (2, 4, 8)),
     )),
-    "levit": (1, lambda d: models.levit.Levit(
-        img_size=d.size, num_classes=d.classes, embed_dim=d.widths(stages := d.number(2, 3), 64, 128, 32), key_dim=16,
+    "levit": (1, lambda d: d.build(
+        models.levit.Levit, embed_dim=d.widths(stages := d.number(2, 3), 64, 128, 32), key_dim=16,
         depth=d.depths(stages), num_heads=tuple(d.number(2, 4) + index for index in range(stages)),
         stem_type=d.pick("s8", "s16"), use_conv=d.flag(0.3),
     )),
-    "pvt": (1, lambda d: models.pvt_v2.PyramidVisionTransformerV2(
-        num_classes=d.classes, depths=d.depths(4, 2), num_heads=(heads := d.pick((1, 2, 4, 8), (1, 2, 5, 8))),
-        embed_dims=d.scaled((16, 24, 32), heads), mlp_ratios=d.pick((8.0, 8.0, 4.0, 4.0), (4.0, 4.0, 4.0, 4.0)),
-        linear=d.flag(),
+    "pvt": (1, lambda d: d.build(
+        models.pvt_v2.PyramidVisionTransformerV2, depths=d.depths(4, 2),
+        num_heads=(heads := d.pick((1, 2, 4, 8), (1, 2, 5, 8))), embed_dims=d.scaled((16, 24, 32), heads),
+        mlp_ratios=d.pick((8.0, 8.0, 4.0, 4.0), (4.0, 4.0, 4.0, 4.0)), linear=d.flag(),
     )),
-    "twins": (1, lambda d: models.twins.Twins(
-        img_size=d.size, num_classes=d.classes, embed_dims=d.scaled((16, 24, 32), (1, 2, 4, 8)),
-        num_heads=(1, 2, 4, 8), depths=d.depths(4, 2), sr_ratios=(8, 4, 2, 1), wss=d.pick((7, 7, 7, 7), None),
+    "twins": (1, lambda d: d.build(
+        models.twins.Twins, embed_dims=d.scaled((16, 24, 32), (1, 2, 4, 8)), num_heads=(1, 2, 4, 8),
+        depths=d.depths(4, 2), sr_ratios=(8, 4, 2, 1), wss=d.pick((7, 7, 7, 7), None),
     )),
-    "davit": (1, lambda d: models.davit.DaVit(
-        depths=d.depths(stages := d.number(3, 4), 1), num_heads=(heads := d.scaled((1, 1, 2), (1, 2, 4, 8)[:stages])),
+    "davit": (1, lambda d: d.build(
+        models.davit.DaVit, depths=d.depths(stages := d.number(3, 4), 1),
+        num_heads=(heads := d.scaled((1, 1, 2), (1, 2, 4, 8)[:stages])),
         embed_dims=d.scaled((24, 32) if heads[0] == 1 else (16,), heads), window_size=d.pick(2, 4),
-        num_classes=d.classes, named_blocks=d.flag(), cpe_act=d.flag(0.3),
+        named_blocks=d.flag(), cpe_act=d.flag(0.3),
     )),
-    "tiny_vit": (1, lambda d: models.tiny_vit.TinyVit(
-        num_classes=d.classes, num_heads=(heads := d.scaled((2, 3), (1, 2, 3, 4))), drop_path_rate=0.0,
+    "tiny_vit": (1, lambda d: d.build(
+        models.tiny_vit.TinyVit, num_heads=(heads := d.scaled((2, 3), (1, 2, 3, 4))),
         embed_dims=tuple(16 * head for head in heads), depths=d.depths(4, 2),
         window_sizes=d.pick((2, 2, 2, 1), (4, 4, 2, 2), (4, 4, 4, 4)),
     )),
-    "visformer": (1, lambda d: models.visformer.Visformer(
-        img_size=d.size, patch_size=16, num_classes=d.classes, init_channels=d.pick(16, 32),
+    "visformer": (1, lambda d: d.build(
+        models.visformer.Visformer, patch_size=16, init_channels=d.pick(16, 32),
         embed_dim=(width := d.width(96, 224, 32)), num_heads=width // 32, depth=d.depths(3),
         attn_stage=d.pick("011", "111"), spatial_conv=d.pick("100", "111"), group=8, norm_layer=nn.BatchNorm2d,
     )),
