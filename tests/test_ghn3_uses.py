@@ -27,7 +27,7 @@ from timm_ghn.ghn import GHN, GHNConfig, content_hash
 from timm_ghn.initialize.report import GHN3_NOTE
 from timm_ghn.training.cli import add_train_arguments, make_config
 from timm_ghn.training.processes import join_processes
-from timm_ghn.training.run import Beginning, prepare
+from timm_ghn.training.run import prepare
 
 BY_NAME: dict[str, str | None] = {"TIMM_GHN": "ghn3-t"}
 
@@ -125,7 +125,7 @@ def test_training_begins_with_it(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     add_train_arguments(parser)
     args = parser.parse_args([*line, "--from-ghn", str(tmp_path / "ghn3.pt")])
-    trainer = prepare(args.images, make_config(args), args.out, join_processes("cpu"), Beginning(args.from_ghn))
+    trainer = prepare(args.images, make_config(args), args.out, join_processes("cpu"), ghn=args.from_ghn)
     assert trainer.ghn.config == ghn.config
     assert content_hash(trainer.ghn) == content_hash(ghn)
     trainer.train_step()

@@ -22,7 +22,7 @@ from timm_ghn.training import processes
 from timm_ghn.training.cli import add_train_arguments, make_config
 from timm_ghn.training.loop import Trainer
 from timm_ghn.training.processes import join_processes
-from timm_ghn.training.run import Beginning, prepare
+from timm_ghn.training.run import prepare
 
 pytest.importorskip("accelerate")
 
@@ -70,7 +70,7 @@ def by_hand(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Weig
     add_train_arguments(parser)
     args = parser.parse_args(arguments)
     config = make_config(args)
-    trainers = [prepare(args.images, config, args.out, OneOfTwo(rank), Beginning()) for rank in range(2)]  # type: ignore[arg-type]
+    trainers = [prepare(args.images, config, args.out, OneOfTwo(rank)) for rank in range(2)]  # type: ignore[arg-type]
     first = {name: tensor.clone() for name, tensor in trainers[0].ghn.state_dict().items()}
     differed = False
     for _ in range(STEPS):
@@ -115,7 +115,7 @@ def test_processes_must_share_the_architectures_evenly(arguments: Callable[[str]
     add_train_arguments(parser)
     args = parser.parse_args([*arguments("run"), "--meta-batch", "3"])
     with pytest.raises(TrainingError, match="3 networks an update cannot be shared by 2 processes"):
-        prepare(args.images, make_config(args), args.out, OneOfTwo(0), Beginning())  # type: ignore[arg-type]
+        prepare(args.images, make_config(args), args.out, OneOfTwo(0))  # type: ignore[arg-type]
 
 
 def test_devices_that_cannot_be_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:

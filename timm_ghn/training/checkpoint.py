@@ -10,7 +10,8 @@ from timm_ghn.errors import TrainingError
 from timm_ghn.storage.atomic import write_atomically
 from timm_ghn.training.config import TrainConfig
 
-_LATEST = "latest.json"
+LATEST = "latest.json"
+"""The file, within the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Checkpoint:
         skipped: Steps without an update, because gradients were not finite.
         elapsed: Seconds of training.
         weights: File of the GHN.
-        average: File of the running average of its weights; None without one.
+        average: File of the running average of its weights, which is what a run is worth.
         optimizer: File of the optimizer's state.
         config: The run.
     """
@@ -31,14 +32,9 @@ class Checkpoint:
     skipped: int
     elapsed: float
     weights: str
-    average: str | None
+    average: str
     optimizer: str
     config: TrainConfig
-
-    @staticmethod
-    def is_in(folder: Path) -> bool:
-        """Whether a folder holds a checkpoint, damaged or not."""
-        return (folder / _LATEST).exists()
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint | None:
@@ -47,10 +43,11 @@ class Checkpoint:
         Raises:
             TrainingError: If it is damaged.
         """
-        path = folder / _LATEST
+        path = folder / LATEST
         try:
             data = json.loads(path.read_text())
-            return cls(**{"average": None, **data, "config": TrainConfig.from_dict(data["config"])})
+            average = data.get("average") or data["weights"]  # earlier versions had runs without an average
+            return cls(**{**data, "average": average, "config": TrainConfig.from_dict(data["config"])})
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, TrainingError) as error:
@@ -59,10 +56,5 @@ class Checkpoint:
     def write(self, folder: Path) -> None:
         """Name this checkpoint as the folder's, atomically."""
         write_atomically(
-            folder / _LATEST, json.dumps({**asdict(self), "config": self.config.to_dict()}, indent=2).encode()
+            folder / LATEST, json.dumps({**asdict(self), "config": self.config.to_dict()}, indent=2).encode()
         )
-
-    @property
-    def exported(self) -> str:
-        """File of the GHN that is worth most: the average where there is one."""
-        return self.average or self.weights

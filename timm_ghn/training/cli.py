@@ -20,7 +20,7 @@ from timm_ghn.training.config import PRESETS, TrainConfig
 from timm_ghn.training.export import export_run
 from timm_ghn.training.families import FAMILIES
 from timm_ghn.training.processes import join_processes
-from timm_ghn.training.run import Beginning, prepare
+from timm_ghn.training.run import prepare
 from timm_ghn.training.teacher import PACKAGED
 
 _SETTINGS = {entry.name: entry for entry in fields(TrainConfig) if isinstance(entry.default, (int, float))}
@@ -118,9 +118,16 @@ def run_train(args: argparse.Namespace) -> int:
     config = make_config(args)
     processes = join_processes(args.device)
     try:
-        resume = args.resume or args.evaluate_only
-        beginning = Beginning(args.from_ghn, resume, args.teacher, args.image_size)
-        trainer = prepare(args.images, config, args.out, processes, beginning)
+        trainer = prepare(
+            args.images,
+            config,
+            args.out,
+            processes,
+            ghn=args.from_ghn,
+            resume=args.resume or args.evaluate_only,
+            teacher=args.teacher,
+            size=args.image_size,
+        )
         if args.evaluate_only:
             result = trainer.evaluate()
             tqdm.write("" if result is None else result.table())

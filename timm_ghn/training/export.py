@@ -36,7 +36,7 @@ def export_run(folder: Path, path: Path) -> GHN:
         latest = Checkpoint.read(folder)
         if latest is None:
             raise TrainingError("there is no checkpoint")
-        ghn = read(folder / latest.exported)
+        ghn = read(folder / latest.average)
     except (OSError, CheckpointError, TrainingError) as error:
         raise TrainingError(f"{folder} holds no training run that can be exported: {error}") from error
     state = torch.load(folder / latest.optimizer, map_location="cpu", weights_only=True)

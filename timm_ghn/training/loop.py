@@ -93,7 +93,7 @@ class Trainer:
         # Its backward pass averages gradients over the processes; the GHN itself where there is one process.
         self._shared_ghn: nn.Module = self.processes.prepare(ghn)
         self.optimizer = make_optimizer(ghn, config.lr)
-        self.average = copy.deepcopy(ghn).requires_grad_(False) if config.average else None
+        self.average = copy.deepcopy(ghn).requires_grad_(False)
         self.step = 0
         self.skipped = 0
         self.elapsed = 0.0
@@ -187,8 +187,6 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         """Move the running average; it follows faster in the first steps."""
-        if self.average is None:
-            return
         decay = min(self.config.average, (1 + self.step) / (10 + self.step))
         for mean, value in zip(self.average.parameters(), self.ghn.parameters(), strict=True):
             mean.lerp_(value, 1 - decay)
@@ -233,18 +231,15 @@ class Trainer:
 
     def _agree(self, value: bool | float | None) -> bool:
         """The first process's value, in all processes."""
-        if self.world == 1:
-            return bool(value)
         return bool(self.processes.gather(torch.tensor([float(bool(value))], device=self.device))[0])
 
     def _log(self, bar: Any) -> None:
         summary, self.meter = self.meter.summary(), Meter()
         if self.rank > 0:
             return
-        seconds = self.elapsed + time.monotonic() - self._started
         row = {
             "step": self.step,
-            "seconds": round(seconds, 1),
+            "seconds": round(self._seconds(), 1),
             "lr": self.optimizer.param_groups[0]["lr"],
             "networks": self.config.in_use(self.step)[1],
             "skipped": self.skipped,
@@ -258,8 +253,8 @@ class Trainer:
         """Evaluate in the first process while the others wait."""
         result = None
         if self.rank == 0:
-            ghn, what = self.average or self.ghn, (self.eval_networks, self.splits, self.objective)
-            result = evaluate(ghn, *what, self.config, device=self.device)
+            what = (self.eval_networks, self.splits, self.objective, self.config)
+            result = evaluate(self.average, *what, device=self.device)
             self._write_metrics({"step": self.step, **result.to_dict()})
             logger.info("step %d: other networks: %s", self.step, result)
         self.processes.wait_for_everyone()
@@ -275,17 +270,18 @@ class Trainer:
         """Write weights and optimizer state, and then, atomically, the file that names them."""
         if self.rank > 0:
             return
-        weights, state = f"ghn-{self.step:07d}.safetensors", f"optimizer-{self.step:07d}.pt"
-        average = f"average-{self.step:07d}.safetensors" if self.average is not None else None
-        write_safetensors(self.ghn, self.out / weights, {"step": str(self.step)})
-        if self.average is not None and average is not None:
-            write_safetensors(self.average, self.out / average, {"step": str(self.step)})
+        weights, average, state = files = [pattern.replace("*", f"{self.step:07d}") for pattern in _CHECKPOINT_FILES]
+        for ghn, name in ((self.ghn, weights), (self.average, average)):
+            write_safetensors(ghn, self.out / name, {"step": str(self.step)})
         save_atomically(self.out / state, lambda path: torch.save({"optimizer": self.optimizer.state_dict()}, path))
-        elapsed = self.elapsed + time.monotonic() - self._started
-        Checkpoint(self.step, self.skipped, elapsed, weights, average, state, self.config).write(self.out)
+        Checkpoint(self.step, self.skipped, self._seconds(), weights, average, state, self.config).write(self.out)
         for old in [path for pattern in _CHECKPOINT_FILES for path in self.out.glob(pattern)]:
-            if old.name not in (weights, average, state):
+            if old.name not in files:
                 old.unlink(missing_ok=True)
+
+    def _seconds(self) -> float:
+        """Time of training, that before the last checkpoint included."""
+        return self.elapsed + time.monotonic() - self._started
 
     def resume(self) -> bool:
         """Go on from the folder's checkpoint.
@@ -300,11 +296,9 @@ class Trainer:
         if latest is None:
             return False
         try:
-            weights = load_file(self.out / latest.weights, device=str(self.device))
             state = torch.load(self.out / latest.optimizer, map_location=self.device, weights_only=True)
-            self.ghn.load_state_dict(weights)
-            if self.average is not None:
-                self.average.load_state_dict(load_file(self.out / latest.exported, device=str(self.device)))
+            for ghn, name in ((self.ghn, latest.weights), (self.average, latest.average)):
+                ghn.load_state_dict(load_file(self.out / name, device=str(self.device)))
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.skipped, self.elapsed = latest.step, latest.skipped, latest.elapsed
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,9 @@ from timm_ghn.images import load_images
 from timm_ghn.storage.paths import cache_directory
 from timm_ghn.training.architectures import evaluation_networks, training_networks
 from timm_ghn.training.begin import new_ghn
-from timm_ghn.training.checkpoint import Checkpoint
+from timm_ghn.training.checkpoint import LATEST, Checkpoint
 from timm_ghn.training.config import TrainConfig
-from timm_ghn.training.data import Splits, split
+from timm_ghn.training.data import split
 from timm_ghn.training.loop import Trainer
 from timm_ghn.training.teacher import SAMPLE, check_teacher, teacher_targets
 
@@ -28,52 +28,61 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """What a run begins with.
-
-    Attributes:
-        ghn: Name or file of a GHN; None for a new one.
-        resume: Whether it goes on from the checkpoint in its folder instead, if there is one.
-        teacher: Name of the teacher, see `teacher_targets`; None for none.
-        size: Side to which images are brought, in pixels.
-    """
-
-    ghn: str | Path | None = None
-    resume: bool = False
-    teacher: str | None = None
-    size: int = 32
-
-
 def prepare(
-    images: Sequence[str | Path], config: TrainConfig, out: Path, processes: Accelerator, beginning: Beginning
+    images: Sequence[str | Path],
+    config: TrainConfig,
+    out: Path,
+    processes: Accelerator,
+    *,
+    ghn: str | Path | None = None,
+    resume: bool = False,
+    teacher: str | None = None,
+    size: int = 32,
 ) -> Trainer:
     """Check everything, load the images and what the teacher sees in them, and make or restore the trainer.
 
+    Args:
+        images: Shards, or a folder of classes.
+        config: The run.
+        out: Its folder.
+        processes: What `join_processes` gives.
+        ghn: Name or file of the GHN to begin with; None for a new one.
+        resume: Whether to go on from the checkpoint in the folder instead, if there is one.
+        teacher: Name of the teacher, see `teacher_targets`; None for none.
+        size: Side to which images are brought, in pixels.
+
     Raises:
-        TrainingError: If images are missing, the folder holds another run, or the GHN is of another kind.
+        TrainingError: If the folder holds another run, the teacher does not exist, or the GHN is of another kind.
+        ImageError: If images are missing or damaged.
         CheckpointError, UnknownGhnError, DownloadError: If the GHN cannot be loaded.
         MissingDependencyError: If the teacher's weights are not installed.
     """
-    before = _check_folder(out, config, beginning.resume)
-    if beginning.teacher is not None:
-        check_teacher(beginning.teacher)
-    file = beginning.ghn if before is None else out / before.weights
-    given = None if file is None else load_ghn(str(file))
-    splits = load_splits(images, config, beginning, processes)
+    before = _check_folder(out, config, resume)
+    if teacher is not None:
+        check_teacher(teacher)
+    file = ghn if before is None else out / before.weights
+    given = None if file is None else load_ghn(str(file))  # before the images, which take longer
+    first = processes.is_main_process
+    data = load_images(images, size, progress=first)
+    if teacher is not None:
+        with processes.main_process_first():  # it computes the targets, the others read them
+            components = teacher_targets(data.images, teacher, cache_directory() / "teacher", progress=first)
+        data = replace(data, targets=_whitened(components))
+    splits = split(data, held_out=config.held_out_classes, validation=config.validation, seed=config.seed)
     shape = replace(config.ghn, num_classes=splits.num_outputs)
-    ghn = new_ghn(shape, config.seed) if given is None else given
-    if ghn.config != shape:
-        raise TrainingError(f"the GHN of the file is {ghn.config}, the run's is {shape}")
-    ghn.info = ghn.seen = None  # of a file; training makes another GHN of it
-    trainer = Trainer(ghn, config, splits, training_networks(ghn, config), evaluation_networks(ghn), out, processes)
+    trained = new_ghn(shape, config.seed) if given is None else given
+    if trained.config != shape:
+        raise TrainingError(f"the GHN of the file is {trained.config}, the run's is {shape}")
+    trained.info = trained.seen = None  # of a file; training makes another GHN of it
+    networks = training_networks(trained, config), evaluation_networks(trained)
+    trainer = Trainer(trained, config, splits, *networks, out, processes)
     if before is not None:
         trainer.resume()
     return trainer
 
 
 def _check_folder(out: Path, config: TrainConfig, resume: bool) -> Checkpoint | None:
-    if not resume and Checkpoint.is_in(out):
+    if not resume and (out / LATEST).exists():
         raise TrainingError(f"{out} holds a run already: give --resume, or another folder")
     before = Checkpoint.read(out)
     if before is None:
@@ -82,23 +91,6 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> Checkpoint | 
     if changed:
         logger.warning("resuming with other settings than before: %s", ", ".join(changed))
     return before
-
-
-def load_splits(
-    images: Sequence[str | Path], config: TrainConfig, beginning: Beginning, processes: Accelerator
-) -> Splits:
-    """The images, with the teacher's targets, in training, validation and held-out parts.
-
-    Raises:
-        TrainingError: If images are missing.
-    """
-    first = processes.is_main_process
-    data = load_images(images, beginning.size, progress=first)
-    if beginning.teacher is not None:
-        with processes.main_process_first():  # it computes the targets, the others read them
-            components = teacher_targets(data.images, beginning.teacher, cache_directory() / "teacher", progress=first)
-        data = replace(data, targets=_whitened(components))
-    return split(data, held_out=config.held_out_classes, validation=config.validation, seed=config.seed)
 
 
 def _whitened(components: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import logging
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache as cached
 from pathlib import Path
 
 import timm
@@ -21,8 +23,6 @@ from tqdm import tqdm
 
 from timm_ghn.errors import MissingDependencyError, TrainingError
 from timm_ghn.storage.atomic import write_atomically
-
-logger = logging.getLogger(__name__)
 
 NUM_COMPONENTS = 128
 SAMPLE = 50_000
@@ -57,25 +57,17 @@ def teacher_targets(images: Tensor, name: str, folder: Path, *, progress: bool =
     """
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
     cache = folder / f"{name}-{_SIZE}-{digest}"
-    kept = _read(cache / "components.safetensors")
-    if kept is not None:
-        return kept
-    model: nn.Module | None = None
-    parts = []
-    bar = tqdm(total=len(images), desc=f"features of {name}", unit="image", disable=not progress, delay=2)
-    with bar:
-        for start in range(0, len(images), _CHUNK):
-            path = cache / f"features-{start:07d}.safetensors"
-            features = _read(path)
-            if features is None:
-                model = load_teacher(name) if model is None else model
-                features = _features(model, images[start : start + _CHUNK])
-                _write(path, features)
-            parts.append(features)
-            bar.update(len(features))
-    components = principal_components(torch.cat(parts), NUM_COMPONENTS).half()
-    _write(cache / "components.safetensors", components)
-    return components
+
+    def components() -> Tensor:
+        model = cached(lambda: load_teacher(name))
+        chunks, parts = torch.split(images, _CHUNK), []
+        bar = tqdm(chunks, f"features of {name}", unit="part", disable=not progress, delay=2)
+        for index, chunk in enumerate(bar):
+            path = cache / f"features-{index * _CHUNK:07d}.safetensors"
+            parts.append(_kept(path, lambda chunk=chunk: _features(model(), chunk)))
+        return principal_components(torch.cat(parts), NUM_COMPONENTS).half()
+
+    return _kept(cache / "components.safetensors", components)
 
 
 def principal_components(features: Tensor, count: int) -> Tensor:
@@ -143,14 +135,10 @@ def _features(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _read(path: Path) -> Tensor | None:
-    """The tensor of a file; None if there is none, or a damaged one."""
-    try:
+def _kept(path: Path, compute: Callable[[], Tensor]) -> Tensor:
+    """The tensor of a file; if there is none, or a damaged one, it is computed and written there."""
+    with suppress(OSError, SafetensorError, KeyError):
         return load(path.read_bytes())["values"]
-    except (OSError, SafetensorError, KeyError):
-        return None
-
-
-def _write(path: Path, values: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save({"values": values.contiguous()}))
+    values = compute().contiguous()
+    write_atomically(path, save({"values": values}))
+    return values
