@@ -114,13 +114,13 @@ def train_trial(trial: Mapping[str, Any], work: Workload) -> None:
     torch.set_num_threads(work.threads)
     config, seed = PaperConfig.from_dict(trial["config"]), int(trial["seed"])
     data = load_dataset(work.dataset, work.data, size=work.stored_size)
-    execution = Execution(work.device, evaluate_every=work.evaluate_every)
 
     def report(point: Point) -> None:
         if point.accuracy is not None and point.epoch < config.epochs:
             tune.report({"accuracy": point.accuracy, "epoch": point.epoch})
 
-    results = run_jobs([Job(config, seed)], data, ResultStore(work.out, PaperConfig), execution, report=report)
+    execution = Execution(work.device, evaluate_every=work.evaluate_every, report=report)
+    results = run_jobs([Job(config, seed)], data, ResultStore(work.out, PaperConfig), execution)
     if not results:
         raise FineTuneError("another process works on this run")
     tune.report({"accuracy": results[0].accuracy, "epoch": config.epochs, "key": results[0].key, "finished": True})

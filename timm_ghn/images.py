@@ -79,8 +79,18 @@ class ImageSet:
         return replace(self, images=self.images[mask], labels=self.labels[mask], targets=targets)
 
 
+HOW_TO_GET_IMAGES = (
+    "Tiny-ImageNet-200 is a zip of a folder of classes, http://cs231n.stanford.edu/tiny-imagenet-200.zip: "
+    "unpack it and name its 'train' folder; any other folder with one sub-folder a class works too"
+)
+
+
 def load_images(paths: Sequence[str | Path], size: int = 32, *, progress: bool = True) -> ImageSet:
     """Read JPEG shards, or one folder of classes, into memory.
+
+    In a folder, images may lie deeper than in their class, as in Tiny-ImageNet's `class/images/`. Hidden files and
+    folders (`.ipynb_checkpoints`, `._00.jpg`) are neither classes nor images. Pixels are those of timm's ImageFolder,
+    what PIL converts to RGB: alpha and the orientation in EXIF are ignored, and of animations the first frame counts.
 
     Args:
         paths: Shard files with the same classes, or a single folder.
@@ -88,7 +98,7 @@ def load_images(paths: Sequence[str | Path], size: int = 32, *, progress: bool =
         progress: Whether to show a bar, on a terminal.
 
     Raises:
-        ImageError: If a path is missing, a file is damaged, or the shards disagree.
+        ImageError: If a path is missing, a file is damaged, a class has no images, or the shards disagree.
     """
     files = [Path(path) for path in paths]
     if not files:
@@ -96,25 +106,14 @@ def load_images(paths: Sequence[str | Path], size: int = 32, *, progress: bool =
     for file in files:
         if not file.exists():
             raise ImageError(f"no such file or folder: {file}. {HOW_TO_GET_IMAGES}")
-    if files[0].is_dir():
-        if len(files) > 1:
-            raise ImageError("give one folder of classes, or shards, not several folders")
-        return load_folder(files[0], size, progress=progress)
-    return load_shards(files, size, progress=progress)
+    if not files[0].is_dir():
+        return _from_shards(files, size, progress)
+    if len(files) > 1:
+        raise ImageError("give one folder of classes, or shards, not several folders")
+    return _from_folder(files[0], size, progress)
 
 
-HOW_TO_GET_IMAGES = (
-    "Tiny-ImageNet-200 is a zip of a folder of classes, http://cs231n.stanford.edu/tiny-imagenet-200.zip: "
-    "unpack it and name its 'train' folder; any other folder with one sub-folder a class works too"
-)
-
-
-def load_shards(paths: Sequence[Path], size: int = 32, *, progress: bool = True) -> ImageSet:
-    """Decode safetensors shards of JPEG files.
-
-    Raises:
-        ImageError: If a shard is damaged, an image cannot be decoded, or the classes differ between shards.
-    """
+def _from_shards(paths: Sequence[Path], size: int, progress: bool) -> ImageSet:
     parts = [(path, *_read_shard(path)) for path in paths]
     classes = parts[0][-1]
     for path, *_, own in parts:
@@ -147,16 +146,7 @@ def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[s
     return jpeg, offsets, labels, tuple(names)
 
 
-def load_folder(path: Path, size: int = 32, *, progress: bool = True) -> ImageSet:
-    """Decode a folder with one sub-folder a class (images may lie deeper, as in Tiny-ImageNet's `class/images/`).
-
-    Hidden files and folders (`.ipynb_checkpoints`, `._00.jpg`) are neither classes nor images. Pixels are those of
-    timm's ImageFolder, what PIL converts to RGB: alpha and the orientation in EXIF are ignored, and of animations the
-    first frame counts.
-
-    Raises:
-        ImageError: If there are no classes, a class has no images, or an image cannot be decoded.
-    """
+def _from_folder(path: Path, size: int, progress: bool) -> ImageSet:
     classes = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not _is_hidden(entry.name)))
     if not classes:
         raise ImageError(f"{path} has no sub-folders: one a class is expected")

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,12 +16,9 @@ from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.data import Benchmark, Task, classes_in_turn, make_task
 from timm_ghn.finetune.network import build_network
 from timm_ghn.finetune.results import ResultStore, RunResult, Summary, environment, summarize
-from timm_ghn.finetune.run import Execution, Point, Run
+from timm_ghn.finetune.run import Execution, Run
 
 _logger = logging.getLogger(__name__)
-
-Reporter = Callable[[Point], None]
-"""Called after an epoch; what it raises ends the run, which begins anew another time."""
 
 _INITIAL_IMAGES = 64
 """Training images that initializations which look at data are given."""
@@ -36,9 +32,7 @@ class Job:
     seed: int
 
 
-def run_jobs(
-    jobs: Sequence[Job], data: Benchmark, store: ResultStore, execution: Execution, *, report: Reporter | None = None
-) -> tuple[RunResult, ...]:
+def run_jobs(jobs: Sequence[Job], data: Benchmark, store: ResultStore, execution: Execution) -> tuple[RunResult, ...]:
     """Make the runs that are not in the store, and return the results of all that are by then.
 
     A run that another process works on is left to it. A run that was interrupted begins anew.
@@ -48,7 +42,6 @@ def run_jobs(
         data: The images.
         store: Where results are.
         execution: How to compute.
-        report: Called after every epoch of every run.
 
     Raises:
         FineTuneError: If a run cannot be made, or memory does not suffice (the message says what to change).
@@ -58,13 +51,17 @@ def run_jobs(
     total = sum(_steps(job.config, task) for job, task in todo.values())
     with tqdm(total=total, unit="step", delay=2, smoothing=0.01, disable=None) as bar:
         for key, (job, task) in todo.items():
+            end = bar.n + _steps(job.config, task)
             # Another process may have finished it since the store was read.
             with store.claimed(key) as is_ours, explained_memory(job.config):
                 if is_ours and store.read(key) is None:
-                    _make(key, job, task, data, store, execution, bar, report)
+                    bar.set_postfix_str(f"{job.config.starts_from}, seed {job.seed}")
+                    run = _trained(job, task, execution, bar.update)
+                    weights = run.module.state_dict() if execution.keep_weights else None
+                    store.write(_result(key, run, task, data), weights)
                 else:
                     _logger.info("%s is left to the process that works on it", key)
-                    bar.update(_steps(job.config, task))
+            bar.update(end - bar.n)
     found = (store.read(key) for key in dict.fromkeys(key for key, _, _ in named))
     return tuple(result for result in found if result is not None)
 
@@ -90,60 +87,37 @@ def _steps(config: FineTuneConfig, task: Task) -> int:
     return config.epochs * -(-len(task.train) // config.batch_size)
 
 
-def _make(
-    key: str,
-    job: Job,
-    task: Task,
-    data: Benchmark,
-    store: ResultStore,
-    execution: Execution,
-    bar: Any,
-    report: Reporter | None,
-) -> None:
-    """Train a network to the end, and write down the result."""
-    config, start = job.config, bar.n
+def _trained(job: Job, task: Task, execution: Execution, after_step: Callable[[], object]) -> Run:
+    """Train a network to the end."""
     first = task.train.subset(classes_in_turn(task.train.labels, _INITIAL_IMAGES))
-    images = DeviceImages.of(first, task, config, torch.device("cpu")).plain(0, len(first))[0].contiguous()
-    run = Run(config, job.seed, task, build_network(config, len(task.train.classes), job.seed, images), execution)
-    bar.set_postfix_str(f"{config.starts_from}, seed {job.seed}")
+    images = DeviceImages.of(first, task, job.config, torch.device("cpu")).plain(0, len(first))[0].contiguous()
+    network = build_network(job.config, len(task.train.classes), job.seed, images)
+    run = Run(job.config, job.seed, task, network, execution)
     while not run.is_done:
-        run.train_epoch(bar.update)
-        if report is not None:
-            report(run.curve[-1])
-    bar.update(start + _steps(config, task) - bar.n)
-    if run.diverged:
-        _logger.warning("%s diverged in epoch %d: its loss is not finite, and it does not count; a learning rate below "
-            "%g may help", key, len(run.curve), config.lr)  # fmt: skip
-    store.write(_result(key, run, task, data), run.module.state_dict() if execution.keep_weights else None)
+        run.train_epoch(after_step)
+    return run
 
 
 def _result(key: str, run: Run, task: Task, data: Benchmark) -> RunResult:
     """The record of a finished run."""
-    last = run.curve[-1]
-    if last.accuracy is None or last.loss is None:
-        raise FineTuneError(f"{key} was not measured after its last epoch")
+    if run.diverged:
+        _logger.warning("%s diverged in epoch %d: its loss is not finite, and it does not count; a learning rate below "
+            "%g may help", key, len(run.curve), run.config.lr)  # fmt: skip
+    loss, accuracy = run.measured
+    sizes = {"train": len(task.train), run.config.split: len(task.test), "classes": data.num_classes}
+    parameters = sum(parameter.numel() for parameter in run.module.parameters())
     return RunResult(
         key=key,
         config=run.config,
         seed=run.seed,
-        accuracy=last.accuracy,
-        loss=last.loss,
+        accuracy=accuracy,
+        loss=loss,
         diverged=run.diverged,
         seconds=run.seconds,
         images_per_second=len(run.curve) * len(task.train) / max(run.seconds, 1e-9),
         curve=tuple(run.curve),
-        data={
-            "name": data.name,
-            "copy": data.copy,
-            "digest": task.digest,
-            "train": len(task.train),
-            run.config.split: len(task.test),
-            "classes": data.num_classes,
-        },
-        network={
-            "parameters": sum(parameter.numel() for parameter in run.module.parameters()),
-            "weights": dict(run.network.provenance),
-        },
+        data={"name": data.name, "copy": data.copy, "digest": task.digest, **sizes},
+        network={"parameters": parameters, "weights": dict(run.network.provenance)},
         environment=environment(run.device),
     )
 

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,17 +141,11 @@ class ResultStore:
     @contextmanager
     def claimed(self, key: str) -> Iterator[bool]:
         """Whether this process may work on a run; no other may meanwhile, and a killed one loses its claim."""
-        lock = FileLock(self.lock_path(key))
         self.lock_path(key).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        try:
+        with suppress(Timeout), FileLock(self.lock_path(key), timeout=0):
             yield True
-        finally:
-            lock.release()
+            return
+        yield False
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Execution:
         evaluate_at: Further epochs after which to measure.
         keep_weights: Whether the weights of a finished run are kept beside its result.
         capture: What makes a faster step on CUDA of the step of a run; None to launch its kernels one by one.
+        report: Called with the newest point of the curve after every epoch; what it raises ends the run.
     """
 
     device: str = "cpu"
@@ -46,6 +47,7 @@ class Execution:
     evaluate_at: tuple[int, ...] = ()
     keep_weights: bool = False
     capture: Callable[[Run, Step], Step] | None = None
+    report: Callable[[Point], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Run:
         curve: One point for each finished epoch.
         seconds: Time of training, without measurements.
         diverged: Whether the loss stopped being a number; the run then ended.
+        measured: Loss and accuracy when the network was last measured.
 
     Raises:
         FineTuneError: If the device cannot be used.
@@ -105,6 +108,7 @@ class Run:
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.curve: list[Point] = []
         self.seconds, self.diverged = 0.0, False
+        self.measured = (math.nan, math.nan)
         self.step: Step = lambda picks: self.update(*self.images.augmented(picks))
         if self.execution.capture is not None and self.device.type == "cuda":
             self.step = self.execution.capture(self, self.step)
@@ -144,9 +148,11 @@ class Run:
         self.curve.append(Point(epoch + 1, rate, loss, right))
         every = self.execution.evaluate_every
         if self.is_done or epoch + 1 in self.execution.evaluate_at or (every > 0 and (epoch + 1) % every == 0):
-            test_loss, accuracy = self.evaluate()
+            self.measured = test_loss, accuracy = self.evaluate()
             self.diverged = self.diverged or not math.isfinite(test_loss)
             self.curve[-1] = replace(self.curve[-1], loss=test_loss, accuracy=accuracy)
+        if self.execution.report is not None:
+            self.execution.report(self.curve[-1])
 
     def train_on(self, picks: Tensor, epoch: int, index: int) -> None:
         """One step, the `index`-th of an epoch.
