@@ -162,7 +162,7 @@ class Bench:
         )
         execution = Execution(device=self.args.device, evaluate_every=0, keep_weights=True, capture=CapturedStep)
         (result,) = run_jobs([Job(config, 0)], self.data("oracle"), self.store, execution)
-        return self.store.weights(result.key)
+        return self.store.path(result.key, "weights")
 
     def untrained(self) -> Path:
         """File of a GHN of the preset, as it is before its first step."""

@@ -50,7 +50,7 @@ def test_every_line_of_the_table(
     oracle = next(run for run in runs if run.data["name"] == "tinyimagenet32, trained classes")
     assert oracle.data["classes"] == 5
     started = [run for run in runs if run.config.init_file]
-    assert {run.config.init_file for run in started} == {str(ResultStore(data / "out").weights(oracle.key))}
+    assert {run.config.init_file for run in started} == {str(ResultStore(data / "out").path(oracle.key, "weights"))}
     assert {run.network["weights"]["ghn"] for run in runs if run.config.ghn == "bundled"} == {"bundled"}
 
 

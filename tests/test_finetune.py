@@ -400,9 +400,9 @@ def test_accuracy_is_measured_after_the_epochs_that_were_asked_for(benchmark: Be
 def test_weights_of_a_finished_run_are_a_start_for_another(benchmark: Benchmark, tmp_path: Path) -> None:
     store = ResultStore(tmp_path)
     (result,) = run_jobs([Job(CONFIG, 0)], benchmark, store, Execution(keep_weights=True))
-    config = replace(PAPER, init_file=str(store.weights(result.key)), epochs=1, lr=1e-9)
+    config = replace(PAPER, init_file=str(store.path(result.key, "weights")), epochs=1, lr=1e-9)
     (again,) = run_jobs([Job(config, 0)], benchmark, store, CPU)
-    assert not store.weights(again.key).exists()
+    assert not store.path(again.key, "weights").exists()
     assert again.accuracy == pytest.approx(result.accuracy, abs=0.03)
     assert again.curve[0].train_loss < 0.9 * result.curve[0].train_loss
 
@@ -420,7 +420,7 @@ def test_a_run_of_another_process_is_left_to_it(benchmark: Benchmark, tmp_path: 
     store = ResultStore(tmp_path)
     (first,) = run_jobs([Job(CONFIG, 0)], benchmark, store, CPU)
     store.path(first.key).unlink()
-    with FileLock(store.lock_path(first.key)):
+    with FileLock(store.path(first.key, "locks")):
         assert run_jobs([Job(CONFIG, 0)], benchmark, store, CPU) == ()
         with pytest.raises(FineTuneError, match="1 of 2 trials are left to other processes"):
             tune(grid(CONFIG, (0.02, 0.1), ()), (0,), benchmark, _store_with_claim(store, benchmark), CPU)
@@ -430,7 +430,7 @@ def _store_with_claim(store: ResultStore, benchmark: Benchmark) -> ResultStore:
     """A store in which a trial of the grid is claimed."""
     trial = replace(CONFIG, split="validation")
     key = trial.key(0, make_task(benchmark, trial).digest)
-    lock = FileLock(store.lock_path(key))
+    lock = FileLock(store.path(key, "locks"))
     lock.acquire()
     store.held = lock  # type: ignore[attr-defined]
     return store

@@ -112,9 +112,8 @@ class DeviceImages:
         return self._as_input(crops), self.labels[index]
 
     def plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Images as they are, with labels, for measuring."""
-        inner = slice(self.padding, self.images.shape[-1] - self.padding)
-        return self._as_input(self.images[start:stop, :, inner, inner]), self.labels[start:stop]
+        """Images as they are, with labels, for measuring; they must have no border."""
+        return self._as_input(self.images[start:stop]), self.labels[start:stop]
 
     def _as_input(self, images: Tensor) -> Tensor:
         batch = (images.float() - self.mean) / self.std

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -28,6 +28,7 @@ from timm_ghn.finetune.run import Point
 from timm_ghn.storage.atomic import write_atomically
 
 _logger = logging.getLogger(__name__)
+_SUFFIXES = {"runs": "json", "locks": "lock", "weights": "safetensors"}
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,9 @@ class ResultStore:
     def __init__(self, folder: str | Path, settings: type[FineTuneConfig] = FineTuneConfig) -> None:
         self.folder, self.settings = Path(folder), settings
 
-    def path(self, key: str) -> Path:
-        """File of a finished run."""
-        return self.folder / "runs" / f"{key}.json"
-
-    def lock_path(self, key: str) -> Path:
-        """File that is locked while a process works on a run."""
-        return self.folder / "locks" / f"{key}.lock"
-
-    def weights(self, key: str) -> Path:
-        """File of what a finished run has learned, if it was kept."""
-        return self.folder / "weights" / f"{key}.safetensors"
+    def path(self, key: str, kind: Literal["runs", "locks", "weights"] = "runs") -> Path:
+        """File of a finished run; or of what it has learned; or what is locked while a process works on it."""
+        return self.folder / kind / f"{key}.{_SUFFIXES[kind]}"
 
     def read(self, key: str) -> RunResult | None:
         """The result of a run; None if it is not finished or its file is damaged."""
@@ -128,7 +121,7 @@ class ResultStore:
         try:
             if weights is not None:
                 tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-                write_atomically(self.weights(result.key), save(tensors, {"format": "pt"}))
+                write_atomically(self.path(result.key, "weights"), save(tensors, {"format": "pt"}))
             write_atomically(self.path(result.key), json.dumps(result.to_dict(), indent=1).encode())
         except OSError as error:
             raise FineTuneError(f"the result of {result.key} cannot be written: {error}") from error
@@ -141,8 +134,9 @@ class ResultStore:
     @contextmanager
     def claimed(self, key: str) -> Iterator[bool]:
         """Whether this process may work on a run; no other may meanwhile, and a killed one loses its claim."""
-        self.lock_path(key).parent.mkdir(parents=True, exist_ok=True)
-        with suppress(Timeout), FileLock(self.lock_path(key), timeout=0):
+        lock = self.path(key, "locks")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(Timeout), FileLock(lock, timeout=0):
             yield True
             return
         yield False
