@@ -81,7 +81,8 @@ LRS = {"resnet": (1e-3, 3e-3, 1e-2), "convnext": (3e-4, 1e-3, 3e-3), "vit": (3e-
 INITS = ("rand", "orth", "untrained", "ghn", "ghn-orth", "oracle")
 FILES = ("oracle", "oracle-orth", "noise-only")
 """Those of `--inits` whose weights are made first, and kept in a file."""
-TASKS = ("cifar10", "held-out", "fashion-mnist")
+LABELS = {"cifar10": 100, "held-out": 20, "fashion-mnist": 100}
+"""The tasks, with the labels a class that are trained on."""
 MARKS = (0.1, 0.3, 1.0)
 """Shares of the epochs after which accuracy is measured."""
 _SHARDS = "tinyimagenet32"
@@ -131,8 +132,7 @@ class Bench:
 
     def config(self, task: str, model: str, init: str) -> PaperConfig:
         """Settings of the runs of one line, before the learning rate is chosen."""
-        labels = 20 if task == "held-out" else 100
-        base = replace(MODELS[model], epochs=self.args.epochs, labels_per_class=labels)
+        base = replace(MODELS[model], epochs=self.args.epochs, labels_per_class=LABELS[task])
         method, settings = parse_init(init)
         if method in FILES:
             return replace(base, init="rand", init_file=str(self.weights(base, model, method)))
@@ -266,7 +266,7 @@ def accuracies(results: Sequence[RunResult]) -> list[tuple[float, float]]:
 def print_tables(bench: Bench) -> None:
     """Print all lines that are there, then a table of their ends for each task; write their runs if asked to."""
     found = {line: results for line, results in bench.lines().items() if results[0].config.epochs == bench.args.epochs}
-    places = sorted(found, key=lambda line: (TASKS.index(line.task), line.model, *place(line.init, line.ghn)))
+    places = sorted(found, key=lambda line: (list(LABELS).index(line.task), line.model, *place(line.init, line.ghn)))
     lines = {line: found[line] for line in places}
     if not lines:
         raise FineTuneError(f"{bench.store.folder} has no finished lines of {bench.args.epochs} epochs")
@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ghn", default="bundled", help="file or name of the GHN")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=tuple(MODELS))
     parser.add_argument("--inits", nargs="+", type=known_init, default=list(INITS), metavar="INIT", help="see above")
-    parser.add_argument("--tasks", nargs="+", default=["cifar10"], choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=["cifar10"], choices=tuple(LABELS))
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--lrs", nargs="+", type=float, help="instead of the model's own grid")
