@@ -398,8 +398,8 @@ def test_accuracy_is_measured_after_the_epochs_that_were_asked_for(benchmark: Be
 
 
 def test_weights_of_a_finished_run_are_a_start_for_another(benchmark: Benchmark, tmp_path: Path) -> None:
-    store = ResultStore(tmp_path)
-    (result,) = run_jobs([Job(CONFIG, 0)], benchmark, store, Execution(keep_weights=True))
+    store = ResultStore(tmp_path, PaperConfig)
+    (result,) = run_jobs([Job(PAPER, 0)], benchmark, store, Execution(keep_weights=True))
     config = replace(PAPER, init_file=str(store.path(result.key, "weights")), epochs=1, lr=1e-9)
     (again,) = run_jobs([Job(config, 0)], benchmark, store, CPU)
     assert not store.path(again.key, "weights").exists()
