@@ -74,7 +74,7 @@ def test_the_rate_is_chosen_on_held_out_images() -> None:
 
 
 def test_runs_are_made_once_and_a_torn_line_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for part, count in (("train", 5000), ("test", 200)):
+    for part, count in (("train", 1200), ("test", 100)):
         write_shard(tmp_path / f"cifar10-{part}.safetensors", noisy_images(count, len(part), size=32, classes=4))
     out = tmp_path / "out"
     command = ["--data", str(tmp_path), "--out", str(out), "--models", "test_resnet", "--inits", "orth", "ghn-orth"]
