@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache as cached
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -59,12 +60,10 @@ def teacher_targets(images: Tensor, name: str, folder: Path, *, progress: bool =
     cache = folder / f"{name}-{_SIZE}-{digest}"
 
     def components() -> Tensor:
-        model = cached(lambda: load_teacher(name))
-        chunks, parts = torch.split(images, _CHUNK), []
-        bar = tqdm(chunks, f"features of {name}", unit="part", disable=not progress, delay=2)
-        for index, chunk in enumerate(bar):
-            path = cache / f"features-{index * _CHUNK:07d}.safetensors"
-            parts.append(_kept(path, lambda chunk=chunk: _features(model(), chunk)))
+        teacher = cached(partial(load_teacher, name))  # needed if some features are not there yet
+        bar = tqdm(torch.split(images, _CHUNK), f"features of {name}", unit="part", disable=not progress, delay=2)
+        paths = (cache / f"features-{start:07d}.safetensors" for start in range(0, len(images), _CHUNK))
+        parts = [_kept(path, partial(_features, teacher, chunk)) for path, chunk in zip(paths, bar, strict=True)]
         return principal_components(torch.cat(parts), NUM_COMPONENTS).half()
 
     return _kept(cache / "components.safetensors", components)
@@ -122,10 +121,10 @@ def _packaged_weights() -> Path:
 
 
 @torch.inference_mode()
-def _features(model: nn.Module, images: Tensor) -> Tensor:
+def _features(teacher: Callable[[], nn.Module], images: Tensor) -> Tensor:
     """Pooled features, float16 (N, D)."""
     mean, std = (0.498, 0.502)  # of EfficientNet-Lite; those of timm's models differ little
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = teacher().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = []
     for batch in torch.split(images, _BATCH):
         x = F.interpolate(batch.float() / 255, size=(_SIZE, _SIZE), mode="bicubic", align_corners=False).clamp(0, 1)
