@@ -80,7 +80,6 @@ def make_parser() -> argparse.ArgumentParser:
     for name, kind, text in _SETTINGS:
         how.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     how.add_argument("--optimizer", choices=("sgd", "adamw"))
-    how.add_argument("--normalization", choices=("auto", "data", "imagenet"))
     how.add_argument("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA")
     seeds = how.add_mutually_exclusive_group()
     seeds.add_argument("--num-seeds", type=int, default=5, metavar="N", help="train with seeds 0 to N - 1 (default: 5)")

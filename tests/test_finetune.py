@@ -215,7 +215,7 @@ def test_an_epoch_takes_every_image_once_and_depends_on_seed_and_epoch_alone() -
 
 @pytest.mark.parametrize("side", [16, 24, 12])
 def test_batches_are_what_torchvision_makes(benchmark: Benchmark, side: int) -> None:
-    config = replace(CONFIG, image_size=side, normalization="data")
+    config = replace(CONFIG, image_size=side)
     task = make_task(benchmark, config)
     store = DeviceImages.of(task.train, task, config, torch.device("cpu"), padding=2)
     picks = epoch_picks(config, len(store), 0, 0)[:, :6]
@@ -224,7 +224,7 @@ def test_batches_are_what_torchvision_makes(benchmark: Benchmark, side: int) -> 
         image = TF.pad(TF.to_pil_image(task.train.images[index]), [2])
         image = TF.crop(image, top, left, 16, 16)
         pixels = TF.pil_to_tensor(TF.hflip(image) if mirrored else image).float()
-        expected = TF.normalize(pixels, task.mean, task.std)
+        expected = TF.normalize(pixels, store.mean.flatten().tolist(), store.std.flatten().tolist())
         if side != 16:
             expected = TF.resize(expected, [side, side], antialias=True)
         torch.testing.assert_close(batch[row], expected, rtol=1e-5, atol=1e-5)
@@ -233,6 +233,10 @@ def test_batches_are_what_torchvision_makes(benchmark: Benchmark, side: int) -> 
 
 
 def test_normalization_of_enlarged_images_and_pretrained_weights_is_imagenets(benchmark: Benchmark) -> None:
+    task = make_task(benchmark, CONFIG)
+    own = DeviceImages.of(task.train, task, CONFIG, torch.device("cpu"))
+    assert own.mean.flatten().tolist() == pytest.approx(task.mean)
+    assert own.std.flatten().tolist() == pytest.approx(task.std)
     for config in (replace(CONFIG, image_size=32), replace(CONFIG, init="pretrained")):
         task = make_task(benchmark, config)
         store = DeviceImages.of(task.train, task, config, torch.device("cpu"))
@@ -315,7 +319,7 @@ def test_the_cosine_is_torchs() -> None:
 
 def test_it_learns_and_the_accuracy_is_that_of_timms_own_forward(benchmark: Benchmark) -> None:
     task = make_task(benchmark, replace(CONFIG, labels_per_class=None))
-    run = new_run(replace(CONFIG, labels_per_class=None, epochs=6, normalization="data"), task)
+    run = new_run(replace(CONFIG, labels_per_class=None, epochs=6), task)
     train(run, 6)
     assert run.curve[-1].accuracy is not None
     assert run.curve[-1].accuracy > 0.8
@@ -614,7 +618,12 @@ def test_settings_round_trip_and_name_the_run() -> None:
     assert FineTuneConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
     with pytest.raises(FineTuneError, match="unknown or missing settings of a run: colour"):
         FineTuneConfig.from_dict({**CONFIG.to_dict(), "colour": 1})
-    former = {**CONFIG.to_dict(), "stem": "original", "init_file": None}  # as earlier versions wrote them
+    former = {
+        **CONFIG.to_dict(),
+        "stem": "original",
+        "init_file": None,
+        "normalization": "auto",
+    }  # as earlier versions wrote them
     assert FineTuneConfig.from_dict(former) == CONFIG
     assert CONFIG.key(0, "d") == PAPER.key(0, "d") == "test_resnet-rand-s0-44c3e5d19b"
     with pytest.raises(FineTuneError, match="unknown or missing settings of a run: stem"):

@@ -9,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_ghn.finetune.config import FineTuneConfig
+from timm_ghn.finetune.config import PRETRAINED, FineTuneConfig
 from timm_ghn.finetune.data import Task
 from timm_ghn.images import ImageSet
 from timm_ghn.seeding import derived_seed
@@ -78,11 +78,8 @@ class DeviceImages:
             device: Where they go.
             padding: Width of their black border in pixels.
         """
-        enlarged = config.image_size != data.size
         statistics = task.mean, task.std
-        if config.normalization == "imagenet" or (
-            config.normalization == "auto" and (config.init == "pretrained" or enlarged)
-        ):
+        if config.init == PRETRAINED or config.image_size != data.size:  # as ppuda
             statistics = tuple(255 * x for x in IMAGENET_DEFAULT_MEAN), tuple(255 * x for x in IMAGENET_DEFAULT_STD)
         mean, std = (torch.tensor(x, dtype=torch.float32, device=device).view(1, 3, 1, 1) for x in statistics)
         images = F.pad(data.images, (padding,) * 4).to(device)

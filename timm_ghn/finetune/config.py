@@ -29,7 +29,8 @@ class FineTuneConfig(Checked):
     """Everything but the data and the seed that decides the numbers of a run.
 
     The defaults are the paper's protocol; what the paper leaves open follows its reference code (ppuda at 4673a42):
-    a cosine over epochs, gradients clipped to a norm of 5, crops from a black border of 4 pixels.
+    a cosine over epochs, gradients clipped to a norm of 5, crops from a black border of 4 pixels. Images are normalized
+    by the statistics of the training set; with ImageNet's where they are enlarged, and for pretrained weights.
 
     Raises:
         FineTuneError: If a value is out of range.
@@ -46,11 +47,6 @@ class FineTuneConfig(Checked):
     start_layer: int | float | str | None = setting(None, "L; None for the method's default")
     rescale: Rescale = setting("auto", "as of `Init`")
     image_size: int = setting(32, "side of the network's input in pixels", 8)
-    normalization: Literal["auto", "data", "imagenet"] = setting(
-        "auto",
-        "statistics of the training data, or of ImageNet; 'auto' as ppuda: the data's at their own size, ImageNet's "
-        "for images that are enlarged, and for pretrained weights",
-    )
     optimizer: Literal["sgd", "adamw"] = setting("sgd", "SGD with momentum, or AdamW")
     lr: float = setting(0.01, "learning rate at the start of the cosine", 1e-12)
     weight_decay: float = setting(0.01, "weight decay", 0)
@@ -147,7 +143,7 @@ class FineTuneConfig(Checked):
         return f"{model}-{init}-s{seed}-{digest}"
 
 
-_FORMER = {"stem": "original", "init_file": None}
+_FORMER = {"stem": "original", "init_file": None, "normalization": "auto"}
 """Settings of earlier versions; they are still part of the names of runs, so that finished runs are found again."""
 
 
