@@ -94,7 +94,7 @@ def test_two_processes_take_the_steps_of_averaged_gradients(
 ) -> None:
     # Loopback by number: a machine's own name need not resolve.
     launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
-    launch += ["-m", "timm_ghn", "train"]
+    launch += [str(Path(__file__).with_name("train_worker.py")), "train"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     joined = subprocess.run([sys.executable, *launch, *arguments("run")], capture_output=True, text=True, timeout=300)
     assert joined.returncode == 0, joined.stderr[-3000:]
