@@ -62,8 +62,11 @@ class DeferredRandom(PrivateRandom):
             if name not in _CONSTANT_FILLS or not _is_whole(touched[0]):
                 return self._defer(touched[0], (func, args, kwargs), overwrites=False)
             self.drop([touched[0]])
-        else:
-            self._replay_unlabelled(touched)
+        else:  # some code of the model is about to read these values
+            for tensor in touched:
+                self._count += 1
+                with torch._C.DisableTorchFunction():
+                    self.replay(tensor, f"read during construction, {self._count}")
         return self.call(func, args, kwargs)
 
     def drop(self, tensors: Iterable[Tensor]) -> None:
@@ -91,13 +94,6 @@ class DeferredRandom(PrivateRandom):
     def is_pending(self, tensor: Tensor) -> bool:
         """Whether something was put off for a tensor, so that its values mean nothing yet."""
         return tensor.device.type != "meta" and storage_id(tensor) in self._pending
-
-    def _replay_unlabelled(self, tensors: list[Tensor]) -> None:
-        """Some code of the model is about to read these values."""
-        for tensor in tensors:
-            self._count += 1
-            with torch._C.DisableTorchFunction():
-                self.replay(tensor, f"read during construction, {self._count}")
 
 
 def storage_id(tensor: Tensor) -> int:

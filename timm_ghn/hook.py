@@ -48,7 +48,10 @@ def install() -> None:
     )
     original.__kwdefaults__ = function.__kwdefaults__
     setattr(function, _ORIGINAL, original)
-    function.__signature__ = _with_init(inspect.signature(original))  # type: ignore[attr-defined]
+    signature = inspect.signature(original)
+    init = inspect.Parameter("init", inspect.Parameter.KEYWORD_ONLY, default=None)
+    *others, last = signature.parameters.values()
+    function.__signature__ = signature.replace(parameters=[*others, init, last])  # type: ignore[attr-defined]
     function.__defaults__, function.__kwdefaults__ = None, {"init": None}
     function.__code__ = _hooked.__code__
 
@@ -130,10 +133,3 @@ def _create_model() -> Callable[..., nn.Module]:
     """timm's function; below what other packages may have wrapped around it."""
     function: Callable[..., nn.Module] = inspect.unwrap(importlib.import_module("timm.models._factory").create_model)
     return function
-
-
-def _with_init(signature: inspect.Signature) -> inspect.Signature:
-    """timm's signature with the keyword `init`."""
-    init = inspect.Parameter("init", inspect.Parameter.KEYWORD_ONLY, default=None)
-    *others, last = signature.parameters.values()
-    return signature.replace(parameters=[*others, init, last])

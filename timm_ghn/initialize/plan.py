@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -173,8 +173,7 @@ def make_plan(
     chosen: Mapping[str, Assignment] = {}
     computation = None
     if hypernetwork is not None and outline is not None:
-        start = partial(_start, parameters, deferred)
-        chosen = _choose_for_ghn(init, hypernetwork.model, outline, start_layer, free, start)
+        chosen = _choose_for_ghn(init, hypernetwork.model, outline, start_layer, parameters, free, deferred)
     elif init.spec.source is Source.BASELINE:
         computation = BASELINES[init.method](Setting(model, init.method, init.seed or 0, free, **inputs))
         chosen = dict.fromkeys(computation.names, Assignment(Source.BASELINE))
@@ -186,8 +185,7 @@ def make_plan(
     assignments = {n: chosen.get(n) or Assignment(Source.TIMM, reason=kept.get(n, default)) for n in parameters}
     _check_values(model, init, assignments, deferred)
     origin = describe_origin(init, hypernetwork, layers, start_layer)
-    graph = None if outline is None else outline.graph
-    return Plan(init, origin, parameters, assignments, hypernetwork, graph, computation)
+    return Plan(init, origin, parameters, assignments, hypernetwork, outline and outline.graph, computation)
 
 
 def _choose_for_ghn(
@@ -195,8 +193,9 @@ def _choose_for_ghn(
     ghn: GHN,
     outline: Outline,
     start_layer: int | None,
+    parameters: Mapping[str, Tensor],
     free: frozenset[str],
-    start: Callable[[str], float | None],
+    deferred: DeferredRandom,
 ) -> dict[str, Assignment]:
     """Decide which parameters a GHN predicts, which are drawn instead, and which are orthogonalized.
 
@@ -205,12 +204,14 @@ def _choose_for_ghn(
         ghn: The GHN.
         outline: Layers and graph of the model.
         start_layer: L; None without post-processing.
-        free: Names of the parameters that may be changed.
-        start: The starting value of a parameter, as of `find_structure`.
+        parameters: All parameters of the model, by name.
+        free: Names of those that may be changed.
+        deferred: What was put off while the model was built.
 
     Returns:
         Assignments by name; none for parameters of which there is nothing to say.
     """
+    # What is predicted, and why all else is not.
     graph, layers, classes = outline.graph, outline.layers, ghn.config.num_classes
     targets = {target.name: target for target in graph.targets if target.name in free}
     reasons = dict(graph.unused)
@@ -222,25 +223,25 @@ def _choose_for_ghn(
     if init.fallback == "auto" and ghn.seen is not None:
         found = ghn.seen.unseen(graph)
         unseen = {name: f"not seen: {found[name]}" for name in found if targets.pop(name, None)}
+        reasons |= unseen
 
+    # What is orthogonalized: layers from L on, and where the structure of the network asks for it.
     late = [] if start_layer is None else [*selected_layers(layers, start_layer)]
     structure = None
     if init.rescale == "auto":
-
-        def start_of_kept(name: str) -> float | None:
-            return None if name in targets else start(name)
-
-        structure = find_structure(outline.analyses.trace, start_of_kept, analyses=outline.analyses)
+        start = partial(_start, {name: p for name, p in parameters.items() if name not in targets}, deferred)
+        structure = find_structure(outline.analyses.trace, start, analyses=outline.analyses)
         if start_layer is not None:
             late += [x for x in layers if not x.is_classifier and structure.needs_orthogonal(x.parameter)]
     processed = {layer.parameter: layer for layer in late if layer.parameter in free}
 
+    # What each parameter gets.
     plain = (target for name, target in targets.items() if name not in processed)
     factors = {} if structure is None else structure.factors(plain, ghn.config.largest_kernel[1])
     gaining = gaining_norms(graph)
     chosen = {
-        name: Assignment(Source.TIMM, layer=processed.get(name), reason={**reasons, **unseen}.get(name, ""))
-        for name in free & (reasons.keys() | unseen.keys() | processed.keys())
+        name: Assignment(Source.TIMM, layer=processed.get(name), reason=reasons.get(name, ""))
+        for name in free & (reasons.keys() | processed.keys())
     }
     for layer in layers:
         if layer.parameter in unseen and not layer.is_classifier:
@@ -313,8 +314,7 @@ def _check_values(
     """Raises InitError if parameters or buffers that keep their values hold none, or none to orthogonalize."""
     if init.spec.source is Source.TIMM:
         return
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in tensors:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         assigned = assignments.get(name)  # None for a buffer
         if deferred.is_pending(tensor) or (assigned is not None and assigned.source is not Source.TIMM):
             continue

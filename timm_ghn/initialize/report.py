@@ -134,14 +134,8 @@ class Report:
             )
             for row in data["parameters"]
         )
-        report = cls(
-            str(data["model"]),
-            dict(data["provenance"]),
-            rows,
-            bool(data["from_cache"]),
-            float(data["seconds"]),
-            data["source"],
-        )
+        how = bool(data["from_cache"]), float(data["seconds"]), data["source"]
+        report = cls(str(data["model"]), dict(data["provenance"]), rows, *how)
         _ = report.num_layers, report.start_layer, report.generated, report.provenance["method"]
         return report
 

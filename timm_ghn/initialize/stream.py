@@ -42,7 +42,8 @@ def stream(
     """
     report = plan.report(model_name(model))
     settings, queued = postprocess_settings(plan.init), torch.get_num_threads()
-    with closing(_Stream(model, memory, tensors, write)) as outlet:
+    outlet = _Stream(model, memory, tensors, write)
+    with closing(outlet.bar):
         scaled = fill_generated(plan, deferred, outlet.finished, queued=queued)
         fill_others(model, report, plan.processed, settings, deferred, outlet.finished, queued=queued)
         outlet.hand_on_others()
@@ -67,7 +68,7 @@ class _Stream:
         for name, tensor in tensors.items():
             self._entries[storage_id(tensor)].append((name, tensor))
         size = sum(tensor.nbytes for tensor in tensors.values())
-        self._bar = tqdm(desc="writing", total=size, unit="B", unit_scale=True, delay=2, leave=False, disable=None)
+        self.bar = tqdm(desc="writing", total=size, unit="B", unit_scale=True, delay=2, leave=False, disable=None)
 
     def finished(self, name: str, *_: object) -> None:
         """A parameter is final; it is handed on when all others in the same memory are, too."""
@@ -82,11 +83,7 @@ class _Stream:
         for storage in self._entries.keys() - self._waiting.keys():
             self._hand_on(storage)
 
-    def close(self) -> None:
-        """End the progress bar."""
-        self._bar.close()
-
     def _hand_on(self, storage: int) -> None:
         for name, tensor in self._entries.get(storage, ()):
             self._write(name, tensor)
-            self._bar.update(tensor.nbytes)
+            self.bar.update(tensor.nbytes)
