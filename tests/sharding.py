@@ -98,12 +98,8 @@ def _joined(rank: int, size: int, work: Callable[..., None], folder: Path, *args
         dist.destroy_process_group()
 
 
-def initialize_cases(rank: int, folder: Path, cases: dict[str, Case], ghn: str) -> None:
-    """Initialize sharded models; `folder / name` gets the whole tensors and the report, or an error.
-
-    Then ask for what is not possible; `folder / "refusals"` gets for each error its type, its message, and whether the
-    model stayed as it was.
-    """
+def initialize_cases(rank: int, folder: Path, cases: dict[str, Case]) -> None:
+    """Initialize sharded models; `folder / name` gets the whole tensors and the report, or an error."""
     sharded.LazyMemory = partial(LazyMemory, min_bytes=4096)  # even the tensors of small models count as large
     for name, case in cases.items():
         try:
@@ -112,6 +108,14 @@ def initialize_cases(rank: int, folder: Path, cases: dict[str, Case], ghn: str) 
             result = {"error": traceback.format_exc()}
         if rank == 0:
             torch.save(result, folder / name)
+
+
+def initialize_and_refuse(rank: int, folder: Path, cases: dict[str, Case], ghn: str) -> None:
+    """Initialize sharded models, then ask for what is not possible.
+
+    `folder / "refusals"` gets for each error its type, its message, and whether the model stayed as it was.
+    """
+    initialize_cases(rank, folder, cases)
     refusals = _refusals(ghn)
     if rank == 0:
         torch.save(refusals, folder / "refusals")

@@ -21,7 +21,7 @@ from timm_ghn.errors import InitError
 
 if not hasattr(torch.distributed.fsdp, "fully_shard"):
     pytest.skip("FSDP2 is part of torch from 2.6 on", allow_module_level=True)
-from sharding import Case, initialize_cases, shard, start_group, whole_tensors
+from sharding import Case, initialize_and_refuse, initialize_cases, shard, start_group, whole_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,19 +54,19 @@ def with_ghn(case: Case, ghn: Path) -> Case:
     return Case(case.model, case.layout, init, case.arguments, case.is_held)
 
 
-def run(cases: dict[str, Case], size: int, folder: Path, ghn: Path) -> Path:
-    start_group(size, initialize_cases, folder, {name: with_ghn(case, ghn) for name, case in cases.items()}, str(ghn))
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory, seeded_checkpoint: Path) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    cases = {name: with_ghn(case, seeded_checkpoint) for name, case in TWO.items()}
+    start_group(2, initialize_and_refuse, folder, cases, str(seeded_checkpoint))
     return folder
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory: pytest.TempPathFactory, seeded_checkpoint: Path) -> Path:
-    return run(TWO, 2, tmp_path_factory.mktemp("two"), seeded_checkpoint)
-
-
-@pytest.fixture(scope="module")
 def of_four(tmp_path_factory: pytest.TempPathFactory, seeded_checkpoint: Path) -> Path:
-    return run(FOUR, 4, tmp_path_factory.mktemp("four"), seeded_checkpoint)
+    folder = tmp_path_factory.mktemp("four")
+    start_group(4, initialize_cases, folder, {name: with_ghn(case, seeded_checkpoint) for name, case in FOUR.items()})
+    return folder
 
 
 def check(case: Case, ghn: Path, file: Path) -> None:

@@ -185,7 +185,8 @@ def make_plan(
     assignments = {n: chosen.get(n) or Assignment(Source.TIMM, reason=kept.get(n, default)) for n in parameters}
     _check_values(model, init, assignments, deferred)
     origin = describe_origin(init, hypernetwork, layers, start_layer)
-    return Plan(init, origin, parameters, assignments, hypernetwork, outline and outline.graph, computation)
+    graph = None if outline is None else outline.graph
+    return Plan(init, origin, parameters, assignments, hypernetwork, graph, computation)
 
 
 def _choose_for_ghn(
