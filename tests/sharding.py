@@ -1,4 +1,4 @@
-"""Groups of processes that shard models and initialize them. Each process has imported this module."""
+"""Groups of processes that shard models and initialize them. Each process imports this module."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ from timm_ghn.initialize.memory import LazyMemory
 
 _PATIENCE = 240
 """Seconds after which a group of processes is given up."""
+
+_PRELOADED = [
+    "timm", "timm_ghn.initialize.sharded", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
+]  # fmt: skip
+"""What takes long to import. (This module is not found there: pytest alone knows its folder.)"""
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,14 @@ class Case:
 def start_group(size: int, work: Callable[..., None], folder: Path, *args: Any) -> None:
     """Run `work(rank, folder, *args)` in processes that know each other.
 
-    Where the system can fork, they are forked from a process that has imported this module once for all groups.
+    Where the system can fork, they are forked from a process that has imported what takes long, once for all groups.
 
     Raises:
         Exception: What one of them raised.
     """
     method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
     if method == "forkserver":
-        mp.set_forkserver_preload([__name__])
+        mp.set_forkserver_preload(_PRELOADED)
     mp.start_processes(_joined, (size, work, folder, *args), size, start_method=method)
 
 
