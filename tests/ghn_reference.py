@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from timm_ghn.ghn import GHN, GHNConfig
-from timm_ghn.graph.graph import Graph, Node, Op, Role, Target
+from timm_ghn.graph import Graph, Node, Op, Role, Target
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 MODELS = ("resnet18", "mobilenet_v2", "resnet50", "convnext_base")

@@ -343,7 +343,7 @@ def test_graph_json(capsys: pytest.CaptureFixture[str]) -> None:
         graph = timm_ghn.to_graph(timm.create_model("test_vit"))
     assert main(["graph", "test_vit", "--json", "--nodes"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert timm_ghn.Graph.from_dict(data["graph"]) == graph
+    assert data["graph"] == graph.to_dict()
     assert data["operators"] == dict(graph.operators)
     assert data["distance_sum"] == graph.distances[:, 2].sum()
     assert 0 < data["predicted_parameters"] < data["parameters"]
@@ -370,7 +370,7 @@ def test_graph_files(suffix: str, tmp_path: Path) -> None:
     assert main(["graph", "test_resnet", "--out", str(path)]) == 0
     content = path.read_bytes()
     if suffix == ".json":
-        assert "conv" in timm_ghn.Graph.from_json(content.decode()).operators
+        assert "conv" in {node["op"] for node in json.loads(content)["nodes"]}
     else:
         assert {".svg": b"<svg", ".png": b"PNG", ".pdf": b"%PDF", ".txt": b"max_pool"}[suffix] in content
     assert [file.name for file in path.parent.iterdir()] == [path.name]

@@ -20,7 +20,7 @@ from timm_ghn.ghn import model as model_module
 from timm_ghn.ghn.features import channel_sizes, kernel_sizes, shape_4d
 from timm_ghn.ghn.gnn import GatedGNN
 from timm_ghn.ghn.layout import Tiles
-from timm_ghn.graph.graph import Graph, Layout, Node, Op, Role, Target
+from timm_ghn.graph import Graph, Layout, Node, Op, Role, Target
 
 CASES = settings(max_examples=60, derandomize=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from typing import Any, ClassVar
@@ -138,17 +139,16 @@ def test_a_user_model_runs_on_no_data() -> None:
 
 def test_text_and_json_forms() -> None:
     graph = to_graph(on_meta(timm.create_model, "test_vit"))
-    assert Graph.from_json(graph.to_json()) == graph
-    assert Graph.from_json(graph.to_json(indent=2)).digest == graph.digest
+    assert json.loads(graph.to_json()) == graph.to_dict()
+    assert graph.to_dict()["nodes"][1] == {
+        "op": "conv",
+        "shape": [64, 3, 16, 16],
+        "targets": [{"name": "patch_embed.proj.weight", "shape": [64, 3, 16, 16], "role": "weight", "layout": "plain"}],
+    }
+    assert graph.to_dict()["edges"][:2] == [[0, 1], [1, 2]]
     assert "pos_enc" in graph.to_text()
     assert str(graph).startswith(f"Graph of {len(graph)} nodes")
     assert len(graph.to_text().splitlines()) == len(graph) + 1
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"nodes": [], "edges": [], "max_distance": 50, "unused": []}'])
-def test_other_text_is_refused(text: str) -> None:
-    with pytest.raises(GraphError):
-        Graph.from_json(text)
 
 
 def test_a_graph_is_immutable_and_checked() -> None:

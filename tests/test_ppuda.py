@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,9 @@ import pytest
 import timm
 import torch
 import torchvision
+from ppuda_graphs import to_ppuda
 
-from timm_ghn.errors import MissingDependencyError
 from timm_ghn.graph import Reading, to_graph
-
-
-def test_without_ppuda_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without_ppuda(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("ppuda"):
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        return real(name, *args, **kwargs)
-
-    graph = to_graph(timm.create_model("test_resnet"))
-    monkeypatch.setattr(builtins, "__import__", without_ppuda)
-    with pytest.raises(MissingDependencyError, match=r"timm-ghn\[ppuda\]"):
-        graph.to_ppuda()
 
 
 @pytest.fixture
@@ -48,7 +33,7 @@ def test_the_graph_is_what_ppuda_builds(ppuda_graphs: Any) -> None:
     model = torchvision.models.resnet18()
     theirs = ppuda_graphs.Graph(copy.deepcopy(model), ve_cutoff=50)
     graph = to_graph(model, reading=Reading.PPUDA)
-    ours = graph.to_ppuda()
+    ours = to_ppuda(graph)
     assert ours.n_nodes == theirs.n_nodes == len(ours.node_feat)
     assert sorted(ours.node_feat.flatten().tolist()) == sorted(theirs.node_feat.flatten().tolist())
     assert len(ours.edges) == len(theirs.edges)
@@ -69,7 +54,7 @@ def _shape(shape: Any) -> tuple[int, ...] | None:
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
 def test_its_ghn_predicts_the_same_from_both_graphs(name: str, ppuda_graphs: Any, ppuda_ghn: Any) -> None:
     model = torchvision.models.get_model(name)
-    graph = to_graph(model, reading=Reading.PPUDA).to_ppuda()
+    graph = to_ppuda(to_graph(model, reading=Reading.PPUDA))
     theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
     ppuda_ghn(theirs)
     ppuda_ghn(ours, graphs=ppuda_graphs.GraphBatch([graph]).to_device("cpu"))
@@ -84,7 +69,7 @@ def test_its_ghn_reads_graphs_of_timm_models(ppuda_graphs: Any, ppuda_ghn: Any) 
     twins = [timm.create_model("resnet18"), torchvision.models.resnet18()]
     with torch.no_grad():
         for model in twins:
-            graph = to_graph(model, input_size=(3, 224, 224), reading=Reading.PPUDA).to_ppuda()
+            graph = to_ppuda(to_graph(model, input_size=(3, 224, 224), reading=Reading.PPUDA))
             ppuda_ghn(model, graphs=ppuda_graphs.GraphBatch([graph]).to_device("cpu"))
     for (name, ours), (_, theirs) in zip(twins[0].named_parameters(), twins[1].named_parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")

@@ -20,8 +20,7 @@ from timm_ghn import Init, Report, init_model, init_to_folder, provenance, repor
 from timm_ghn.errors import CheckpointError, InitError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read, write_safetensors
 from timm_ghn.ghn.seen import Seen
-from timm_ghn.graph import to_graph
-from timm_ghn.graph.graph import Graph, Node, Op, Role, Target
+from timm_ghn.graph import Graph, Node, Op, Role, Target, to_graph
 from timm_ghn.initialize.report import Status
 from timm_ghn.training.architectures import seen_in_training, training_architecture
 from timm_ghn.training.config import PRESETS

@@ -11,8 +11,7 @@ from test_ghn_model import chain, weight
 from unseen import distance, embeddings, rank_correlation, unseen
 
 from timm_ghn.ghn.seen import Seen
-from timm_ghn.graph import to_graph
-from timm_ghn.graph.graph import Node, Op
+from timm_ghn.graph import Node, Op, to_graph
 
 
 def test_what_was_trained_on_is_near() -> None:

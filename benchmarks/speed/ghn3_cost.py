@@ -48,8 +48,7 @@ def random_ghn(make: Callable[[], Any]) -> Any:
 def ours(name: str, model: Any, nodes: int) -> tuple[int, float, Callable[[], Any], Any]:
     """Number of nodes, seconds of reading the graph, what predicts, and the GHN."""
     from timm_ghn.ghn import GHN, GHNConfig
-    from timm_ghn.graph import to_graph
-    from timm_ghn.graph.graph import Graph, Node, Op
+    from timm_ghn.graph import Graph, Node, Op, to_graph
 
     size, start = SIZES[name], time.perf_counter()
     if model is None:

@@ -11,15 +11,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from timm_ghn.errors import GraphError, MissingDependencyError
-from timm_ghn.graph.nodes import Layout, Node, Op, Role, Shape, Target
-
-__all__ = ["MAX_DISTANCE", "Graph", "Layout", "Node", "Op", "Role", "Shape", "Target"]
-
-PpudaGraph = Any
-"""`ppuda.deepnets1m.graph.Graph`; ppuda has no type hints and need not be installed."""
+from timm_ghn.errors import GraphError
+from timm_ghn.graph.nodes import Node, Target
 
 MAX_DISTANCE = 50
 """Hops beyond which two nodes are not joined by a virtual edge (arXiv 2110.13100, section 4.1)."""
@@ -108,7 +102,7 @@ class Graph:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-compatible form; `from_dict` reads it back."""
+        """JSON-compatible form."""
         return {
             "max_distance": self.max_distance,
             "nodes": [node.to_dict() for node in self.nodes],
@@ -116,39 +110,9 @@ class Graph:
             "unused": [list(item) for item in self.unused],
         }
 
-    def to_json(self, indent: int | None = None) -> str:
+    def to_json(self) -> str:
         """The graph as JSON text."""
-        return json.dumps(self.to_dict(), indent=indent)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Graph:
-        """Build a graph from `to_dict`'s form.
-
-        Raises:
-            GraphError: If the data is not of that form.
-        """
-        try:
-            nodes = tuple(Node.from_dict(node) for node in data["nodes"])
-            edges = tuple((int(source), int(target)) for source, target in data["edges"])
-            unused = tuple((str(name), str(reason)) for name, reason in data["unused"])
-            return cls(nodes, edges, int(data["max_distance"]), unused)
-        except GraphError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise GraphError(f"not a graph in timm-ghn's JSON form: {error!r}") from error
-
-    @classmethod
-    def from_json(cls, text: str) -> Graph:
-        """Build a graph from `to_json`'s text.
-
-        Raises:
-            GraphError: If the text is not JSON of that form.
-        """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise GraphError(f"not JSON: {error}") from error
-        return cls.from_dict(data)
+        return json.dumps(self.to_dict())
 
     def __str__(self) -> str:
         operators = ", ".join(f"{name} {count}" for name, count in self.operators.most_common())
@@ -166,34 +130,3 @@ class Graph:
             sources = ", ".join(str(source) for source in incoming[index])
             lines.append(f"{index:5d}  {node.op.value:<9s} {shape:<16s} {names:<48s} <- {sources}".rstrip(" <-"))
         return "\n".join(lines)
-
-    def to_ppuda(self) -> PpudaGraph:
-        """The same graph as a `ppuda.deepnets1m.graph.Graph`, for `ghn(model, graphs=GraphBatch([g]))`.
-
-        Nodes keep their order. ppuda finds the parameter of a node by the name of its weight, and predicts no second
-        parameter but the bias of its own normalization layers: for other models than those that ppuda itself can read,
-        its GHN may give up. For a GHN without virtual edges (GHN-1), make the graph with `max_distance=1`.
-
-        Raises:
-            MissingDependencyError: If ppuda, or a package that it needs, is not installed.
-        """
-        try:
-            from ppuda.deepnets1m.graph import Graph as ReferenceGraph
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"Graph.to_ppuda needs ppuda: pip install 'timm-ghn[ppuda]' from a clone of timm-ghn ({error})"
-            ) from error
-        edges, adjacency = torch.from_numpy(self.distances), torch.from_numpy(self.distance_matrix).long()
-        operators = torch.tensor([[node.op.row] for node in self.nodes])
-        rows = [_ppuda_row(index, node) for index, node in enumerate(self.nodes) if node.shape is not None]
-        reference = ReferenceGraph(node_feat=operators, node_info=[rows], A=adjacency, edges=edges)
-        reference.n_cells = 1
-        reference._param_shapes = [node.shape for node in self.nodes]  # read by its `visualize`
-        return reference
-
-
-def _ppuda_row(index: int, node: Node) -> tuple[int, str, str, Shape | None, bool, bool]:
-    """ppuda's row of a node with a shape: index, parameter, operator, shape, whether it is a class weight or bias."""
-    roles = {target.role for target in node.targets}
-    name = node.targets[0].name if node.targets else node.op.value
-    return index, name, node.op.value, node.shape, Role.CLASS_WEIGHT in roles, Role.CLASS_BIAS in roles

@@ -105,21 +105,9 @@ class Node:
     targets: tuple[Target, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-compatible form; `from_dict` reads it back."""
+        """JSON-compatible form."""
         targets = [
             {"name": t.name, "shape": list(t.shape), "role": t.role.value, "layout": t.layout.value}
             for t in self.targets
         ]
         return {"op": self.op.value, "shape": None if self.shape is None else list(self.shape), "targets": targets}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Node:
-        """Build a node from `to_dict`'s form; KeyError, TypeError or ValueError if the data is not of that form."""
-        targets = tuple(
-            Target(str(t["name"]), _sizes(t["shape"]), Role(t["role"]), Layout(t["layout"])) for t in data["targets"]
-        )
-        return cls(Op(data["op"]), None if data["shape"] is None else _sizes(data["shape"]), targets)
-
-
-def _sizes(data: Any) -> Shape:
-    return tuple(int(size) for size in data)
