@@ -15,7 +15,7 @@ from torch import nn
 from timm_ghn.errors import CheckpointError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
 from timm_ghn.ghn.checkpoint import write_safetensors
-from timm_ghn.ghn.decoder import ConvDecoder, condition
+from timm_ghn.ghn.decoder import ConvDecoder, make_orthogonal
 from timm_ghn.ghn.layout import Tiles, join, tilings
 from timm_ghn.graph import to_graph
 from timm_ghn.training.architectures import Bounds, Network, draw_architecture
@@ -39,7 +39,7 @@ def _low_rank(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tenso
 def test_orthogonal_blocks_have_even_singular_values_and_unit_scale() -> None:
     generator = torch.Generator().manual_seed(0)
     blocks = [_low_rank(shape, generator) for shape in SHAPES]
-    for before, after in zip(blocks, condition(blocks, "orthogonal"), strict=True):
+    for before, after in zip(blocks, make_orthogonal(blocks), strict=True):
         assert after.shape == before.shape
         torch.testing.assert_close(after.square().flatten(1).mean(1), torch.ones(len(after)), rtol=1e-4, atol=1e-4)
         values = torch.linalg.svdvals(after.flatten(2))
@@ -53,7 +53,7 @@ def test_orthogonal_blocks_have_even_singular_values_and_unit_scale() -> None:
 def test_orthogonal_keeps_the_directions() -> None:
     """The polar factor of a matrix is U V^T: what is left of it beside X is symmetric and positive."""
     matrix = _low_rank((1, 8, 20), torch.Generator().manual_seed(1))
-    even = condition([matrix], "orthogonal")[0]
+    even = make_orthogonal([matrix])[0]
     product = even[0] @ matrix[0].T
     torch.testing.assert_close(product, product.T, rtol=1e-3, atol=1e-3)
     assert float(torch.linalg.eigvalsh(product).min()) > 0
@@ -64,38 +64,34 @@ def test_orthogonal_keeps_the_directions() -> None:
 def test_conditioning_ignores_scale_and_company(shapes: list[tuple[int, ...]], scale: float) -> None:
     generator = torch.Generator().manual_seed(len(shapes))
     blocks = [_low_rank(shape, generator) for shape in shapes]
-    for kernels in ("normalized", "orthogonal"):
-        together = condition([scale * block for block in blocks], kernels)
-        for block, found in zip(blocks, together, strict=True):
-            torch.testing.assert_close(found, condition([block], kernels)[0], rtol=5e-3, atol=5e-3)
+    together = make_orthogonal([scale * block for block in blocks])
+    for block, found in zip(blocks, together, strict=True):
+        torch.testing.assert_close(found, make_orthogonal([block])[0], rtol=5e-3, atol=5e-3)
 
 
-@pytest.mark.parametrize("kernels", ["normalized", "orthogonal"])
-def test_gradients_are_those_of_the_function(kernels: str) -> None:
+def test_gradients_are_those_of_the_function() -> None:
     generator = torch.Generator().manual_seed(0)
     blocks = [_low_rank(shape, generator).double().requires_grad_() for shape in [(1, 3, 2, 2), (2, 4, 2, 1)]]
-    assert torch.autograd.gradcheck(lambda *x: tuple(condition(x, kernels)), blocks, atol=1e-4)
+    assert torch.autograd.gradcheck(lambda *x: tuple(make_orthogonal(x)), blocks, atol=1e-4)
 
 
 def test_zeros_stay_finite() -> None:
-    for kernels in ("normalized", "orthogonal"):
-        assert bool(torch.isfinite(condition([torch.zeros(1, 4, 4)], kernels)[0]).all())
+    assert bool(torch.isfinite(make_orthogonal([torch.zeros(1, 4, 4)])[0]).all())
 
 
 def test_predicted_kernels_have_the_scale_of_he(member: Network) -> None:
     torch.manual_seed(0)
-    for kernels in ("normalized", "orthogonal"):
-        ghn = GHN(GHNConfig(max_shape=(16, 16, 11, 11), num_classes=200, hid=8, kernels=kernels)).eval()
-        found = 0
-        for prediction in ghn.predict(member.graph):
-            kernel = prediction.block
-            if prediction.target.role.value != "weight" or kernel.shape[0] != 16:
-                continue
-            fan_in = math.prod(prediction.kernel[1:])
-            gain = 1.0 if prediction.kernel[1] == 1 else 2.0
-            assert float(kernel.square().mean() * fan_in) == pytest.approx(gain, rel=1e-3)
-            found += 1
-        assert found > 3
+    ghn = GHN(GHNConfig(max_shape=(16, 16, 11, 11), num_classes=200, hid=8, kernels="orthogonal")).eval()
+    found = 0
+    for prediction in ghn.predict(member.graph):
+        kernel = prediction.block
+        if prediction.target.role.value != "weight" or kernel.shape[0] != 16:
+            continue
+        fan_in = math.prod(prediction.kernel[1:])
+        gain = 1.0 if prediction.kernel[1] == 1 else 2.0
+        assert float(kernel.square().mean() * fan_in) == pytest.approx(gain, rel=1e-3)
+        found += 1
+    assert found > 3
 
 
 def test_training_and_inference_predict_the_same(member: Network) -> None:

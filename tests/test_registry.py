@@ -79,7 +79,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: bytes) -> 
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("TIMM_GHN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TIMM_GHN_GHN_URL", "http://127.0.0.1:9/nowhere")
-    monkeypatch.setattr(registry, "ATTEMPTS", registry.Attempts())
+    monkeypatch.setattr(registry, "FAILURES", [])
     entry = replace(catalogue.NAMED_GHNS[NAME], git_blob_sha1=registry.git_blob_sha1(published))
     monkeypatch.setitem(catalogue.NAMED_GHNS, NAME, entry)
 

@@ -26,6 +26,7 @@ from timm_ghn.baselines.setting import Computation, Setting, names_of
 from timm_ghn.errors import InitError
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor_
 from timm_ghn.seeding import derived_seed
+from timm_ghn.trace.capture import failed_module
 from timm_ghn.trace.inputs import checked_size, input_sizes, timm_config
 
 _BATCH = 32
@@ -79,7 +80,6 @@ def _values(
             elif part == "bias" and names[id(parameter)] in setting.free:
                 tensors[names[id(parameter)]] = torch.zeros_like(parameter)
     done: set[nn.Module] = set()
-    running: list[str] = []
 
     def scale(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         if layer in done:
@@ -88,10 +88,6 @@ def _values(
         return _scale_(layer, args, kwargs, output)
 
     handles = [layer.register_forward_hook(scale, with_kwargs=True) for layer in layers]
-    handles += [
-        module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
-        for name, module in model.named_modules()
-    ]
     args, kwargs = _inputs(setting)
     try:
         with _measuring(model):
@@ -99,9 +95,9 @@ def _values(
     except Exception as error:  # any model code may run here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InitError(
-            f"lsuv measures the outputs of layers, and the forward pass failed at module '{(running or [''])[-1]}': "
-            f"{reason}. Nothing was changed. Give example_input=, a batch of several inputs as the model takes them, "
-            "or input_size=(channels, height, width)"
+            "lsuv measures the outputs of layers, and the forward pass failed at module "
+            f"'{failed_module(model, error)}': {reason}. Nothing was changed. Give example_input=, a batch of several "
+            "inputs as the model takes them, or input_size=(channels, height, width)"
         ) from error
     finally:
         for handle in handles:

@@ -12,7 +12,7 @@ from timm_ghn.errors import CheckpointError
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "hypernet": ("gatedgnn", "graphormer", "mlp"),
     "decoder": ("conv",),
-    "kernels": ("raw", "normalized", "orthogonal"),
+    "kernels": ("raw", "orthogonal"),
     "cut": ("corner", "centre"),
 }
 HUB_FILE = "ghn.safetensors"
@@ -42,9 +42,9 @@ class GHNConfig:
         ve: Whether virtual edges carry messages (arXiv 2110.13100, section 4.1).
         layernorm: Whether the final node features are normalized.
         hid: Size of a node's features.
-        kernels: What happens to an emitted block before it is scaled: "raw" leaves it as it is (ppuda), "normalized"
-            divides it by its root mean square, so that every kernel has the scale of He's initialization, and
-            "orthogonal" first makes its singular values nearly equal.
+        kernels: What happens to an emitted block before it is scaled: "raw" leaves it as it is (ppuda).
+            "orthogonal" makes its singular values nearly equal, and its root mean square 1, so that every kernel has
+            the scale of He's initialization.
         tiles: How many blocks a side make up a larger kernel before it repeats them, each from a learned code of its
             place; 1 repeats a single one (ppuda).
         layers: Layers of the Graphormer; 0 without one.

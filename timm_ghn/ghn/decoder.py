@@ -192,22 +192,16 @@ def even_factor(gram: Tensor) -> Tensor:
     return total * trace.rsqrt()
 
 
-def condition(blocks: Sequence[Tensor], kernels: str) -> list[Tensor]:
-    """Bring emitted blocks to a common scale, as `GHNConfig.kernels` says.
+def make_orthogonal(blocks: Sequence[Tensor]) -> list[Tensor]:
+    """Bring emitted blocks to a common scale, and their singular values near each other.
 
     Args:
         blocks: Any number of batches (N, K, ...) of blocks, each block a matrix of K rows.
-        kernels: "raw", "normalized" or "orthogonal".
 
     Returns:
-        Blocks of the same shapes; their root mean squares are 1 unless `kernels` is "raw". Differentiable.
+        Blocks of the same shapes, whose root mean squares are 1. Differentiable.
     """
-    if kernels == "raw":
-        return list(blocks)
     matrices = [block.flatten(2) for block in blocks]
-    if kernels == "normalized":
-        scales = [matrix.square().mean((1, 2), keepdim=True).clamp_min(1e-24).rsqrt() for matrix in matrices]
-        return [(matrix * scale).view_as(block) for matrix, scale, block in zip(matrices, scales, blocks, strict=True)]
     wide = [matrix if matrix.shape[1] <= matrix.shape[2] else matrix.transpose(1, 2) for matrix in matrices]
     factors = _evening_factors([matrix @ matrix.transpose(1, 2) for matrix in wide])
     even = [math.sqrt(matrix[0].numel()) * factor @ matrix for factor, matrix in zip(factors, wide, strict=True)]

@@ -211,11 +211,12 @@ class GHN(nn.Module):
                 emitted.append([self.decoder(x, tiles, parts[tiles.block]) for tiles in tilings[group]])
             else:
                 emitted.append([self._decode(group, x)])
-        kernels = [index for index, ((role, _), _) in enumerate(batch) if role is Role.WEIGHT]
-        blocks = [block for index in kernels for block in emitted[index]]
-        conditioned = iter(decoders.condition([block.flatten(0, 2) for block in blocks], self.config.kernels))
-        for index in kernels:
-            emitted[index] = [next(conditioned).view_as(block) for block in emitted[index]]
+        if self.config.kernels == "orthogonal":
+            kernels = [index for index, ((role, _), _) in enumerate(batch) if role is Role.WEIGHT]
+            blocks = [block.flatten(0, 2) for index in kernels for block in emitted[index]]
+            conditioned = iter(decoders.make_orthogonal(blocks))
+            for index in kernels:
+                emitted[index] = [next(conditioned).view_as(block) for block in emitted[index]]
         return [
             layout.join(found, tilings[group]) if group in tilings else found[0]
             for (group, _), found in zip(batch, emitted, strict=True)

@@ -72,8 +72,7 @@ def load(file: BinaryIO, name: str) -> Any:
         open_ = next((unpack for magic, unpack in _UNPACKERS.items() if start.startswith(magic)), None)
         if open_ is None:
             return _Tables(_Bounded(file, size), _JOBLIB).load()
-        limit = min(MAX_BYTES, 2**20 + MAX_RATIO * size)
-        return _Tables(_Bounded(open_(file), limit), _JOBLIB).load()
+        return _Tables(_Bounded(open_(file), _limit(size)), _JOBLIB).load()
     except (CheckpointError, MemoryError):
         raise
     except UnsafePickleError as error:
@@ -83,6 +82,11 @@ def load(file: BinaryIO, name: str) -> Any:
         raise CheckpointError(f"{name} was refused: {error}") from error
     except Exception as error:  # damaged files make zipfile, zlib, pickletools and torch raise almost anything
         raise CheckpointError(f"{name} is truncated or damaged; {ADVICE}") from error
+
+
+def _limit(size: int) -> int:
+    """How many bytes a compressed file of that size may unpack to."""
+    return min(MAX_BYTES, 2**20 + MAX_RATIO * size)
 
 
 # --- the two formats of torch: the data of tensors stand beside the pickle -------------------------------------------
@@ -163,24 +167,13 @@ class _Bounded:
         return data
 
 
-class _ZlibFile(io.RawIOBase):
-    """A stream of zlib's, unpacked as it is read."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._inflate = file, zlib.decompressobj()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = b""
-        while not data and not self._inflate.eof:
-            packed = self._inflate.unconsumed_tail or self._file.read(1 << 16)
-            if not packed:
-                raise EOFError("the stream ends too early")
-            data = self._inflate.decompress(packed, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+def _open_zlib(file: BinaryIO) -> BinaryIO:
+    """A stream of zlib's, unpacked up to the limit of `load`, or a little further."""
+    inflate, packed = zlib.decompressobj(), file.read()
+    data = inflate.decompress(packed, _limit(len(packed)) + 1)
+    if not inflate.eof and len(data) <= _limit(len(packed)):
+        raise EOFError("the stream ends too early")
+    return io.BytesIO(data)
 
 
 def _open_lz4(file: BinaryIO) -> BinaryIO:
@@ -192,7 +185,7 @@ def _open_lz4(file: BinaryIO) -> BinaryIO:
 
 
 _UNPACKERS: Mapping[bytes, Callable[[BinaryIO], Any]] = {
-    b"\x78": lambda file: io.BufferedReader(_ZlibFile(file), 1 << 20),
+    b"\x78": _open_zlib,
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZ": bz2.BZ2File,
     b"\xfd7zXZ": lzma.LZMAFile,

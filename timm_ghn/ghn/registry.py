@@ -9,13 +9,13 @@ import multiprocessing
 import os
 import threading
 import urllib.request
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from timm_ghn.errors import CheckpointError, DownloadError, UnknownGhnError
+from timm_ghn.errors import CheckpointError, DownloadError, TimmGhnError, UnknownGhnError
 from timm_ghn.ghn.catalogue import BUNDLED, DEFAULT, NAMED_GHNS, NamedGHN
 from timm_ghn.ghn.config import HUB_FILE, MAX_PARAMETERS
 from timm_ghn.request import HUB_PREFIX
@@ -40,22 +40,10 @@ SILENCE_SECONDS = 5.0
 """How long that server may say nothing."""
 
 
-@dataclass
-class Attempts:
-    """What this process has tried and said; guarded by `lock`.
-
-    Attributes:
-        lock: Held while the default GHN is looked for.
-        failure: Why the published default GHN cannot be had.
-        warned: Whether the user was told so.
-    """
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    failure: DownloadError | CheckpointError | None = None
-    warned: bool = False
-
-
-ATTEMPTS = Attempts()
+FAILURES: list[TimmGhnError] = []
+"""Why this process cannot have the published default GHN, once that was tried."""
+_lock = threading.Lock()
+"""Held while the default GHN is looked for."""
 
 
 def list_ghns() -> list[NamedGHN]:
@@ -135,18 +123,16 @@ def default_ghn(*, shared: bool = False) -> GHN:
     chosen = os.environ.get(DEFAULT_VARIABLE)
     if chosen:
         return load_ghn(chosen, shared=shared)
-    attempts = ATTEMPTS
-    with attempts.lock:
-        if attempts.failure is None or NAMED_GHNS[DEFAULT].on_disk:
-            try:
-                return load_ghn(DEFAULT, download=attempts.failure is None, shared=shared)
-            except (DownloadError, CheckpointError) as error:
-                attempts.failure = error
-        reason = attempts.failure
+    with _lock:
+        try:
+            return load_ghn(DEFAULT, download=not FAILURES, shared=shared)
+        except (DownloadError, CheckpointError) as error:
+            is_known = bool(FAILURES)
+            FAILURES[:] = FAILURES or [error]
+        (reason,) = FAILURES
         if not NAMED_GHNS[BUNDLED].on_disk:
             raise DownloadError(f"{reason} (this installation has no bundled GHN to fall back on)") from reason
-        if not attempts.warned:
-            attempts.warned = True
+        if not is_known:
             is_first = multiprocessing.parent_process() is None and os.environ.get("LOCAL_RANK", "0") == "0"
             _logger.log(
                 logging.WARNING if is_first else logging.DEBUG,

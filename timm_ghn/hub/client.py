@@ -12,12 +12,11 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub import HfApi, constants, get_session
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from timm_ghn._version import __version__
@@ -112,14 +111,12 @@ class Snapshot:
         source: What was asked for.
         commit: The commit; None where the Hub was not asked, because it cannot be reached or must not be.
         files: The files by name; empty where the Hub was not asked.
-        token: Token, or None for huggingface_hub's own choice.
         is_private: Whether the repository is private; None if that is not known.
     """
 
     source: HubSource
     commit: str | None
     files: Mapping[str, FileRecord]
-    token: str | None = field(default=None, repr=False)
     is_private: bool | None = None
 
     @property
@@ -131,12 +128,12 @@ class Snapshot:
         return str(replace(self.source, revision=self.commit or self.source.revision or constants.DEFAULT_REVISION))
 
 
-def api(token: str | None = None) -> HfApi:
+def api() -> HfApi:
     """The client, which says who is asking."""
-    return HfApi(token=token, library_name="timm-ghn", library_version=__version__)
+    return HfApi(library_name="timm-ghn", library_version=__version__)
 
 
-def look_up(source: HubSource, *, token: str | None = None) -> Snapshot:
+def look_up(source: HubSource) -> Snapshot:
     """Ask for the commit of a revision and for the sizes and hashes of its files.
 
     Raises:
@@ -146,31 +143,27 @@ def look_up(source: HubSource, *, token: str | None = None) -> Snapshot:
     with hub_errors(str(source)):
         if is_offline():
             raise OfflineModeIsEnabled("HF_HUB_OFFLINE forbids it")
-        info = api(token).model_info(
-            source.repository,
-            revision=source.revision,
-            files_metadata=True,
-            timeout=constants.HF_HUB_ETAG_TIMEOUT,
-        )
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        info = api().model_info(source.repository, revision=source.revision, files_metadata=True, timeout=timeout)
         files = {
             item.rfilename: FileRecord(int(item.size), item.lfs.sha256 if item.lfs else None)
             for item in info.siblings or ()
             if item.size is not None
         }
-        return Snapshot(source, info.sha, files, token, info.private)
+        return Snapshot(source, info.sha, files, info.private)
 
 
-def look_up_or_cached(source: HubSource, *, token: str | None = None) -> Snapshot:
+def look_up_or_cached(source: HubSource) -> Snapshot:
     """`look_up`, or with a warning what huggingface_hub has on disk of it where the Hub cannot be reached.
 
     Raises:
         DownloadError: If there is no such repository or revision, or access is denied.
     """
     try:
-        return look_up(source, token=token)
+        return look_up(source)
     except HubUnreachableError as error:
         _logger.log(logging.DEBUG if is_offline() else logging.WARNING, "%s. Looking on disk instead", error)
-        return Snapshot(source, None, {}, token)
+        return Snapshot(source, None, {})
 
 
 def fetch(snapshot: Snapshot, name: str, *, limit: int) -> Path:
@@ -196,15 +189,8 @@ def fetch(snapshot: Snapshot, name: str, *, limit: int) -> Path:
             raise DownloadError(f"there is no file {name}")
         if remote is not None:
             _check_size(remote.size, limit)
-        path = Path(
-            huggingface_hub.hf_hub_download(
-                source.repository,
-                name,
-                revision=source.revision,
-                token=snapshot.token,
-                local_files_only=not snapshot.is_online,
-            )
-        )
+        from_disk = not snapshot.is_online
+        path = Path(hf_hub_download(source.repository, name, revision=source.revision, local_files_only=from_disk))
         _check_size(path.stat().st_size, limit)
         if remote is not None and remote.sha256 not in (None, file_sha256(path)):
             _remove(path)

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -36,21 +36,6 @@ _WAITED_SECONDS = 0.5
 _ask_again: dict[str, float] = {}  # when, on the monotonic clock, by organization
 
 
-@dataclass(frozen=True)
-class Pulled:
-    """Weights that are what their repository describes.
-
-    Attributes:
-        source: Where they come from, with the commit.
-        manifest: What they are.
-        tensors: The weights by name.
-    """
-
-    source: str
-    manifest: Manifest
-    tensors: Mapping[str, Tensor]
-
-
 # --- init="hf-hub:..." ----------------------------------------------------------------------------------------------
 
 
@@ -74,13 +59,18 @@ def create_from_hub(request: Request) -> tuple[nn.Module, Report]:
     architecture = name.rpartition(":")[2].partition(".")[0]
     if manifest.architecture != architecture and ":" not in name:
         raise InitError(f"{snapshot} has weights of {manifest.architecture}, not of {architecture}")
-    pulled = pull(snapshot, manifest)
+    tensors = pull(snapshot, manifest)
     deferred = DeferredRandom(int(manifest.provenance["seed"]))
     with deferred:
         model = request.build()
-    kept = _check_fit(model, pulled)
-    fill(model, pulled, deferred, skip=kept)
-    report = _report(pulled, time.perf_counter() - start, kept)
+    kept = _check_fit(model, tensors, manifest, snapshot)
+    fill(model, {name: tensor for name, tensor in tensors.items() if name not in kept}, deferred)
+    rows = tuple(
+        ParameterReport(row.name, row.shape, Status.KEPT, "classifier of another size") if row.name in kept else row
+        for row in manifest.report.parameters
+    )
+    seconds = time.perf_counter() - start
+    report = replace(manifest.report, parameters=rows, seconds=seconds, source=str(snapshot))
     record_(model, report)
     return model, report
 
@@ -101,8 +91,8 @@ def read_manifest(snapshot: Snapshot) -> Manifest:
     return Manifest.from_json(path.read_bytes(), f"{FILE} of {snapshot}")
 
 
-def pull(snapshot: Snapshot, manifest: Manifest) -> Pulled:
-    """Fetch and verify the weights, before a model gets any of them.
+def pull(snapshot: Snapshot, manifest: Manifest) -> dict[str, Tensor]:
+    """Fetch and verify the weights, by name, before a model gets any of them.
 
     Raises:
         DownloadError: If they cannot be fetched.
@@ -129,47 +119,38 @@ def pull(snapshot: Snapshot, manifest: Manifest) -> Pulled:
             raise CheckpointError(
                 f"{snapshot}: {row.name} is {shape} in the files of weights, and {row.shape} in their description"
             )
-    return Pulled(str(snapshot), manifest, tensors)
+    return tensors
 
 
-def _check_fit(model: nn.Module, pulled: Pulled) -> frozenset[str]:
+def _check_fit(model: nn.Module, there: Mapping[str, Tensor], manifest: Manifest, snapshot: Snapshot) -> frozenset[str]:
     """The tensors of a classifier of another size, which are not taken.
 
     Raises:
         InitError: If any other tensor is different.
     """
-    here, there = model.state_dict(), pulled.tensors
-    resized = getattr(model, "num_classes", None) != pulled.manifest.num_classes
+    here = model.state_dict()
+    resized = getattr(model, "num_classes", None) != manifest.num_classes
     prefixes = classifier_prefixes(model) if resized else ()
     head = frozenset(name for name in {*here, *there} if name.startswith(prefixes))
     for name in sorted({*here, *there} - head):
         ours, theirs = (tuple(side[name].shape) if name in side else "missing" for side in (here, there))
         if ours != theirs:
             raise InitError(
-                f"{pulled.source} does not fit the model: {name} is {theirs} there and {ours} here. "
-                f"timm adapts weights to other inputs: timm.create_model('{pulled.source}', pretrained=True, ...)"
+                f"{snapshot} does not fit the model: {name} is {theirs} there and {ours} here. "
+                f"timm adapts weights to other inputs: timm.create_model('{snapshot}', pretrained=True, ...)"
             )
     return head
 
 
-def fill(model: nn.Module, pulled: Pulled, deferred: DeferredRandom, *, skip: frozenset[str] = frozenset()) -> None:
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], deferred: DeferredRandom) -> None:
     """Give a model the weights, and what they do not cover the initialization that was put off."""
     state = model.state_dict(keep_vars=True)
-    tensors = {name: state[name].data for name in pulled.tensors if name not in skip}
-    deferred.drop(tensors.values())
+    deferred.drop(state[name] for name in tensors)
     for name, parameter in model.named_parameters():
         deferred.replay(parameter, name)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(pulled.tensors[name])
-
-
-def _report(pulled: Pulled, seconds: float, kept: frozenset[str] = frozenset()) -> Report:
-    rows = tuple(
-        ParameterReport(row.name, row.shape, Status.KEPT, "classifier of another size") if row.name in kept else row
-        for row in pulled.manifest.report.parameters
-    )
-    return replace(pulled.manifest.report, parameters=rows, seconds=seconds, source=pulled.source)
+            state[name].copy_(tensor)
 
 
 # --- an organization that is looked into first ----------------------------------------------------------------------
@@ -228,8 +209,8 @@ def from_organization(request: Request, model: nn.Module, deferred: DeferredRand
                 "The weights of %s are not those that are asked for, and are computed: %s", snapshot, difference
             )
             return None
-        pulled = pull(snapshot, manifest)
-        if specs_of(pulled.tensors) != specs_of(model.state_dict()):
+        tensors = pull(snapshot, manifest)
+        if specs_of(tensors) != specs_of(model.state_dict()):
             raise CheckpointError(f"{snapshot} has tensors of other names, types or shapes than the model")
     except (DownloadError, CheckpointError) as error:
         # Loudly if something is wrong, not if there are just none.
@@ -237,7 +218,8 @@ def from_organization(request: Request, model: nn.Module, deferred: DeferredRand
         level = logging.INFO if harmless else logging.WARNING
         _logger.log(level, "Computing weights that %s may have: %s", source, error)
         return None
-    fill(model, pulled, deferred)
-    report = replace(_report(pulled, time.perf_counter() - start), provenance=origin)
+    fill(model, tensors, deferred)
+    seconds = time.perf_counter() - start
+    report = replace(manifest.report, provenance=origin, seconds=seconds, source=str(snapshot))
     record_(model, report)
     return report

@@ -49,7 +49,6 @@ class PushOptions:
         private: Whether a new repository is private; None for the organization's default.
         create_pr: Whether to propose the change in a pull request instead of making it.
         revision: Branch; created if need be. None for the default branch.
-        token: Token; None for huggingface_hub's own choice.
         overwrite: Whether a model that timm-ghn did not make may be replaced, and weights are computed again even if
             the repository says that it has them.
         dry_run: Whether to find out what would be done, without computing, creating or sending anything.
@@ -61,7 +60,6 @@ class PushOptions:
     private: bool | None = None
     create_pr: bool = False
     revision: str | None = None
-    token: str | None = None
     overwrite: bool = False
     dry_run: bool = False
     license: str = LICENSE
@@ -155,7 +153,7 @@ def push_all(
     options = options or PushOptions()
     if not options.dry_run:
         with hub_errors("nothing was pushed", PushError):
-            api(options.token).whoami()
+            api().whoami()
     names = list(names)
     for name in tqdm(names, "pushing", unit="model", delay=2, leave=False, disable=None):
         repository = f"{organization}/{name}.{settings.method.replace('-', '_')}"
@@ -242,7 +240,7 @@ def find_repository(source: HubSource, options: PushOptions, *, mark: str = FILE
         PushError: If that cannot be found out, or something there would be lost or made public.
     """
     try:
-        found = look_up(source, token=options.token)
+        found = look_up(source)
     except DownloadError as error:
         cause = error.__cause__
         missing = isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError))
@@ -299,7 +297,7 @@ def upload(
     files = sorted(folder.iterdir())
     gone = remote.files.keys() - {path.name for path in files} if remote and FILE in remote.files else set()
     obsolete = sorted(name for name in gone if WEIGHTS.fullmatch(name) or name == INDEX_FILE)
-    client = api(options.token)
+    client = api()
     with hub_errors(repository, PushError):
         client.create_repo(repository, private=options.private, exist_ok=True)
         if source.revision is not None and remote is None:

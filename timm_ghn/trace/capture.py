@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import traceback
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from timm_ghn.errors import CaptureError
 from timm_ghn.trace.inputs import Call, check_model, possible_calls
@@ -45,21 +46,28 @@ def capture(
     with torch.inference_mode(False):  # tensors of the inference mode do not count what is written into them
         skeleton, tensors = skeleton_of(model)
         calls = possible_calls(skeleton, input_size, example_input)
-        failure: Exception | None = None
+        message, failure = "", None
         for call in calls:
+            recorder = Recorder(skeleton, tensors)
             try:
-                return _record(skeleton, tensors, call)
+                with _uncompiled():
+                    trace = recorder.run(skeleton, *call)
+                    if not recorder.is_complete:
+                        recorder = Recorder(skeleton, tensors, sees_kernels=True)
+                        trace = recorder.run(skeleton, *call)
+                    return trace
             except Exception as error:  # noqa: BLE001 - any model code may run here; it is re-raised with its place
-                failure = failure or error
                 _logger.debug("forward pass with input %s failed: %s", _shapes(call), error)
-        raise CaptureError(_explain(skeleton, tensors, calls[0], failure)) from failure
+                if failure is None:
+                    message, failure = _explain(skeleton, recorder.call, call, error), error
+        raise CaptureError(message) from failure
 
 
-def _record(model: nn.Module, tensors: Sequence[Tensor], call: Call) -> Trace:
-    recorder = Recorder(model, tensors)
-    with _uncompiled():
-        trace = recorder.run(model, *call)
-        return trace if recorder.is_complete else Recorder(model, tensors, sees_kernels=True).run(model, *call)
+def failed_module(model: nn.Module, error: BaseException) -> str:
+    """Name of the innermost module of a model that was running when an error was raised; "" for the model itself."""
+    names = {id(module): name for name, module in model.named_modules()}
+    running = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((names[module] for module in reversed(running) if module in names), "")
 
 
 def _uncompiled() -> AbstractContextManager[object]:
@@ -68,17 +76,10 @@ def _uncompiled() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if is_used else nullcontext()
 
 
-def _explain(model: nn.Module, tensors: Sequence[Tensor], call: Call, failure: Exception | None) -> str:
-    """Where and why a forward pass failed, found by running it once more with a note of the module in progress."""
-    stack: list[str] = []
-    recorder = Recorder(model, tensors, sees_kernels=True)
-    with _noted_modules(model, stack):
-        try:
-            recorder.run(model, *call)
-        except Exception as error:  # noqa: BLE001 - the failure that is being explained
-            failure = error
-    place = stack[-1] if stack and stack[-1] else type(model).__name__
-    operation = f" in {recorder.call}" if recorder.call else ""
+def _explain(model: nn.Module, operation: str, call: Call, failure: Exception) -> str:
+    """Where and why a forward pass failed."""
+    place = failed_module(model, failure) or type(model).__name__
+    operation = f" in {operation}" if operation else ""
     detail = next(iter(str(failure).strip().splitlines()), type(failure).__name__).rstrip(".")
     advice = (
         "If the input size is wrong, pass input_size=(channels, height, width); if forward takes something else than "
@@ -97,21 +98,3 @@ def _shapes(call: Call) -> str:
     args, kwargs = call
     shapes = ["x".join(str(size) for size in tensor.shape) for tensor in tensors_in([*args, *kwargs.values()])]
     return ", ".join(shapes) or "nothing"
-
-
-@contextmanager
-def _noted_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the names of the modules whose forward is running; `stack` stays as it was at a failure."""
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-        handles.append(module.register_forward_hook(lambda *_: _forget_last(stack)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _forget_last(stack: list[str]) -> None:
-    stack.pop()
