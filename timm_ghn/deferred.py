@@ -53,8 +53,9 @@ class DeferredRandom(PrivateRandom):
         if not self._pending and name not in FILLS:
             return self.call(func, args, kwargs)
         subject = args[0] if args else kwargs.get("tensor")
-        if name in FILLS and isinstance(subject, Tensor) and subject.device.type != "meta":
-            return self._defer(subject, (func, args, kwargs), overwrites=True)
+        if name in FILLS and isinstance(subject, Tensor):
+            # A meta tensor has no values, and the first draw into one imports code for seconds.
+            return subject if subject.is_meta else self._defer(subject, (func, args, kwargs), overwrites=True)
         if name in _VIEWS:
             return func(*args, **kwargs)
         touched = [tensor for tensor in tensors_in((*args, *kwargs.values())) if self.is_pending(tensor)]

@@ -68,7 +68,9 @@ class Request:
         Raises:
             InitError: If the call asks for different weights at once, or a setting is wrong.
         """
-        name, config, tag = _split_tag(model_name, pretrained_cfg)
+        name, tag = split_method(model_name)
+        if isinstance(pretrained_cfg, str) and is_method(pretrained_cfg):
+            name, tag, pretrained_cfg = model_name, pretrained_cfg, None
         if init is None and tag is None:
             return None
         source = init if isinstance(init, str) and init.startswith(HUB_PREFIX) else None
@@ -82,8 +84,8 @@ class Request:
             tagged = f"{name.partition('.')[0]}.{settings.method}"
             hint = "" if source else f", or write the initialization as a tag: {tagged!r}"
             raise InitError(f"{asked} and pretrained=True ask for different weights of {name!r}; leave one out{hint}")
-        if config is not None:
-            arguments["pretrained_cfg"] = config
+        if pretrained_cfg is not None:
+            arguments["pretrained_cfg"] = pretrained_cfg
         return cls(name, settings, source, {key: value for key, value in arguments.items() if value is not None})
 
     def build(self) -> nn.Module:
@@ -133,14 +135,10 @@ class Request:
         return {"name": self.name, "arguments": arguments, **placement}
 
 
-def _split_tag(model_name: str, pretrained_cfg: Any) -> tuple[str, Any, str | None]:
-    """Model name, configuration and method if one of the two asks for a method by a tag."""
-    if isinstance(pretrained_cfg, str) and is_method(pretrained_cfg):
-        return model_name, None, pretrained_cfg
+def split_method(model_name: str) -> tuple[str, str | None]:
+    """A model's name without a tag that names a method ("resnet50.ghn-orth"), and that tag if there is one."""
     name, _, tag = str(model_name).partition(".")
-    if ":" not in name and is_method(tag):
-        return name, pretrained_cfg, tag
-    return model_name, pretrained_cfg, None
+    return (name, tag) if ":" not in name and is_method(tag) else (model_name, None)
 
 
 def is_method(tag: str) -> bool:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from timm_ghn.errors import CommandError, TimmGhnError
+from timm_ghn.request import is_method
 from timm_ghn.settings import METHODS
 from timm_ghn.text import did_you_mean
 
@@ -125,12 +126,6 @@ def init_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def method_tag(name: str) -> str | None:
-    """The method in a name like "resnet50.ghn-orth"."""
-    tag = name.partition(".")[2].replace("_", "-").lower()
-    return tag if ":" not in name and tag in METHODS else None
-
-
 def select_names(patterns: Sequence[str]) -> tuple[str, ...]:
     """Names of timm models that match one of the patterns, each once, in the order of the patterns.
 
@@ -166,7 +161,7 @@ def check_name(name: str) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise CommandError(f"unknown model {architecture!r}{did_you_mean(architecture, timm.list_models())}")
-    if tag and not method_tag(name):
+    if tag and not is_method(tag):
         try:
             timm.models.get_pretrained_cfg(name)
         except RuntimeError as error:

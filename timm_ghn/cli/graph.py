@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm_ghn.cli.common import add_model_kwargs, check_name, explained, method_tag
+from timm_ghn.cli.common import add_model_kwargs, check_name, explained
 from timm_ghn.errors import CommandError
+from timm_ghn.request import split_method
 from timm_ghn.text import did_you_mean, table
 
 if TYPE_CHECKING:
@@ -77,10 +78,8 @@ def _create_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     else:
         import timm
 
-        create, found = timm.create_model, name
         check_name(name)
-        if method_tag(name):
-            found = name.partition(".")[0]
+        create, (found, _) = timm.create_model, split_method(name)
     with explained(name):
         return build_on_meta(lambda: create(found, **kwargs))
 

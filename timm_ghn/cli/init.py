@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from timm_ghn.cli.common import add_init_settings, add_model_kwargs, check_name, explained, init_settings, method_tag
+from timm_ghn.cli.common import add_init_settings, add_model_kwargs, check_name, explained, init_settings
 from timm_ghn.errors import CommandError
+from timm_ghn.request import split_method
 from timm_ghn.settings import METHODS, Init
 
 HELP = "create a model with predicted weights and write it for plain timm"
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
 
     from timm_ghn.initialize.to_folder import init_to_folder
 
-    init = Init(args.method or method_tag(args.name) or Init.method, **init_settings(args))
+    _, tag = split_method(args.name)
+    init = Init(args.method or tag or Init.method, **init_settings(args))
     types = {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
     kwargs = {**_model_kwargs(args), **types, "overwrite": args.force, "max_shard_size": args.max_shard_size}
     check_name(args.name)

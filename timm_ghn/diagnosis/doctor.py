@@ -15,15 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from timm_ghn._version import __version__
 from timm_ghn.errors import DownloadError, TimmGhnError
 from timm_ghn.storage.paths import closest_existing, is_offline
 from timm_ghn.text import format_size
-
-if TYPE_CHECKING:
-    from timm_ghn.ghn.catalogue import NamedGHN
 
 _REACHABLE = "reachable"
 HUB_SECONDS = 3.0
@@ -124,29 +121,20 @@ def _hook() -> Finding:
 
 
 def _ghns() -> Iterator[Finding]:
+    """The GHNs that have names; published files that were put there by hand are verified and converted."""
     from timm_ghn.ghn.catalogue import NAMED_GHNS
+    from timm_ghn.ghn.checkpoint import read
+    from timm_ghn.ghn.registry import load_ghn
 
     for entry in NAMED_GHNS.values():
         if not entry.on_disk:
             yield Finding("GHNs", entry.name, "not on disk", is_problem=entry.file is None)
             continue
         try:
-            yield Finding("GHNs", entry.name, f"sound, sha256 {_hash_of(entry)[:12]}, {entry.path}")
+            ghn = read(entry.path, shared=True) if entry.path.is_file() else load_ghn(entry.name, download=False)
+            yield Finding("GHNs", entry.name, f"sound, sha256 {ghn.info.hash[:12] if ghn.info else '?'}, {entry.path}")
         except (TimmGhnError, OSError) as error:
             yield Finding("GHNs", entry.name, str(error), is_problem=True)
-
-
-def _hash_of(entry: NamedGHN) -> str:
-    """The hash of a GHN on disk, which is read, or verified and converted if it is a published file.
-
-    Raises:
-        TimmGhnError, OSError: If it is damaged or cannot be read.
-    """
-    from timm_ghn.ghn.checkpoint import read
-    from timm_ghn.ghn.registry import load_ghn
-
-    ghn = read(entry.path, shared=True) if entry.path.is_file() else load_ghn(entry.name, download=False)
-    return ghn.info.hash if ghn.info else "?"
 
 
 def _default_ghn() -> Finding:

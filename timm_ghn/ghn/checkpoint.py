@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import CheckpointError, TensorFileError
 from timm_ghn.ghn import pickles
 from timm_ghn.ghn.config import GHNConfig, GHNInfo
@@ -267,20 +267,9 @@ def _build(
     return ghn.eval()
 
 
-class _SkipInitialization(TorchFunctionMode):
-    """Leaves new parameters as they are: a meta tensor has no values, and the first draw into one costs seconds."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.__name__ in {"kaiming_uniform_", "uniform_", "normal_", "fill_", "zero_"}:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
 def _empty(shapes: Mapping[str, tuple[int, ...]], config: GHNConfig, name: str) -> GHN:
     """A GHN of that configuration without values. CheckpointError if its tensors have other names or shapes."""
-    with torch.device("meta"), _SkipInitialization():
+    with torch.device("meta"), DeferredRandom(seed=0):
         ghn = GHN(config)
     expected = {key: tuple(tensor.shape) for key, tensor in ghn.state_dict().items()}
     wrong = [f"{key} is missing" for key in expected if key not in shapes]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 import torchvision
@@ -24,27 +23,12 @@ from timm_ghn.trace.meta import build_on_meta
 ABSOLUTE, RELATIVE = 1e-2, 1e-4
 """Tolerances: that of ghn3's own check, and four digits for the largest norms."""
 READ_DIFFERENTLY = ("squeezenet1_0", "squeezenet1_1")
-"""Networks for which ghn3 moves the pooling in front of the classifier, because of their class; they are left out."""
+"""Networks for which ghn3 moves the pooling in front of the classifier, because of their class; not to be compared."""
 
 
-@dataclass(frozen=True)
-class NormCheck:
-    """The norm of one network's parameters.
-
-    Attributes:
-        network: Name in torchvision.
-        published: What the authors published.
-        found: What this package predicts; None where a part of the network keeps its random initialization.
-    """
-
-    network: str
-    published: float
-    found: float | None
-
-    @property
-    def is_right(self) -> bool:
-        """Whether both agree; true as well where there is nothing to compare."""
-        return self.found is None or math.isclose(self.found, self.published, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+def is_right(found: float, published: float) -> bool:
+    """Whether a norm agrees with the published one."""
+    return math.isclose(found, published, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
 
 
 def published_norms(name: str) -> dict[str, float]:
@@ -62,18 +46,6 @@ def published_norms(name: str) -> dict[str, float]:
     return norms
 
 
-def check_norms(ghn: GHN, norms: Mapping[str, float], networks: Sequence[str] | None = None) -> Iterator[NormCheck]:
-    """Predict the networks one by one and compare the norms of all their parameters.
-
-    Args:
-        ghn: The GHN.
-        norms: Published norms by network.
-        networks: Which networks; all by default.
-    """
-    for network in networks or [name for name in norms if name not in READ_DIFFERENTLY]:
-        yield NormCheck(network, norms[network], predicted_norm(ghn, _build(network)))
-
-
 def predicted_norm(ghn: GHN, model: nn.Module) -> float | None:
     """Euclidean norm of all parameters that a GHN predicts for a model; None if there are others."""
     graph = to_graph(model)
@@ -85,7 +57,7 @@ def predicted_norm(ghn: GHN, model: nn.Module) -> float | None:
         )
 
 
-def _build(network: str) -> nn.Module:
+def build(network: str) -> nn.Module:
     """A network of torchvision without memory for its weights."""
     arguments = {"init_weights": False} if network in ("googlenet", "inception_v3") else {}  # else a warning, and scipy
     model: nn.Module = build_on_meta(lambda: torchvision.models.get_model(network, weights=None, **arguments))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from timm_ghn.errors import PushError
 from timm_ghn.ghn import checkpoint
-from timm_ghn.ghn.catalogue import BUNDLED, GHN3, NamedGHN
+from timm_ghn.ghn.catalogue import BUNDLED, PPUDA, NamedGHN
 from timm_ghn.ghn.config import HUB_FILE
 from timm_ghn.ghn.model import GHN
 from timm_ghn.ghn.registry import find_named, load_ghn
@@ -70,11 +70,7 @@ def push_ghn(
 def _known_notes(entry: NamedGHN) -> str:
     """Text about the origin of a GHN that has a name."""
     if entry.name != BUNDLED:
-        home = (
-            "repository, [facebookresearch/ppuda](https://github.com/facebookresearch/ppuda)"
-            if entry.repository is None
-            else f"Hub repository, [{GHN3}](https://huggingface.co/{GHN3})"
-        )
-        return f"Converted from the checkpoint of the authors' {home}; the weights are theirs, unchanged."
+        home = PPUDA if entry.repository is None else f"https://huggingface.co/{entry.repository}"
+        return f"Converted from its authors' checkpoint ({home}, {entry.file}); the weights are theirs, unchanged."
     card = importlib.resources.files("timm_ghn.ghn") / "bundled" / "card.md"
     return card.read_text(encoding="utf-8").partition("\n")[2].strip()
