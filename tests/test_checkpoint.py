@@ -16,14 +16,12 @@ import pytest
 import safetensors.torch
 import torch
 from ghn_reference import PPUDA_CONFIG, SMALL, ppuda_checkpoint, seeded_ghn
-from torch import nn
 
 from timm_ghn.errors import CheckpointError, TensorFileError
 from timm_ghn.ghn import (
     GHN,
     GHNConfig,
     content_hash,
-    from_module,
     read,
     write_safetensors,
 )
@@ -151,31 +149,6 @@ def test_a_failed_write_leaves_the_old_file(ghn: GHN, tmp_path: Path, monkeypatc
 
 
 # Live modules
-
-
-class PpudaLike(nn.Module):
-    """The attributes and the state dict of ppuda's GHN class."""
-
-    def __init__(self, ghn: GHN) -> None:
-        super().__init__()
-        for name, value in ghn.config.to_dict().items():
-            if name not in ("hid", "hypernet", "decoder"):
-                setattr(self, name, value)
-        for name, child in ghn.named_children():
-            self.add_module(name, child)
-
-
-def test_a_live_module_is_copied(ghn: GHN) -> None:
-    live = PpudaLike(ghn)
-    for module in (live, nn.DataParallel(live), ghn):
-        copy = from_module(module)
-        assert equal(copy, ghn)
-        assert copy.embed.weight.data_ptr() != ghn.embed.weight.data_ptr()
-
-
-def test_another_module_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="Linear is not a ppuda GHN"):
-        from_module(nn.Linear(3, 3))
 
 
 # Files that are refused

@@ -218,7 +218,7 @@ def test_paths_modules_and_ghns_are_sources(ghn: GHN, tmp_path: Path, published:
     path.write_bytes(published)
     assert load_ghn(ghn) is ghn
     assert content_hash(load_ghn(path)) == content_hash(load_ghn(str(path))) == content_hash(ghn)
-    with pytest.raises(CheckpointError, match="is not a ppuda GHN"):
+    with pytest.raises(CheckpointError, match="Linear is not a GHN"):
         load_ghn(torch.nn.Linear(2, 2))
 
 

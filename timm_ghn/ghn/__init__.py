@@ -10,12 +10,7 @@ from timm_ghn.ghn.config import GHNConfig, GHNInfo
 from timm_ghn.ghn.registry import default_ghn, list_ghns, load_ghn
 
 if TYPE_CHECKING:
-    from timm_ghn.ghn.checkpoint import (
-        content_hash,
-        from_module,
-        read,
-        write_safetensors,
-    )
+    from timm_ghn.ghn.checkpoint import content_hash, read, write_safetensors
     from timm_ghn.ghn.model import GHN, Prediction
 
 __all__ = [
@@ -26,7 +21,6 @@ __all__ = [
     "Prediction",
     "content_hash",
     "default_ghn",
-    "from_module",
     "list_ghns",
     "load_ghn",
     "read",

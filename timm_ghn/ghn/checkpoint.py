@@ -1,4 +1,4 @@
-"""Reading and writing GHNs: safetensors, the pickled files of ppuda and ghn3, and live ppuda modules.
+"""Reading and writing GHNs: safetensors, and the pickled files of ppuda and ghn3.
 
 Whatever the file, the configuration and the shape of every tensor are checked before a GHN is built, and nothing in a
 file is executed (see `timm_ghn.ghn.pickles`).
@@ -13,14 +13,13 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import CheckpointError, TensorFileError
@@ -200,30 +199,6 @@ def write_safetensors(ghn: GHN, path: str | os.PathLike[str], metadata: Mapping[
         tensors[SEEN_KEY] = torch.from_numpy(ghn.seen.codes)
         facts[SEEN_KEY] = str(ghn.seen.networks)
     save_atomically(path, lambda temporary: write_file(temporary, tensors, facts))
-
-
-def from_module(module: nn.Module, name: str = "live module") -> GHN:
-    """Copy a live ppuda GHN, wrapped in `DataParallel` or not.
-
-    Args:
-        module: A GHN-1 or GHN-2 of ppuda's `GHN` class; our own are copied as well.
-        name: What `info` and errors call it.
-
-    Returns:
-        A GHN with copies of its weights, float32 on the CPU and in eval mode.
-
-    Raises:
-        CheckpointError: If the module is no such GHN.
-    """
-    inner = getattr(module, "module", None)
-    module = inner if isinstance(inner, nn.Module) and not hasattr(module, "gnn") else module
-    tensors = {key: tensor.clone() for key, tensor in module.state_dict().items()}
-    if isinstance(module, GHN):
-        return _build(module.config, tensors, name, {}, module.seen)
-    weight_norm = getattr(module, "weight_norm", None)
-    if not isinstance(weight_norm, bool):
-        raise CheckpointError(f"{type(module).__name__} is not a ppuda GHN: it does not say whether it has weight_norm")
-    return _build(replace(_infer_config(tensors, name), weight_norm=weight_norm), tensors, name, {})
 
 
 def content_hash(ghn: GHN) -> str:

@@ -23,8 +23,6 @@ from timm_ghn.storage.paths import git_blob_sha1, is_offline
 from timm_ghn.text import did_you_mean
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from timm_ghn.ghn.model import GHN
     from timm_ghn.hub.client import HubSource
 
@@ -51,13 +49,13 @@ def list_ghns() -> list[NamedGHN]:
     return list(NAMED_GHNS.values())
 
 
-def load_ghn(source: str | os.PathLike[str] | nn.Module, *, download: bool = True, shared: bool = False) -> GHN:
+def load_ghn(source: str | os.PathLike[str] | GHN, *, download: bool = True, shared: bool = False) -> GHN:
     """Load a GHN.
 
     Args:
         source: A name of `list_ghns` (for GHNs of the Hub also "name@revision"), the path of a checkpoint of ppuda's or
-            ghn3's or of a safetensors file, "hf-hub:organization/name[@revision]", a live ppuda GHN, or a `GHN`, which
-            is returned as it is.
+            ghn3's or of a safetensors file, "hf-hub:organization/name[@revision]", or a `GHN`, which is returned as it
+            is.
         download: Whether the network may be used; `HF_HUB_OFFLINE=1` forbids it as well.
         shared: Whether the GHN may be one that this process keeps and hands out again. It must then not be changed.
 
@@ -69,17 +67,15 @@ def load_ghn(source: str | os.PathLike[str] | nn.Module, *, download: bool = Tru
         DownloadError: If a published file is not on disk and cannot be fetched, or is not what was published.
         CheckpointError: If a file is damaged or is not a GHN.
     """
-    from torch import nn
-
     from timm_ghn.ghn import checkpoint
     from timm_ghn.ghn.model import GHN
 
     if isinstance(source, GHN):
         return source
-    if isinstance(source, nn.Module):
-        return checkpoint.from_module(source)
-    if not isinstance(source, str):
+    if isinstance(source, os.PathLike):
         return checkpoint.read(source, shared=shared)
+    if not isinstance(source, str):
+        raise CheckpointError(f"{type(source).__name__} is not a GHN, nor the name or path of one")
     if source.startswith(HUB_PREFIX):
         from timm_ghn.hub.client import HubSource
 

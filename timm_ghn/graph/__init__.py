@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from timm_ghn.graph.condense import Reading, condense
-from timm_ghn.graph.graph import MAX_DISTANCE, Graph
+from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.nodes import Layout, Node, Op, Role, Target
 from timm_ghn.trace.capture import capture
 from timm_ghn.trace.records import Trace
@@ -22,7 +22,6 @@ def to_graph(
     input_size: int | Sequence[int] | None = None,
     example_input: Any = None,
     reading: Reading | str = Reading.DEFAULT,
-    max_distance: int = MAX_DISTANCE,
 ) -> Graph:
     """The graph that a GHN reads of a model. The model is not changed, moved, or run on data.
 
@@ -32,11 +31,9 @@ def to_graph(
             itself, else 3 x 224 x 224.
         example_input: Instead of `input_size`: a tensor, or a tuple or dict of tensors.
         reading: "default", or "ppuda" for exact comparison with ppuda (see `Reading`).
-        max_distance: Longest distance of a virtual edge, in hops.
 
     Raises:
         CaptureError: If the forward pass cannot be recorded on meta tensors.
         GraphError: If the model has nothing that a GHN can predict.
     """
-    trace = capture(model, input_size=input_size, example_input=example_input)
-    return condense(trace, reading=Reading(reading), max_distance=max_distance)
+    return condense(capture(model, input_size=input_size, example_input=example_input), reading=Reading(reading))

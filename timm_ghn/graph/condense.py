@@ -18,7 +18,7 @@ from timm_ghn.errors import GraphError
 from timm_ghn.graph.analyses import Analyses
 from timm_ghn.graph.classifiers import BEHIND_LOGITS, mark_classifiers
 from timm_ghn.graph.extents import UNKNOWN
-from timm_ghn.graph.graph import MAX_DISTANCE, Graph
+from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.nodes import Node, Op, Role, Target
 from timm_ghn.graph.origins import OVER_CONSTANTS
 from timm_ghn.graph.targets import (
@@ -67,7 +67,6 @@ def condense(
     trace: Trace,
     *,
     reading: Reading = Reading.DEFAULT,
-    max_distance: int = MAX_DISTANCE,
     analyses: Analyses | None = None,
 ) -> Graph:
     """Build the graph of a recorded forward pass.
@@ -75,7 +74,6 @@ def condense(
     Args:
         trace: Recorded operations.
         reading: How squeeze-excite blocks and global poolings are read.
-        max_distance: Longest distance of a virtual edge, in hops.
         analyses: Those of the trace, where they exist already.
 
     Raises:
@@ -84,7 +82,7 @@ def condense(
     builder = _Builder(analyses or Analyses(trace), reading)
     for operation in trace.operations:
         builder.add(operation)
-    graph = builder.finish(max_distance)
+    graph = builder.finish()
     if not graph.targets:
         raise GraphError("no layer of this model has parameters that a GHN can predict")
     return graph
@@ -338,7 +336,7 @@ class _Builder:
 
     # Result
 
-    def finish(self, max_distance: int) -> Graph:
+    def finish(self) -> Graph:
         """The graph of all nodes that lead to an output.
 
         Raises:
@@ -354,7 +352,7 @@ class _Builder:
         behind = BEHIND_LOGITS if self._reading is Reading.DEFAULT else BEHIND_LOGITS - {Op.GLOB_AVG}
         nodes = mark_classifiers([self._nodes[node] for node in kept], edges, self._class_counts(outputs), behind)
         predicted = {target.name for node in nodes for target in node.targets}
-        return Graph(tuple(nodes), tuple(edges), max_distance, self._unused(predicted))
+        return Graph(tuple(nodes), tuple(edges), unused=self._unused(predicted))
 
     def _ancestors(self, ends: set[int]) -> set[int]:
         found, pending = set(ends), list(ends)

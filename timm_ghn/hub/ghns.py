@@ -25,7 +25,6 @@ def push_ghn(
     options: PushOptions | None = None,
     license: str | None = None,
     description: str | None = None,
-    notes: str = "",
 ) -> Pushed:
     """Push a GHN to the Hub, where `ghn="hf-hub:organization/name"` finds it.
 
@@ -35,7 +34,6 @@ def push_ghn(
         options: How it is pushed.
         license: SPDX name of its licence; known for the GHNs that have names.
         description: What it is, in a line.
-        notes: Further text for the card, in Markdown.
 
     Raises:
         PushError: If the Hub cannot be reached or refuses, or the licence of a GHN without a name is not given.
@@ -50,7 +48,6 @@ def push_ghn(
         raise PushError(f"{name}: say which licence it has, for example license='apache-2.0' (--license)")
     if entry is not None:
         description = description or f"{entry.description}; trained on {entry.trained_on}."
-        notes = notes or _known_notes(entry)
     target = destination(repository, options)
     remote = find_repository(target, options, mark=HUB_FILE)
     if options.dry_run:
@@ -62,13 +59,15 @@ def push_ghn(
         checkpoint.write_safetensors(ghn, root / HUB_FILE, dict(ghn.info.metadata) if ghn.info else None)
         facts = {"model_type": "timm-ghn", "hash": checkpoint.content_hash(ghn), "ghn": ghn.config.to_dict()}
         (root / CONFIG_FILE).write_bytes(f"{json.dumps(facts, indent=2)}\n".encode())
-        card = ghn_card(ghn, repository, license=license, description=description or "", notes=notes)
+        card = ghn_card(ghn, repository, license=license, description=description or "", notes=_notes(entry))
         (root / CARD).write_bytes(card.encode())
         return upload(name, root, target, remote, options, f"GHN {name}")
 
 
-def _known_notes(entry: NamedGHN) -> str:
-    """Text about the origin of a GHN that has a name."""
+def _notes(entry: NamedGHN | None) -> str:
+    """Text about the origin of a GHN that has a name; empty for another one."""
+    if entry is None:
+        return ""
     if entry.name != BUNDLED:
         home = PPUDA if entry.repository is None else f"https://huggingface.co/{entry.repository}"
         return f"Converted from its authors' checkpoint ({home}, {entry.file}); the weights are theirs, unchanged."
