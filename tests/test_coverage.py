@@ -9,7 +9,7 @@ import timm
 
 from timm_ghn.cli import main
 from timm_ghn.cli.common import select_names
-from timm_ghn.diagnosis.coverage import coverage_of
+from timm_ghn.cli.coverage import coverage_of
 from timm_ghn.errors import CommandError
 from timm_ghn.graph import to_graph
 

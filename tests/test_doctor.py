@@ -17,8 +17,7 @@ import torch
 from ghn_reference import SMALL, ppuda_checkpoint, seeded_ghn
 
 import timm_ghn
-from timm_ghn.cli import main
-from timm_ghn.diagnosis import doctor
+from timm_ghn.cli import doctor, main
 from timm_ghn.ghn.catalogue import NAMED_GHNS
 from timm_ghn.storage.cache import WeightCache
 
