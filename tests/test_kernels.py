@@ -185,5 +185,5 @@ def test_the_setting_survives_a_file_and_leaves_old_hashes_alone(tmp_path: Path)
 
 
 def test_an_unknown_setting_is_named() -> None:
-    with pytest.raises(CheckpointError, match="kernels is 'round', not one of raw, normalized, orthogonal"):
+    with pytest.raises(CheckpointError, match="kernels is 'round', not one of raw, orthogonal"):
         GHNConfig(kernels="round")
