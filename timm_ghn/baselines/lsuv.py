@@ -27,7 +27,7 @@ from timm_ghn.errors import InitError
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor_
 from timm_ghn.seeding import derived_seed
 from timm_ghn.trace.capture import failed_module
-from timm_ghn.trace.inputs import checked_size, input_sizes, timm_config
+from timm_ghn.trace.inputs import as_call, checked_size, input_sizes, timm_config
 
 _BATCH = 32
 """Inputs of standard normal noise where no batch is given."""
@@ -126,9 +126,7 @@ def _inputs(setting: Setting) -> tuple[tuple[Any, ...], dict[str, Any]]:
         tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
         if not any(leaf.numel() > 0 and bool((leaf != leaf.flatten()[0]).any()) for leaf in tensors):
             raise InitError("lsuv measures on example_input=, which is empty or holds the same number everywhere")
-        if isinstance(example, Mapping):
-            return (), dict(example)
-        return (example if isinstance(example, tuple) else (example,)), {}
+        return as_call(example)
     size = None if setting.input_size is None else checked_size(setting.model, setting.input_size)
     if size is None and timm_config(setting.model):
         size = input_sizes(setting.model)[0]

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
@@ -111,8 +112,8 @@ def _row(info: EntryInfo) -> Sequence[object]:
     key, size, used = info.key[:_SHOWN_KEY], format_size(info.size), format_age(time.time() - info.last_use)
     if not info.made:
         return key, size, used, f"({info.problem})", *[""] * 5
-    made = {name: "" if value is None else value for name, value in info.made.items()}
-    layer = f"{made['start_layer']}/{made['num_layers']}" if made["start_layer"] != "" else ""
+    made = defaultdict(str, {name: value for name, value in info.made.items() if value is not None})
+    layer = f"{made['start_layer']}/{made['num_layers']}" if made["start_layer"] else ""
     ghn = Path(str(made["ghn"])).name
     return key, size, used, made["model"], made["method"], ghn, layer, made["seed"], made["version"]
 

@@ -71,12 +71,12 @@ def read(path: str | os.PathLike[str], *, shared: bool = False) -> GHN:
             # A safetensors file begins with the length of its header in 8 bytes, which may look like another format.
             if start[4:9] != b"\0\0\0\0{" and pickles.is_known(start):
                 return parse(file, str(path))
+        if start[8:9] != b"{":
+            raise CheckpointError(f"{path} is not a GHN checkpoint: it is neither a safetensors nor a pickled file")
+        ghn = _read_safetensors(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+        return ghn if shared else copy.deepcopy(ghn)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    if start[8:9] != b"{":
-        raise CheckpointError(f"{path} is not a GHN checkpoint: it is neither a safetensors nor a pickled file")
-    ghn = _read_safetensors(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
-    return ghn if shared else copy.deepcopy(ghn)
 
 
 def parse(file: BinaryIO, name: str) -> GHN:
@@ -159,8 +159,6 @@ def _read_safetensors(path: str, *_: int) -> GHN:
             tensors = {key: file.read(key) for key in specs}
     except TensorFileError as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); {ADVICE}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     expected = metadata.pop(HASH_KEY, None)
     metadata.pop(SEEN_KEY, None)
     ghn = _build(config, _check_tensors(tensors, path), path, metadata, seen)

@@ -13,7 +13,7 @@ from timm_ghn.ghn.catalogue import NAMED_GHNS
 from timm_ghn.hub.manifest import Manifest, settings_of
 from timm_ghn.request import HUB_PREFIX
 from timm_ghn.settings import METHODS, Init
-from timm_ghn.text import markdown_table
+from timm_ghn.text import format_size, markdown_table
 
 CARD = "README.md"
 PAPER = "https://arxiv.org/abs/2207.10049"
@@ -41,11 +41,12 @@ def model_card(manifest: Manifest, repository: str) -> str:
         manifest: What is in the repository.
         repository: "organization/name".
     """
-    tags = ["timm", "timm-ghn", "initialization", "not-trained", "graph-hypernetwork", manifest.method]
+    method = str(manifest.provenance["method"])
+    tags = ["timm", "timm-ghn", "initialization", "not-trained", "graph-hypernetwork", method]
     sections = [
-        f"A starting point for training or fine-tuning `{manifest.architecture}` of "
+        f"A starting point for training or fine-tuning `{manifest.report.model}` of "
         f"[timm](https://github.com/huggingface/pytorch-image-models), **not trained**: "
-        f"{METHODS[manifest.method].description} ([Knyazev 2022]({PAPER})). "
+        f"{METHODS[method].description} ([Knyazev 2022]({PAPER})). "
         "Its predictions mean nothing before training.",
         _usage(manifest, repository),
         "\n".join(markdown_table(("", ""), _facts(manifest))),
@@ -74,22 +75,19 @@ def _usage(manifest: Manifest, repository: str) -> str:
     )
     if len(manifest.files) > 1:
         arguments = "".join(f", {key}={value!r}" for key, value in manifest.arguments.items())
-        num_bytes = sum(record.size for record in manifest.files.values())
-        size = f"The weights ({num_bytes / 1e9:.1f} GB) are split into {len(manifest.files)} files"
-        text, load = (
-            f"{size}, which timm's own loader does not read",
-            (
-                "import timm\nfrom huggingface_hub import load_torch_model, snapshot_download\n\n"
-                f'model = timm.create_model("{manifest.architecture}"{arguments})\n'
-                f'load_torch_model(model, snapshot_download("{repository}"))'
-            ),
+        size = format_size(sum(record.size for record in manifest.files.values()))
+        text = f"The weights ({size}) are split into {len(manifest.files)} files, which timm's own loader does not read"
+        load = (
+            "import timm\nfrom huggingface_hub import load_torch_model, snapshot_download\n\n"
+            f'model = timm.create_model("{manifest.report.model}"{arguments})\n'
+            f'load_torch_model(model, snapshot_download("{repository}"))'
         )
     return f"## Use\n\n{text}:\n\n```python\n{load}\n```"
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     found = manifest.provenance
-    rows = [("method", f"`{manifest.method}`, {METHODS[manifest.method].description}"), ("paper", PAPER)]
+    rows = [("method", f"`{found['method']}`, {METHODS[found['method']].description}"), ("paper", PAPER)]
     if found["ghn"] is not None:
         rows += [("GHN", f"`{found['ghn']}`"), ("hash of the GHN", f"`{found['ghn_hash']}`")]
     if found["start_layer"] is not None:
@@ -111,7 +109,7 @@ def _reproduction(manifest: Manifest) -> str:
     pins = " ".join(f"{name}=={manifest.versions[name].partition('+')[0]}" for name in ("timm-ghn", "timm", "torch"))
     lines = [f"pip install {pins}", reproduction_command(manifest)]
     lines += [
-        f"sha256sum {manifest.architecture}/{name}  # {record.sha256}"
+        f"sha256sum {manifest.report.model}/{name}  # {record.sha256}"
         for name, record in sorted(manifest.files.items())
     ]
     note = (
@@ -129,7 +127,7 @@ def reproduction_command(manifest: Manifest) -> str:
     defaults = {entry.name: entry.default for entry in fields(Init) if entry.name != "method"}
     settings = settings_of(manifest.provenance)
     init = {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
-    arguments = [repr(manifest.architecture)] * 2 + [f"init={init!r}"]
+    arguments = [repr(manifest.report.model)] * 2 + [f"init={init!r}"]
     arguments += [] if len(manifest.files) == 1 else [f"max_shard_size={manifest.max_shard_size!r}"]
     arguments += [] if manifest.dtype == "float32" else [f"dtype=torch.{manifest.dtype}"]
     arguments += [f"{key}={value!r}" for key, value in manifest.arguments.items()]

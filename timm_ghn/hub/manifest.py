@@ -61,16 +61,6 @@ class Manifest:
     files: Mapping[str, FileRecord]
 
     @property
-    def architecture(self) -> str:
-        """timm's name of the model."""
-        return self.report.model
-
-    @property
-    def method(self) -> str:
-        """Name of the method."""
-        return str(self.provenance["method"])
-
-    @property
     def provenance(self) -> Mapping[str, Any]:
         """The settings, versions and hashes that determine the weights."""
         return self.report.provenance
@@ -123,7 +113,7 @@ class Manifest:
         """
         name, arguments = request.name.partition(".")[0], request.plain_arguments()
         here = {"model": name, "dtype": dtype, "arguments": arguments, **origin}
-        there = {"model": self.architecture, "dtype": self.dtype, "arguments": dict(self.arguments), **self.provenance}
+        there = {"model": self.report.model, "dtype": self.dtype, "arguments": dict(self.arguments), **self.provenance}
         for key in sorted({*here, *there} - {"ghn"}):  # a name of a GHN, whose hash stands beside it
             if here.get(key) != there.get(key):
                 return f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"

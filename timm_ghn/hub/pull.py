@@ -57,8 +57,8 @@ def create_from_hub(request: Request) -> tuple[nn.Module, Report]:
     snapshot = look_up_or_cached(HubSource.parse(str(request.source)))
     manifest = read_manifest(snapshot)
     architecture = name.rpartition(":")[2].partition(".")[0]
-    if manifest.architecture != architecture and ":" not in name:
-        raise InitError(f"{snapshot} has weights of {manifest.architecture}, not of {architecture}")
+    if manifest.report.model != architecture and ":" not in name:
+        raise InitError(f"{snapshot} has weights of {manifest.report.model}, not of {architecture}")
     tensors = pull(snapshot, manifest)
     deferred = DeferredRandom(int(manifest.provenance["seed"]))
     with deferred:

@@ -38,7 +38,6 @@ UNREADABLE = (
     OverflowError,
 )
 """Errors that reading a file of any content may raise."""
-_MADE = ("method", "version", "ghn", "ghn_hash", "noise", "start_layer", "num_layers", "seed")
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class EntryInfo:
         path: Its file.
         size: Bytes.
         last_use: Seconds since the epoch; not later than now, whatever the clocks said when it was used.
-        made: What made it, as far as known: model, method, version, ghn, ghn_hash, noise, start_layer, num_layers and
-            seed.
+        made: What made it, as far as known: the name of the model, and the provenance.
         problem: Why it cannot be used; empty if nothing is known against it.
     """
 
@@ -200,8 +198,7 @@ def _info(path: Path) -> EntryInfo | None:
         status = path.lstat()
         with open(path, "rb") as file:
             description = read_description(Header.read(file).metadata)
-        provenance = description["report"]["provenance"]
-        made = {"model": description["model"], **{name: provenance.get(name) for name in _MADE}}
+        made = {"model": description["model"], **description["report"]["provenance"]}
     except FileNotFoundError:
         return None
     except UNREADABLE as error:

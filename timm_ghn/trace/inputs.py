@@ -100,7 +100,7 @@ def possible_calls(model: nn.Module, input_size: int | Sequence[int] | None, exa
             second call is returned in which these are on the CPU and keep their values (positions, masks).
     """
     if example_input is not None:
-        return [_as_call(example_input, keep_values=keep_values) for keep_values in (False, True)]
+        return [as_call(tree_map(to_meta, example_input)) for to_meta in (_to_meta, _floats_to_meta)]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     sizes = input_sizes(model) if input_size is None else [checked_size(model, input_size)]
     return [((torch.empty((1, *size), dtype=dtype, device="meta"),), {}) for size in sizes]
@@ -119,16 +119,17 @@ def _input_channels(model: nn.Module, config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _as_call(example: Any, *, keep_values: bool) -> Call:
-    def to_meta(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        is_kept = keep_values and not (leaf.is_floating_point() or leaf.is_complex() or leaf.is_meta)
-        return leaf.detach().cpu() if is_kept else torch.empty_like(leaf, device="meta", requires_grad=False)
-
-    example = tree_map(to_meta, example)
-    if isinstance(example, tuple):
-        return example, {}
+def as_call(example: Any) -> Call:
+    """The arguments that an example stands for: tensors of a tuple by position, of a mapping by name."""
     if isinstance(example, Mapping):
         return (), dict(example)
-    return (example,), {}
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def _to_meta(leaf: Any) -> Any:
+    return torch.empty_like(leaf, device="meta", requires_grad=False) if isinstance(leaf, Tensor) else leaf
+
+
+def _floats_to_meta(leaf: Any) -> Any:
+    is_kept = isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex() or leaf.is_meta)
+    return leaf.detach().cpu() if is_kept else _to_meta(leaf)

@@ -13,18 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_ghn.trace.operations import TABLE, Kind
+
 _ATOMS = frozenset({type(None), bool, int, float, str, type, FunctionType, BuiltinFunctionType, torch.dtype})
 """Types of values that cannot change."""
 
-# Functions that only compute new tensors.
-_COMPUTING = {
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "add", "avg_pool1d", "avg_pool2d", "batch_norm", "bmm", "cat",
-    "clamp", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "div", "einsum",
-    "exp", "gelu", "group_norm", "hardsigmoid", "hardswish", "hardtanh", "instance_norm", "interpolate", "layer_norm",
-    "leaky_relu", "linear", "log_softmax", "lstm", "matmul", "max_pool2d", "mean", "mul", "neg", "norm", "normalize",
-    "pow", "relu", "relu6", "rms_norm", "roll", "rsqrt", "scaled_dot_product_attention", "sigmoid", "silu", "softmax",
-    "sqrt", "stack", "sub", "sum", "tanh", "var",
+_NOT_NEW = (Kind.VIEW, Kind.PART, Kind.LOOKUP, Kind.BLANK)
+_COMPUTING = {name for name, row in TABLE.items() if row.kind not in _NOT_NEW} | {
+    "exp", "gelu", "interpolate", "leaky_relu", "log_softmax", "neg", "pow", "relu", "roll", "silu",
 }  # fmt: skip
+"""Functions that only compute new tensors."""
 
 PLAIN = frozenset({Tensor, nn.Parameter})
 """Types of tensors that do nothing of their own when a function is called with them."""
@@ -68,7 +66,6 @@ def call_key(
 
 _LIKE_INPUT: Mapping[Callable[..., Any], tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training"),
-    F.gelu: ("input",),
     F.hardsigmoid: ("input", "inplace"),
     F.hardswish: ("input", "inplace"),
     F.layer_norm: ("input", "normalized_shape", "weight", "bias"),
@@ -98,7 +95,7 @@ def _like_input(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
         kept = (named.get("running_mean"), named.get("running_var"))
         is_usual = len(shape) > 0 and named.get("training") is False and all(isinstance(item, Tensor) for item in kept)
     else:
-        is_usual = named.get("approximate", "none") in ("none", "tanh")
+        is_usual = True
     others = [item for item in named.values() if isinstance(item, Tensor)]
     is_usual = is_usual and all(item.shape == shape and item.dtype == source.dtype for item in others)
     if not is_usual or not source.is_contiguous():
