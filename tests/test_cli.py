@@ -94,26 +94,6 @@ def test_quick_commands_import_neither_torch_nor_timm(command: tuple[str, ...]) 
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import timm, timm_ghn",
-        "import timm_ghn, timm",
-        "import timm_ghn; timm_ghn.init_model; import timm",
-        "import timm.models; import timm_ghn; import timm",
-    ],
-)
-def test_the_hook_is_there_in_any_order_of_imports(program: str) -> None:
-    check = "print(timm.create_model('test_resnet', init='orth').pretrained_cfg['tag'])"
-    done = python("-c", f"{program}\n{check}")
-    assert done.stdout == "orth\n", done.stderr
-
-
-def test_no_hook_before_timm_is_wanted() -> None:
-    check = "import timm_ghn; timm_ghn.uninstall()\nimport timm\nprint(hasattr(timm.create_model, '__timm_ghn__'))"
-    assert python("-c", check).stdout == "False\n"
-
-
 def test_a_reader_that_goes_away() -> None:
     reader, writer = os.pipe()
     os.close(reader)

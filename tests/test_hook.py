@@ -16,6 +16,7 @@ import pytest
 import timm
 import timm.models
 import torch
+from fresh import printed
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -109,9 +110,18 @@ def run(script: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_a_process_that_imports_timm_first() -> None:
-    """Names that are bound already get `init=`, the deprecated module is not imported, and all can be undone."""
-    script = """
+ORDERS = (
+    "import timm, timm_ghn",
+    "import timm_ghn, timm",
+    "import timm_ghn; timm_ghn.init_model; import timm",
+    "import timm.models; import timm_ghn; import timm",
+)
+UNINSTALLED_BEFORE_TIMM = """
+import timm_ghn; timm_ghn.uninstall()
+import timm
+print(hasattr(timm.create_model, "__timm_ghn__"))
+"""
+TIMM_FIRST = """
 import inspect, pickle, sys, warnings
 from timm import create_model as function
 from timm.models import create_model as same
@@ -128,7 +138,15 @@ timm_ghn.uninstall()
 assert (function.__code__, function.__defaults__, function.__kwdefaults__, dict(vars(function))) == before
 assert inspect.signature(function) == signature
 """
-    assert run(script) == "orth\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_it_does_not_matter_what_is_imported_first() -> None:
+    """Names that are bound already get `init=`, the deprecated module is not imported, and all can be undone."""
+    check = "\nprint(timm.create_model('test_resnet', init='orth').pretrained_cfg['tag'])"
+    *orders, undone, last = printed(*(order + check for order in ORDERS), UNINSTALLED_BEFORE_TIMM, TIMM_FIRST)
+    assert orders == ["orth\n"] * len(ORDERS)
+    assert (undone, last) == ("False\n", "orth\n")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

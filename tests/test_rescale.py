@@ -32,10 +32,10 @@ from timm_ghn.scale.rule import (
     SMALLEST_NORM,
     Structure,
     bounding_factor,
+    find_structure,
     gaining_norms,
     nominal_scale,
 )
-from timm_ghn.scale.structure import find_structure
 
 
 @pytest.fixture(scope="module")

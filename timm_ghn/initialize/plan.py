@@ -28,8 +28,7 @@ from timm_ghn.orthogonalization import (
     single_threaded,
     weight_layers,
 )
-from timm_ghn.scale.rule import gaining_norms
-from timm_ghn.scale.structure import find_structure
+from timm_ghn.scale.rule import find_structure, gaining_norms
 from timm_ghn.settings import Init, Source
 from timm_ghn.trace.distributed import whole
 
