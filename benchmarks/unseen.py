@@ -34,7 +34,7 @@ from timm_ghn.errors import TrainingError
 from timm_ghn.ghn import GHN, load_ghn
 from timm_ghn.ghn.seen import Seen
 from timm_ghn.graph import Graph, Op, to_graph
-from timm_ghn.trace.meta import build_on_meta
+from timm_ghn.trace.skeleton import build_on_meta
 from timm_ghn.training.architectures import Architecture, Bounds, draw_architecture, training_architecture
 from timm_ghn.training.config import TrainConfig
 

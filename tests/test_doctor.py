@@ -18,7 +18,7 @@ from ghn_reference import SMALL, ppuda_checkpoint, seeded_ghn
 
 import timm_ghn
 from timm_ghn.cli import doctor, main
-from timm_ghn.ghn.catalogue import NAMED_GHNS
+from timm_ghn.ghn.registry import NAMED_GHNS
 from timm_ghn.storage.cache import WeightCache
 
 

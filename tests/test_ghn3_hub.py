@@ -14,7 +14,7 @@ from hub_client import Client, Failed
 from hub_server import Blob, Hub, Repository, Response
 
 from timm_ghn.ghn import GHN, GHNConfig, content_hash
-from timm_ghn.ghn.catalogue import GHN3
+from timm_ghn.ghn.registry import GHN3
 
 LOAD = "ghn = timm_ghn.load_ghn('ghn3-t'); result = [ghn.info.name, ghn.info.hash]"
 

@@ -27,7 +27,7 @@ from timm_ghn.errors import CheckpointError
 from timm_ghn.ghn import GHN, GHNConfig, graphormer
 from timm_ghn.ghn.layout import Tiles
 from timm_ghn.graph import Graph, Layout, Node, Op, Role, Target, to_graph
-from timm_ghn.trace.meta import build_on_meta
+from timm_ghn.trace.skeleton import build_on_meta
 
 MORE: dict[str, dict[str, Any]] = json.loads((REFERENCE / "ghn3_more.json").read_text())
 EXPECTED: dict[str, dict[str, Any]] = json.loads((REFERENCE / "ghn3.json").read_text())

@@ -15,7 +15,7 @@ import torch
 from ghn_reference import SMALL, ppuda_checkpoint, seeded_ghn
 
 from timm_ghn.errors import CheckpointError, DownloadError, UnknownGhnError
-from timm_ghn.ghn import GHN, catalogue, content_hash, default_ghn, list_ghns, load_ghn, registry, write_safetensors
+from timm_ghn.ghn import GHN, content_hash, default_ghn, list_ghns, load_ghn, registry, write_safetensors
 
 NAME = "ghn2-imagenet"
 
@@ -80,8 +80,8 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: bytes) -> 
     monkeypatch.setenv("TIMM_GHN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TIMM_GHN_GHN_URL", "http://127.0.0.1:9/nowhere")
     monkeypatch.setattr(registry, "FAILURES", [])
-    entry = replace(catalogue.NAMED_GHNS[NAME], git_blob_sha1=registry.git_blob_sha1(published))
-    monkeypatch.setitem(catalogue.NAMED_GHNS, NAME, entry)
+    entry = replace(registry.NAMED_GHNS[NAME], git_blob_sha1=registry.git_blob_sha1(published))
+    monkeypatch.setitem(registry.NAMED_GHNS, NAME, entry)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def bundled(ghn: GHN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundled GHN, in place of the package's."""
     path = tmp_path / "bundled" / "ghn.safetensors"
     write_safetensors(ghn, path)
-    monkeypatch.setattr(catalogue.importlib.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(registry.importlib.resources, "files", lambda package: tmp_path)
     return path
 
 
@@ -127,8 +127,8 @@ def refused(server: Server, message: str) -> None:
     with pytest.raises(DownloadError, match=message) as caught:
         load_ghn(NAME)
     assert server.url in str(caught.value)
-    assert str(catalogue.NAMED_GHNS[NAME].manual_path) in str(caught.value)
-    assert not catalogue.NAMED_GHNS[NAME].on_disk
+    assert str(registry.NAMED_GHNS[NAME].manual_path) in str(caught.value)
+    assert not registry.NAMED_GHNS[NAME].on_disk
 
 
 def test_another_content_is_refused_before_it_is_parsed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_the_network_is_not_used_when_that_is_forbidden(
 
 
 def test_a_file_put_there_by_hand_is_verified_and_converted(published: bytes, ghn: GHN) -> None:
-    entry = catalogue.NAMED_GHNS[NAME]
+    entry = registry.NAMED_GHNS[NAME]
     entry.manual_path.parent.mkdir(parents=True)
     entry.manual_path.write_bytes(published)
     assert content_hash(load_ghn(NAME, download=False)) == content_hash(ghn)
@@ -195,7 +195,7 @@ def test_a_file_put_there_by_hand_is_verified_and_converted(published: bytes, gh
 
 def test_a_damaged_cache_is_replaced(server: Server, ghn: GHN, caplog: pytest.LogCaptureFixture) -> None:
     load_ghn(NAME)
-    path = catalogue.NAMED_GHNS[NAME].path
+    path = registry.NAMED_GHNS[NAME].path
     path.write_bytes(path.read_bytes()[:-5])
     with caplog.at_level(logging.WARNING):
         assert content_hash(load_ghn(NAME)) == content_hash(ghn)
@@ -246,7 +246,7 @@ def test_the_cache_directory_follows_the_environment(
 ) -> None:
     monkeypatch.delenv("TIMM_GHN_CACHE")
     monkeypatch.setenv(variable, str(tmp_path / "x"))
-    assert catalogue.cache_directory() == tmp_path / expected
+    assert registry.cache_directory() == tmp_path / expected
 
 
 # The default
@@ -287,7 +287,7 @@ def test_the_default_prefers_a_published_file_that_appears_later(
     server.status = 404
     assert (info := default_ghn().info) is not None
     assert info.name == "bundled"
-    path = catalogue.NAMED_GHNS[NAME].manual_path
+    path = registry.NAMED_GHNS[NAME].manual_path
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(published)
     assert (info := default_ghn().info) is not None
@@ -305,6 +305,6 @@ def test_the_environment_names_the_default(server: Server, bundled: Path, monkey
 
 
 def test_without_any_ghn_the_error_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue.importlib.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(registry.importlib.resources, "files", lambda package: tmp_path)
     with pytest.raises(DownloadError, match=r"could not be fetched.*no bundled GHN"):
         default_ghn()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from timm_ghn.trace.meta import build_on_meta
+from timm_ghn.trace.skeleton import build_on_meta
 
 MODULES: tuple[str, ...] = tuple(list_modules())
 """Modules of timm.models that register models."""

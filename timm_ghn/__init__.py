@@ -21,8 +21,7 @@ from timm_ghn.settings import METHODS, Init
 if TYPE_CHECKING:
     from timm_ghn.ghn import list_ghns, load_ghn
     from timm_ghn.graph import Graph, to_graph
-    from timm_ghn.hub.ghns import push_ghn
-    from timm_ghn.hub.push import push
+    from timm_ghn.hub.push import push, push_ghn
     from timm_ghn.initialize.in_memory import init_model
     from timm_ghn.initialize.provenance import provenance, report_of
     from timm_ghn.initialize.report import Report
@@ -59,7 +58,7 @@ _LAZY = {
     "orthogonalize_": "timm_ghn.orthogonalization",
     "provenance": "timm_ghn.initialize.provenance",
     "push": "timm_ghn.hub.push",
-    "push_ghn": "timm_ghn.hub.ghns",
+    "push_ghn": "timm_ghn.hub.push",
     "report_of": "timm_ghn.initialize.provenance",
     "to_graph": "timm_ghn.graph",
 }

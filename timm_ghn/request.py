@@ -95,7 +95,7 @@ class Request:
 
     def skeleton(self) -> nn.Module:
         """The model on the meta device."""
-        from timm_ghn.trace.meta import build_on_meta
+        from timm_ghn.trace.skeleton import build_on_meta
 
         arguments = {key: value for key, value in self.arguments.items() if key != "device"}
         return build_on_meta(replace(self, arguments=arguments).build)

@@ -22,8 +22,8 @@ from timm_ghn.orthogonalization import resolve_start_layer, selected_layers, wei
 from timm_ghn.seeding import seeded
 from timm_ghn.settings import Init
 from timm_ghn.trace.inputs import input_sizes
-from timm_ghn.trace.meta import build_on_meta
 from timm_ghn.trace.records import Trace
+from timm_ghn.trace.skeleton import build_on_meta
 from zoo_survey.activations import Activations as Measured
 from zoo_survey.activations import BlockRatio, activation_ratio, keeps_statistics, measure_activations
 from zoo_survey.clock import Clock, ClockedGHN

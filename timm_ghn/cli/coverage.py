@@ -80,7 +80,7 @@ def coverage_of(name: str) -> Coverage:
 
     from timm_ghn.graph import to_graph
     from timm_ghn.orthogonalization import resolve_start_layer, selected_layers, weight_layers
-    from timm_ghn.trace.meta import build_on_meta
+    from timm_ghn.trace.skeleton import build_on_meta
 
     model = build_on_meta(lambda: timm.create_model(name))
     graph = to_graph(model)

@@ -136,9 +136,8 @@ def _hook() -> Finding:
 
 def _ghns() -> Iterator[Finding]:
     """The GHNs that have names; published files that were put there by hand are verified and converted."""
-    from timm_ghn.ghn.catalogue import NAMED_GHNS
     from timm_ghn.ghn.checkpoint import read
-    from timm_ghn.ghn.registry import load_ghn
+    from timm_ghn.ghn.registry import NAMED_GHNS, load_ghn
 
     for entry in NAMED_GHNS.values():
         if not entry.on_disk:
@@ -153,8 +152,7 @@ def _ghns() -> Iterator[Finding]:
 
 def _default_ghn() -> Finding:
     """Which GHN an initialization uses that names none, and whether that can be had."""
-    from timm_ghn.ghn.catalogue import BUNDLED, DEFAULT
-    from timm_ghn.ghn.registry import DEFAULT_VARIABLE, find_named, load_ghn
+    from timm_ghn.ghn.registry import BUNDLED, DEFAULT, DEFAULT_VARIABLE, find_named, load_ghn
     from timm_ghn.request import HUB_PREFIX
 
     chosen = os.environ.get(DEFAULT_VARIABLE)

@@ -64,7 +64,7 @@ def _create_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     Raises:
         CommandError: If there is none of that name, or it cannot be built from these arguments.
     """
-    from timm_ghn.trace.meta import build_on_meta
+    from timm_ghn.trace.skeleton import build_on_meta
 
     if name.startswith(_TORCHVISION):
         from torchvision import models

@@ -9,7 +9,7 @@ from dataclasses import fields
 from huggingface_hub import ModelCardData
 
 from timm_ghn.ghn import GHN
-from timm_ghn.ghn.catalogue import NAMED_GHNS
+from timm_ghn.ghn.registry import NAMED_GHNS
 from timm_ghn.hub.manifest import Manifest, settings_of
 from timm_ghn.request import HUB_PREFIX
 from timm_ghn.settings import METHODS, Init

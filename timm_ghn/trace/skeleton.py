@@ -1,4 +1,4 @@
-"""Copies of models on the meta device: the code and settings of a model without its values."""
+"""Models on the meta device, without memory: built there, or copied from one that has values."""
 
 from __future__ import annotations
 
@@ -6,18 +6,38 @@ import copy
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import CaptureError
 from timm_ghn.trace.distributed import copied_plainly, meta_like
 from timm_ghn.trace.hooks import isolate_hooks
 
 _CONSTANTS = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size})
 """Types of values that a copy may share."""
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def build_on_meta(create: Callable[[], _Model]) -> _Model:
+    """A model on the meta device.
+
+    Models of older timm read numbers from tensors while they are built (the steps of drop path rates), and meta
+    tensors have none. Such a model is built on the CPU, without filling its parameters, and moved.
+
+    Args:
+        create: Builds the model; called a second time if it fails on the meta device.
+    """
+    try:
+        with torch.device("meta"):
+            return create()
+    except RuntimeError:  # and NotImplementedError, which is one
+        with DeferredRandom(seed=0):
+            model = create()
+        return model.to("meta")
 
 
 def skeleton_of(model: nn.Module) -> tuple[nn.Module, list[Tensor]]:

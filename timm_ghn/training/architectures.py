@@ -24,7 +24,7 @@ from timm_ghn.graph.graph import Graph
 from timm_ghn.initialize.hypernetwork import Hypernetwork
 from timm_ghn.initialize.plan import make_plan
 from timm_ghn.settings import Init, Source
-from timm_ghn.trace.meta import build_on_meta
+from timm_ghn.trace.skeleton import build_on_meta
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.families import FAMILIES, Draw
 
