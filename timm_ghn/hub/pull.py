@@ -21,7 +21,7 @@ from timm_ghn.initialize.provenance import record_
 from timm_ghn.initialize.report import ParameterReport, Report, Status
 from timm_ghn.orthogonalization import classifier_prefixes
 from timm_ghn.request import HUB_PREFIX, Request
-from timm_ghn.settings import Init, Source
+from timm_ghn.settings import Source
 from timm_ghn.storage.header import specs_of
 from timm_ghn.storage.paths import file_sha256
 from timm_ghn.storage.reader import TensorReader
@@ -29,7 +29,8 @@ from timm_ghn.storage.reader import TensorReader
 _logger = logging.getLogger(__name__)
 
 ORGANIZATION_VARIABLE = "TIMM_GHN_HUB_ORG"
-"""Environment variable that names an organization of the Hub, where weights are looked for before they are computed."""
+"""Environment variable that names an organization of the Hub, where weights are looked for before they are computed; with
+"@revision", one of its branches or tags."""
 RETRY_SECONDS = 300.0
 """After so long an organization is asked again that kept a call waiting and gave no answer."""
 _WAITED_SECONDS = 0.5
@@ -156,20 +157,6 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], deferred: DeferredRand
 # --- an organization that is looked into first ----------------------------------------------------------------------
 
 
-def organization_repository(architecture: str, init: Init) -> HubSource | None:
-    """The repository to look for weights in before they are computed; None without one.
-
-    `TIMM_GHN_HUB_ORG` names an organization, with "@revision" one of its branches or tags.
-
-    Raises:
-        DownloadError: If it cannot be the name of one.
-    """
-    organization, sign, revision = os.environ.get(ORGANIZATION_VARIABLE, "").strip().partition("@")
-    if not organization or not init.cache or init.spec.source is Source.TIMM:
-        return None
-    return HubSource.parse(f"{organization}/{architecture}.{init.method.replace('-', '_')}{sign}{revision}")
-
-
 def _look_up_patiently(source: HubSource) -> Snapshot:
     """`look_up_or_cached`, without asking again and again where a call had to wait for nothing."""
     organization, start = source.repository.partition("/")[0], time.monotonic()
@@ -193,12 +180,15 @@ def from_organization(request: Request, model: nn.Module, deferred: DeferredRand
         The report, or None if the weights have to be computed.
 
     Raises:
-        TimmGhnError: If what is asked for cannot be had either way: L lies outside of the model, or there is no GHN.
+        TimmGhnError: If what is asked for cannot be had either way: L lies outside of the model, or there is no GHN;
+            or if the variable cannot be the name of an organization.
     """
-    source = organization_repository(request.name.partition(".")[0], request.init)
-    if source is None or request.recipe() is None or "pretrained_cfg" in request.arguments:
+    organization, sign, revision = os.environ.get(ORGANIZATION_VARIABLE, "").strip().partition("@")
+    init, is_described = request.init, request.recipe() is not None and "pretrained_cfg" not in request.arguments
+    if not organization or not init.cache or init.spec.source is Source.TIMM or not is_described:
         return None
-    start = time.perf_counter()
+    repository = f"{organization}/{request.name.partition('.')[0]}.{init.method.replace('-', '_')}"
+    source, start = HubSource.parse(f"{repository}{sign}{revision}"), time.perf_counter()
     try:
         snapshot = _look_up_patiently(source)
         manifest = read_manifest(snapshot)
