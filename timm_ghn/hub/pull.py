@@ -29,8 +29,8 @@ from timm_ghn.storage.reader import TensorReader
 _logger = logging.getLogger(__name__)
 
 ORGANIZATION_VARIABLE = "TIMM_GHN_HUB_ORG"
-"""Environment variable that names an organization of the Hub, where weights are looked for before they are computed; with
-"@revision", one of its branches or tags."""
+"""Environment variable that names an organization of the Hub, or with "@revision" one of its branches or tags, where
+weights are looked for before they are computed."""
 RETRY_SECONDS = 300.0
 """After so long an organization is asked again that kept a call waiting and gave no answer."""
 _WAITED_SECONDS = 0.5

@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from torch import nn
 from tqdm import tqdm
 
 from timm_ghn.errors import CheckpointError, DownloadError, InitError, PushError
@@ -22,8 +23,9 @@ from timm_ghn.ghn.config import HUB_FILE
 from timm_ghn.ghn.model import GHN
 from timm_ghn.ghn.registry import BUNDLED, PPUDA, NamedGHN, find_named, load_ghn
 from timm_ghn.hub.card import CARD, ghn_card, model_card
-from timm_ghn.hub.client import FileRecord, HubSource, Snapshot, api, fetch, hub_errors, look_up
-from timm_ghn.hub.manifest import FILE, MAX_BYTES, WEIGHTS, Manifest, dtype_of, versions
+from timm_ghn.hub.client import FileRecord, HubSource, Snapshot, api, hub_errors, look_up
+from timm_ghn.hub.manifest import FILE, WEIGHTS, Manifest, dtype_of, versions
+from timm_ghn.hub.pull import read_manifest
 from timm_ghn.initialize.plan import expected_origin
 from timm_ghn.initialize.to_folder import init_to_folder
 from timm_ghn.request import Request
@@ -33,8 +35,6 @@ from timm_ghn.storage.paths import file_sha256
 from timm_ghn.storage.writer import INDEX_FILE
 
 _logger = logging.getLogger(__name__)
-
-LICENSE = "apache-2.0"
 
 
 class Outcome(str, Enum):
@@ -68,7 +68,7 @@ class PushOptions:
     revision: str | None = None
     overwrite: bool = False
     dry_run: bool = False
-    license: str = LICENSE
+    license: str = "apache-2.0"
     max_shard_size: int | str = MAX_SHARD_SIZE
 
 
@@ -119,19 +119,15 @@ def push(
     """
     given = {entry.name: arguments.pop(entry.name) for entry in fields(PushOptions) if entry.name in arguments}
     options = replace(options or PushOptions(), **given)
-    source = destination(repository, options)
     request = _request(model, init, arguments)
-    remote = find_repository(source, options)
-    unchanged = _unchanged(request, remote, options)
-    if unchanged:
-        return Pushed(request.name, repository, Outcome.SKIPPED, unchanged)
+    source, remote = _destination(repository, options)
+    if remote is not None and not options.overwrite and _is_there(request, remote, options):
+        return Pushed(request.name, repository, Outcome.SKIPPED, "the repository has these weights already")
     if options.dry_run:
-        size = sum(p.numel() * p.element_size() for p in request.skeleton().state_dict().values())
-        return Pushed(request.name, repository, Outcome.PLANNED, f"about {size / 1e6:,.1f} MB")
-    with tempfile.TemporaryDirectory(prefix="timm-ghn-") as name:
-        folder = Path(name)
-        _make_folder(request, folder, repository, options)
-        return upload(request.name, folder, source, remote, options, f"{request.init.method} weights")
+        return Pushed(request.name, repository, Outcome.PLANNED, f"about {_megabytes(request.skeleton())}")
+    with tempfile.TemporaryDirectory(prefix="timm-ghn-") as folder:
+        _make_folder(request, Path(folder), repository, options)
+        return _upload(request.name, Path(folder), source, remote, options, f"{request.init.method} weights")
 
 
 def push_all(
@@ -201,12 +197,10 @@ def push_ghn(
         raise PushError(f"{name}: say which licence it has, for example license='apache-2.0' (--license)")
     if entry is not None:
         description = description or f"{entry.description}; trained on {entry.trained_on}."
-    target = destination(repository, options)
-    remote = find_repository(target, options, mark=HUB_FILE)
+    target, remote = _destination(repository, options, mark=HUB_FILE)
     if options.dry_run:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in ghn.state_dict().values())
         known = "replaces what is there" if remote is not None and HUB_FILE in remote.files else "new"
-        return Pushed(name, repository, Outcome.PLANNED, f"{size / 1e6:,.1f} MB, {known}")
+        return Pushed(name, repository, Outcome.PLANNED, f"{_megabytes(ghn)}, {known}")
     with tempfile.TemporaryDirectory(prefix="timm-ghn-") as folder:
         root = Path(folder)
         checkpoint.write_safetensors(ghn, root / HUB_FILE, dict(ghn.info.metadata) if ghn.info else None)
@@ -214,7 +208,7 @@ def push_ghn(
         (root / CONFIG_FILE).write_bytes(f"{json.dumps(facts, indent=2)}\n".encode())
         card = ghn_card(ghn, repository, license=license, description=description or "", notes=_notes(entry))
         (root / CARD).write_bytes(card.encode())
-        return upload(name, root, target, remote, options, f"GHN {name}")
+        return _upload(name, root, target, remote, options, f"GHN {name}")
 
 
 def _notes(entry: NamedGHN | None) -> str:
@@ -229,20 +223,6 @@ def _notes(entry: NamedGHN | None) -> str:
 
 
 # --- what is pushed -------------------------------------------------------------------------------------------------
-
-
-def destination(repository: str, options: PushOptions) -> HubSource:
-    """The repository and the branch to push to.
-
-    Raises:
-        PushError: If there can be no such repository, or a pull request is wanted against another branch.
-    """
-    if options.create_pr and options.revision not in (None, "main"):
-        raise PushError(f"{repository}: a pull request is made against the default branch; leave `revision` out")
-    try:
-        return replace(HubSource.parse(repository), revision=options.revision)
-    except DownloadError as error:
-        raise PushError(str(error)) from error
 
 
 def _request(name: str, init: str | Mapping[str, Any] | Init | None, arguments: Mapping[str, Any]) -> Request:
@@ -291,24 +271,28 @@ def _make_folder(request: Request, folder: Path, repository: str, options: PushO
 # --- what is there --------------------------------------------------------------------------------------------------
 
 
-def find_repository(source: HubSource, options: PushOptions, *, mark: str = FILE) -> Snapshot | None:
-    """The repository as it is; None if there is none, or no such branch yet.
+def _destination(repository: str, options: PushOptions, *, mark: str = FILE) -> tuple[HubSource, Snapshot | None]:
+    """Where to push to, and what is there; None if there is no such repository, or no such branch yet.
 
     Args:
-        source: Where to push to.
+        repository: "organization/name".
         options: How.
         mark: A file that shows that what is there was pushed by this package.
 
     Raises:
-        PushError: If that cannot be found out, or something there would be lost or made public.
+        PushError: If there can be no such repository, a pull request is wanted against another branch, or something
+            there would be lost or made public.
     """
+    if options.create_pr and options.revision not in (None, "main"):
+        raise PushError(f"{repository}: a pull request is made against the default branch; leave `revision` out")
     try:
+        source = replace(HubSource.parse(repository), revision=options.revision)
         found = look_up(source)
     except DownloadError as error:
         cause = error.__cause__
         missing = isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError))
         if missing and not isinstance(cause, GatedRepoError):
-            return None
+            return source, None
         raise PushError(str(error)) from error
     if options.private and found.is_private is False:
         raise PushError(f"{source.repository} exists already and is public; make it private first, or leave that out")
@@ -318,37 +302,39 @@ def find_repository(source: HubSource, options: PushOptions, *, mark: str = FILE
             f"{source.repository} holds a model that timm-ghn did not make; choose another name, or replace it "
             "(--overwrite on the command line, overwrite=True in Python)"
         )
-    return found
+    return source, found
 
 
-def _unchanged(request: Request, remote: Snapshot | None, options: PushOptions) -> str:
-    """Why nothing has to be computed, if the repository has the weights already; else an empty text."""
-    if remote is None or options.overwrite or FILE not in remote.files:
-        return ""
+def _megabytes(module: nn.Module) -> str:
+    """Size of a module's tensors."""
+    return f"{sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values()) / 1e6:,.1f} MB"
+
+
+def _is_there(request: Request, remote: Snapshot, options: PushOptions) -> bool:
+    """Whether the repository has the weights already, so that nothing has to be computed."""
     try:
-        manifest = Manifest.from_json(fetch(remote, FILE, limit=MAX_BYTES).read_bytes(), f"{FILE} of {remote}")
+        manifest = read_manifest(remote)
     except (DownloadError, CheckpointError) as error:
         _logger.info("%s; it is going to be replaced", error)
-        return ""
+        return False
     complete = {CARD, CONFIG_FILE, *manifest.files} <= remote.files.keys() and all(
         (remote.files[name].sha256, remote.files[name].size) == (record.sha256, record.size)
         for name, record in manifest.files.items()
     )
     found = manifest.license, manifest.max_shard_size, dict(manifest.versions)
     if not complete or found != (options.license, str(options.max_shard_size), versions()):
-        return ""
+        return False
     skeleton = request.skeleton()
     difference = manifest.difference(request, expected_origin(skeleton, request.init), dtype_of(skeleton))
     if difference:
         _logger.info("%s: %s", remote, difference)
-        return ""
-    return "the repository has these weights already"
+    return not difference
 
 
 # --- sending --------------------------------------------------------------------------------------------------------
 
 
-def upload(
+def _upload(
     name: str, folder: Path, source: HubSource, remote: Snapshot | None, options: PushOptions, what: str
 ) -> Pushed:
     """Send the files of a folder in one commit; huggingface_hub leaves out those that are there already.
