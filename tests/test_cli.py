@@ -420,13 +420,12 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def test_run_a_script(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = sys.argv, list(sys.path)
-    with pytest.raises(SystemExit) as stop:
-        main(["run", str(script), "test_resnet", "--model-kwargs", "init=ghn-orth", "num_classes=3", "--status", "3"])
-    assert stop.value.code == 3
-    assert (sys.argv, sys.path) == before
-    assert capsys.readouterr().out == f"__main__ {script} ghn_orth neighbour\n"
+def test_run_a_script(script: Path) -> None:
+    done = python(
+        "-m", "timm_ghn", "-v", "run", str(script), "test_resnet", "--model-kwargs", "init=ghn-orth", "--status", "3"
+    )
+    assert (done.returncode, done.stdout) == (3, f"__main__ {script} ghn_orth neighbour\n")
+    assert "timm-ghn: INFO: test_resnet: ghn-orth" in done.stderr
 
 
 SPAWNING = """
@@ -462,43 +461,45 @@ def test_processes_that_a_script_starts_know_init(tmp_path: Path) -> None:
     assert lines.count("customized") >= 2  # the user's own module of that name still runs
 
 
-def test_run_a_module(script: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_a_module(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(script.parent)
     (script.parent / "tool.py").write_text("import sys\nprint(sys.argv[1:], __name__)")
-    assert main(["run", "-m", "tool", "-m", "--help", "x"]) == 0
-    assert capsys.readouterr().out == "['-m', '--help', 'x'] __main__\n"
+    done = python("-m", "timm_ghn", "run", "-m", "tool", "-m", "--help", "x")
+    assert (done.returncode, done.stdout) == (0, "['-m', '--help', 'x'] __main__\n")
 
 
-def test_a_failing_script_fails_by_itself(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text("import timm\ntimm.create_model('test_resnet', init='nonsense')")
-    with pytest.raises(timm_ghn.errors.InitError, match="unknown initialization"):
-        main(["run", str(script)])
-
-
-def test_an_interrupted_script(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text("raise KeyboardInterrupt")
-    with pytest.raises(KeyboardInterrupt):  # with its traceback, as python would show it
-        main(["run", str(tmp_path / "script.py")])
-
-
-def test_a_script_knows_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    (tmp_path / "script.py").write_text("print(__file__)")
+@pytest.mark.parametrize(
+    ("program", "status", "out", "error"),
+    [
+        ("raise ValueError('what is wrong')", 1, "", "ValueError: what is wrong"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", -2, "", "KeyboardInterrupt"),
+        ("print(__file__)", 0, "script.py\n", ""),
+    ],
+)
+def test_a_script_runs_and_fails_as_python_would_have_it(
+    program: str, status: int, out: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "script.py").write_text(program)
     monkeypatch.chdir(tmp_path)
-    assert main(["run", "script.py"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'script.py'}\n"
+    done = python("-m", "timm_ghn", "run", "script.py")
+    assert done.returncode == status
+    assert done.stdout.endswith(out)
+    assert error in done.stderr
+    assert done.stderr.startswith("Traceback") is bool(error)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["/does/not/exist.py", "--flag"], "there is no script /does/not/exist.py"),
-        (["/"], "/ is a folder without __main__.py; give the script to run"),
-        (["-m", "no_such_module"], "no module named no_such_module"),
-        (["-m", "no_such_package.module"], "no module named no_such_package.module"),
-        (["-m"], "needs the name of a module"),
-        ([], "needs a script"),
+        (["/does/not/exist.py", "--flag"], "can't open file '/does/not/exist.py'"),
+        (["/"], "can't find '__main__' module in '/'"),
+        (["-m", "no_such_module"], "No module named no_such_module"),
+        (["-m"], "timm-ghn: error: run needs a script, or -m and a module"),
+        ([], "timm-ghn: error: run needs a script, or -m and a module"),
     ],
 )
-def test_nothing_to_run(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert message in error_of(capsys, "run", *arguments)
+def test_nothing_to_run(arguments: list[str], message: str) -> None:
+    done = python("-m", "timm_ghn", "run", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from timm_ghn._version import __version__
 from timm_ghn.cli import cache, compare, coverage, doctor, ghns, graph, init, push, run, train
 from timm_ghn.cli.common import PROGRAM, exit_status, logging_to_stderr
-from timm_ghn.errors import CommandError
 
 _COMMANDS = {
     "init": init,
@@ -27,8 +26,6 @@ _COMMANDS = {
     "train": train,
     "run": run,
 }
-_OWN_LOGGING = ("run", "train")
-"""Commands that set up logging themselves, or leave it to the script that they run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,16 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((item for item in arguments if not item.startswith("-")), None)
     args = make_parser(command).parse_args(arguments)
-    own_logging = args.command in _OWN_LOGGING and not args.verbose
 
-    def handle() -> int:
-        with nullcontext() if own_logging else logging_to_stderr(args.verbose):
+    def handle() -> int:  # `train` sets up logging itself
+        with nullcontext() if args.command == "train" and not args.verbose else logging_to_stderr(args.verbose):
             handler: Callable[[argparse.Namespace], int] = args.handler
             return handler(args)
 
-    if args.command == "run":  # its script is prepared here, and runs and fails as it would without us
-        status = exit_status(PROGRAM, lambda: run.prepare(args), (CommandError,))
-        return status or handle()
     return exit_status(PROGRAM, handle)
 
 

@@ -26,11 +26,7 @@ FAILED, INTERRUPTED, NO_READER = 2, 130, 141
 _logger = logging.getLogger(__name__)
 
 
-def exit_status(
-    program: str,
-    command: Callable[[], int | None],
-    expected: tuple[type[Exception], ...] = (TimmGhnError, OSError),
-) -> int:
+def exit_status(program: str, command: Callable[[], int | None]) -> int:
     """Run a command; what a user can mend becomes one line on stderr.
 
     A request to end (SIGTERM, SIGHUP) raises SystemExit, so that temporary files are removed on the way out.
@@ -38,7 +34,6 @@ def exit_status(
     Args:
         program: What the line begins with.
         command: Returns an exit status, or None for 0.
-        expected: Exceptions that are told in a line; others are raised.
 
     Returns:
         The command's status, 2 after an error, 130 after an interruption, 141 if nobody reads what is printed.
@@ -51,7 +46,7 @@ def exit_status(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
         return NO_READER
-    except expected as error:
+    except (TimmGhnError, OSError) as error:
         _logger.debug("where it failed", exc_info=True)
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
