@@ -155,6 +155,6 @@ def test_a_hub_that_stalls_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     with socket.create_server(("127.0.0.1", 0)) as listening:  # which never answers
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listening.getsockname()[1]}")
-        found = doctor.diagnose().findings[-1]
+        found = doctor.diagnose()[-1]
     assert found.section == "Hub"
     assert found.value.startswith("not reachable")

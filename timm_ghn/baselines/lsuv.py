@@ -79,15 +79,12 @@ def _values(
                 tensors[names[id(parameter)]] = _orthonormal(parameter, seed)
             elif part == "bias" and names[id(parameter)] in setting.free:
                 tensors[names[id(parameter)]] = torch.zeros_like(parameter)
-    done: set[nn.Module] = set()
 
     def scale(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        if layer in done:
-            return None
-        done.add(layer)
+        handles[layer].remove()  # the first use of a layer counts
         return _scale_(layer, args, kwargs, output)
 
-    handles = [layer.register_forward_hook(scale, with_kwargs=True) for layer in layers]
+    handles = {layer: layer.register_forward_hook(scale, with_kwargs=True) for layer in layers}
     args, kwargs = _inputs(setting)
     try:
         with _measuring(model):
@@ -100,7 +97,7 @@ def _values(
             "inputs as the model takes them, or input_size=(channels, height, width)"
         ) from error
     finally:
-        for handle in handles:
+        for handle in handles.values():
             handle.remove()
     yield from tensors.items()
 

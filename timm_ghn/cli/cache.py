@@ -10,13 +10,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from timm_ghn.errors import CommandError
+from timm_ghn.storage.upkeep import CacheFolder, EntryInfo, Pruned
 from timm_ghn.text import format_size, table
-
-if TYPE_CHECKING:
-    from timm_ghn.storage.upkeep import CacheFolder, EntryInfo, Pruned
 
 HELP = "list, verify or remove cached initializations"
 DAMAGED = 1
@@ -50,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    cache = _cache()
+    cache = CacheFolder.default()
     infos = cache.entries()
     if args.json:
         print(json.dumps([asdict(info) for info in infos], indent=2, default=str))
@@ -80,24 +77,21 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    _print_removed(_cache().prune(max_bytes=args.max_size, max_age=args.older_than, dry_run=args.dry_run), args.dry_run)
+    _print_removed(
+        CacheFolder.default().prune(max_bytes=args.max_size, max_age=args.older_than, dry_run=args.dry_run),
+        args.dry_run,
+    )
     return 0
 
 
 def _remove(args: argparse.Namespace) -> int:
     if args.all == bool(args.keys):
         raise CommandError("rm takes keys, or --all")
-    cache = _cache()
+    cache = CacheFolder.default()
     keys = [info.key for info in cache.entries()] if args.all else args.keys
     pruned = cache.remove(keys, dry_run=args.dry_run)
     _print_removed(pruned, args.dry_run)
     return DAMAGED if pruned.failed else 0
-
-
-def _cache() -> CacheFolder:
-    from timm_ghn.storage.upkeep import CacheFolder
-
-    return CacheFolder.default()
 
 
 def _print_removed(pruned: Pruned, dry_run: bool) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from timm_ghn._version import __version__
 from timm_ghn.errors import DownloadError, TimmGhnError
@@ -48,40 +47,6 @@ class Finding:
     is_problem: bool = False
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """All findings.
-
-    Attributes:
-        findings: In the order in which they are shown.
-    """
-
-    findings: tuple[Finding, ...]
-
-    @property
-    def problems(self) -> list[str]:
-        """The findings that something has to be done about."""
-        return [f"{item.section}, {item.name}: {item.value}" for item in self.findings if item.is_problem]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-compatible form: sections of names with values, and the problems."""
-        sections: dict[str, dict[str, str]] = {}
-        for finding in self.findings:
-            sections.setdefault(finding.section, {})[finding.name] = finding.value
-        return {"ok": not self.problems, "problems": self.problems, **sections}
-
-    def __str__(self) -> str:
-        width = max(len(finding.name) for finding in self.findings)
-        lines: list[str] = []
-        for section in dict.fromkeys(finding.section for finding in self.findings):
-            lines.append(section)
-            for finding in self.findings:
-                if finding.section == section:
-                    lines.append(f"{'!' if finding.is_problem else ' '} {finding.name.ljust(width)}  {finding.value}")
-        count = len(self.problems)
-        return "\n".join([*lines, "", f"problems (marked with !): {count}" if count else "no problems found"])
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments and the handler."""
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -90,14 +55,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; exit status 1 if one of them is a problem."""
-    diagnosis = diagnose()
-    print(json.dumps(diagnosis.to_dict(), indent=2) if args.json else diagnosis)
-    return 1 if diagnosis.problems else 0
+    findings = diagnose()
+    problems = [f"{item.section}, {item.name}: {item.value}" for item in findings if item.is_problem]
+    sections: dict[str, list[Finding]] = {}
+    for finding in findings:
+        sections.setdefault(finding.section, []).append(finding)
+    if args.json:
+        values = {name: {item.name: item.value for item in section} for name, section in sections.items()}
+        print(json.dumps({"ok": not problems, "problems": problems, **values}, indent=2))
+    else:
+        width = max(len(finding.name) for finding in findings)
+        for name, section in sections.items():
+            print(name)
+            for item in section:
+                print(f"{'!' if item.is_problem else ' '} {item.name.ljust(width)}  {item.value}")
+        print(f"\nproblems (marked with !): {len(problems)}" if problems else "\nno problems found")
+    return 1 if problems else 0
 
 
-def diagnose() -> Diagnosis:
+def diagnose() -> list[Finding]:
     """Look at everything; nothing is changed, but for a file that is written into the cache and removed."""
-    return Diagnosis((*_versions(), *_device(), _hook(), *_ghns(), _default_ghn(), *_cache(), _hub()))
+    return [*_versions(), *_device(), _hook(), *_ghns(), _default_ghn(), *_cache(), _hub()]
 
 
 def _versions() -> Iterator[Finding]:

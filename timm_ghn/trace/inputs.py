@@ -31,11 +31,7 @@ def timm_config(model: nn.Module) -> Mapping[str, Any]:
         config = dataclasses.asdict(config)
     if not isinstance(config, Mapping):
         return {}
-    return {name: value for name, value in config.items() if _FIELDS.get(name, _anything)(value)}
-
-
-def _anything(value: object) -> bool:
-    return True
+    return {name: value for name, value in config.items() if name not in _FIELDS or _FIELDS[name](value)}
 
 
 def _is_size(value: object) -> bool:
