@@ -10,6 +10,7 @@ from traces import TraceBuilder
 
 from timm_ghn.trace.operations import (
     TABLE,
+    Flow,
     Kind,
     exponent_of,
     kind_of,
@@ -18,7 +19,6 @@ from timm_ghn.trace.operations import (
     swaps_last_dims,
     weight_and_bias,
 )
-from timm_ghn.trace.propagate import Flow
 from timm_ghn.trace.records import Operation
 
 

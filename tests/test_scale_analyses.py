@@ -10,9 +10,8 @@ from traces import TraceBuilder
 from timm_ghn.graph.analyses import Analyses
 from timm_ghn.scale.batch_norms import Growth, find_growth, find_last_batch_norms, find_overflowing
 from timm_ghn.scale.branches import Scale, find_scales
-from timm_ghn.scale.chains import Chain, find_chains
 from timm_ghn.scale.products import Product, Weights, find_products, find_weights
-from timm_ghn.scale.steps import Steps
+from timm_ghn.scale.steps import Chain, Steps, find_chains
 from timm_ghn.scale.streams import ResidualSum, find_streams
 from timm_ghn.trace.records import Value
 

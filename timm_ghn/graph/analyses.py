@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from timm_ghn.graph.attention import Match, find_attention, find_matches
-from timm_ghn.graph.biases import find_unbiased
-from timm_ghn.graph.extents import Extent, find_extents
+from timm_ghn.graph.extents import Extent, find_extents, find_unbiased
 from timm_ghn.graph.mixtures import Mixtures, find_mixtures
 from timm_ghn.graph.norms import SpelledNorm, find_norms
 from timm_ghn.graph.origins import Origins, find_origins

@@ -1,12 +1,12 @@
-"""How many channels a value has, and how large the feature map is that it comes from."""
+"""What the layers before made of a value: its channels, the size of its feature map, and whether they added a bias."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from timm_ghn.graph.origins import Origins
-from timm_ghn.trace.operations import LAYERS, Kind, factors, kind_of, row_of
+from timm_ghn.trace.operations import LAYERS, Kind, factors, kind_of, row_of, weight_and_bias
 from timm_ghn.trace.records import Operation, Value
 
 
@@ -56,3 +56,17 @@ def _channels(operation: Operation, output: Value) -> int | None:
     """Channels that a layer gives its output; they stand before the spatial dimensions."""
     rank = row_of(operation).rank
     return output.shape[-rank - 1] if len(output.shape) > rank else None
+
+
+def find_unbiased(origins: Origins) -> Set[int]:
+    """Numbers of the values that come straight from a product with a weight, or are a part of one, without a bias."""
+
+    def step(operation: Operation, _: Value, known: Sequence[bool | None]) -> bool | None:
+        kind = kind_of(operation)
+        if kind in LAYERS:
+            return weight_and_bias(operation)[1] is None or None
+        if kind is Kind.PRODUCT:
+            return not is_product_of_data(operation, origins) or None
+        return known[0] if len(known) == 1 and kind in (Kind.VIEW, Kind.PART) else None
+
+    return origins.flow.follow(step).keys()

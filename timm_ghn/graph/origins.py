@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from timm_ghn.trace.operations import LAYERS, Kind, flat, is_matrix, kind_of, operands, swaps_last_dims
-from timm_ghn.trace.propagate import Flow
+from timm_ghn.trace.operations import LAYERS, Flow, Kind, flat, is_matrix, kind_of, operands, swaps_last_dims
 from timm_ghn.trace.records import Operation, Trace, Value
 
 LOOKED_UP = "a table looked up by index, as of relative positions"

@@ -9,8 +9,7 @@ from enum import IntEnum
 
 from timm_ghn.scale.batch_norms import Growth, power_after
 from timm_ghn.scale.branches import Scale
-from timm_ghn.scale.chains import Chain
-from timm_ghn.scale.steps import Steps
+from timm_ghn.scale.steps import Chain, Steps
 from timm_ghn.scale.streams import Streams
 from timm_ghn.trace.operations import Kind, kind_of, operands, row_of
 from timm_ghn.trace.records import Operation, Value

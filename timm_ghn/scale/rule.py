@@ -23,9 +23,8 @@ from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.nodes import Layout, Op, Role, Target
 from timm_ghn.scale.batch_norms import Growth, find_growth, find_last_batch_norms, find_overflowing
 from timm_ghn.scale.branches import Scale, Start, find_scales
-from timm_ghn.scale.chains import find_chains
 from timm_ghn.scale.products import find_products
-from timm_ghn.scale.steps import Steps
+from timm_ghn.scale.steps import Steps, find_chains
 from timm_ghn.scale.streams import Streams, find_streams
 from timm_ghn.trace.records import Trace
 

@@ -1,15 +1,14 @@
-"""The operations of a forward pass as the scale rule sees them: layers, norms, and everything else."""
+"""A forward pass as the scale rule sees it: layers, norms, everything else, and chains: layers without a norm between."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from timm_ghn.graph.analyses import Analyses
 from timm_ghn.graph.norms import Stage
-from timm_ghn.trace.operations import LAYERS, Kind, kind_of, row_of
-from timm_ghn.trace.propagate import Flow
+from timm_ghn.trace.operations import LAYERS, Flow, Kind, kind_of, row_of
 from timm_ghn.trace.records import Operation, Value
 
 _NONE = frozenset[int]()
@@ -76,3 +75,34 @@ class Steps:
             if row_of(operation).is_spread and not any(origins.is_data(value) for value in operation.outputs)
             for index in self.learned(operation.inputs)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The layers on the way to a value since the last norm layer.
+
+    Attributes:
+        length: Their number on the longest path. Residual sums end no chain.
+        layers: Numbers of the parameters on all paths, but for what a division cancels.
+    """
+
+    length: int = 0
+    layers: frozenset[int] = frozenset()
+
+
+def find_chains(steps: Steps) -> Mapping[int, Chain]:
+    """Chains by number of the value at their end."""
+
+    def step(operation: Operation, _: Value, known: Sequence[Chain | None]) -> Chain:
+        if steps.is_norm(operation):
+            return Chain()
+        found = [chain for chain in known if chain is not None]
+        length, layer = max((chain.length for chain in found), default=0), steps.layer(operation)
+        kind = kind_of(operation)
+        if kind is Kind.DIVISION and len(found) == 2:
+            return Chain(length, found[0].layers - found[1].layers)
+        if kind is Kind.MULTI_HEAD_ATTENTION:
+            length += 1  # the layer that leads to the attention
+        return Chain(length + bool(layer), layer.union(*(chain.layers for chain in found)))
+
+    return steps.flow.follow(step)

@@ -86,6 +86,7 @@ def _like_input(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     if not isinstance(source, Tensor) or not source.is_floating_point():
         return None
     shape: tuple[int, ...] = ()  # of the other tensors
+    is_usual = True
     if function is F.layer_norm:
         normalized = named["normalized_shape"]
         shape = tuple(normalized) if isinstance(normalized, (tuple, list)) else ()
@@ -94,8 +95,6 @@ def _like_input(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
         shape = source.shape[1:2]
         kept = (named.get("running_mean"), named.get("running_var"))
         is_usual = len(shape) > 0 and named.get("training") is False and all(isinstance(item, Tensor) for item in kept)
-    else:
-        is_usual = True
     others = [item for item in named.values() if isinstance(item, Tensor)]
     is_usual = is_usual and all(item.shape == shape and item.dtype == source.dtype for item in others)
     if not is_usual or not source.is_contiguous():
