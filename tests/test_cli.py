@@ -68,9 +68,8 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
 
 def test_module_and_exit_status() -> None:
-    done = python("-m", "timm_ghn", "graph", "nonsense")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("timm-ghn: error: unknown model")
+    done = python("-m", "timm_ghn", "cache", "rm")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "timm-ghn: error: rm takes keys, or --all\n")
 
 
 def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A forward pass as the scale rule sees it: layers, norms, everything else, and chains: layers without a norm between."""
+"""A forward pass as the scale rule sees it: layers, norms, chains of layers without a norm, and everything else."""
 
 from __future__ import annotations
 

@@ -122,7 +122,8 @@ def model_folder(
     """
     directory = Path(directory)
     check_destination(directory, overwrite=overwrite, num_bytes=sum(spec.num_bytes for spec in specs.values()))
-    shards = split(specs, max_shard_size)
+    shards, facts = split(specs, max_shard_size), provenance(model)
+    metadata = {"format": "pt", **({} if facts is None else {"timm_ghn": json.dumps(facts)})}
     try:
         with staged(directory) as place:
             for path in temporary_files(directory):
@@ -132,7 +133,7 @@ def model_folder(
                 index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
                 place(INDEX_FILE).write_text(json.dumps(index, indent=2))
             parts = shards.filename_to_tensors.items()
-            files = WeightFiles({place(file): {n: specs[n] for n in names} for file, names in parts}, _metadata(model))
+            files = WeightFiles({place(file): {n: specs[n] for n in names} for file, names in parts}, metadata)
             yield files
             files.check_complete()
     except ExportError:
@@ -144,11 +145,6 @@ def model_folder(
         if path.name not in kept:  # of a model that was there before
             with suppress(OSError):
                 path.unlink()
-
-
-def _metadata(model: nn.Module) -> dict[str, str]:
-    facts = provenance(model)
-    return {"format": "pt", **({} if facts is None else {"timm_ghn": json.dumps(facts)})}
 
 
 def _write_config(model: nn.Module, path: Path, model_args: Mapping[str, Any] | None) -> None:
