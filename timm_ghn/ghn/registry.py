@@ -26,6 +26,8 @@ from timm_ghn.storage.paths import cache_directory, git_blob_sha1, is_offline
 from timm_ghn.text import did_you_mean
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from timm_ghn.ghn.model import GHN
     from timm_ghn.hub.client import HubSource
 
@@ -155,7 +157,7 @@ def list_ghns() -> list[NamedGHN]:
     return list(NAMED_GHNS.values())
 
 
-def load_ghn(source: str | os.PathLike[str] | GHN, *, download: bool = True, shared: bool = False) -> GHN:
+def load_ghn(source: str | os.PathLike[str] | nn.Module, *, download: bool = True, shared: bool = False) -> GHN:
     """Load a GHN.
 
     Args:
