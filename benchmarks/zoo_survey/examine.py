@@ -16,7 +16,8 @@ from torch import nn
 
 from timm_ghn.ghn import GHN, default_ghn, load_ghn
 from timm_ghn.graph import Graph, capture, condense
-from timm_ghn.hook import install, report_of
+from timm_ghn.hook import install
+from timm_ghn.initialize.provenance import report_of
 from timm_ghn.initialize.report import Report, Status
 from timm_ghn.orthogonalization import resolve_start_layer, selected_layers, weight_layers
 from timm_ghn.seeding import seeded
