@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.baselines import BASELINES, Computation, Setting
 from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN
@@ -31,6 +30,9 @@ from timm_ghn.orthogonalization import (
 from timm_ghn.scale.rule import find_structure, gaining_norms
 from timm_ghn.settings import Init, Source
 from timm_ghn.trace.distributed import whole
+
+if TYPE_CHECKING:
+    from timm_ghn.baselines import Computation
 
 FROZEN = "frozen: requires_grad is False"
 
@@ -174,6 +176,8 @@ def make_plan(
     if hypernetwork is not None and outline is not None:
         chosen = _choose_for_ghn(init, hypernetwork.model, outline, start_layer, parameters, free, deferred)
     elif init.spec.source is Source.BASELINE:
+        from timm_ghn.baselines import BASELINES, Setting
+
         computation = BASELINES[init.method](Setting(model, init.method, init.seed or 0, free, **inputs))
         chosen = dict.fromkeys(computation.names, Assignment(Source.BASELINE))
     elif init.spec.source is Source.GAUSSIAN and start_layer is not None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from torch import Tensor
 
 from timm_ghn.errors import ExportError
 from timm_ghn.storage.header import Header, TensorSpec, specs_of
 from timm_ghn.storage.reader import bytes_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import StateDictSplit
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -88,6 +91,8 @@ def split(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> StateDi
     Raises:
         ExportError: If the size is not one.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory  # which every first initialization would wait for
+
     try:
         return split_state_dict_into_shards_factory(
             dict(specs),
