@@ -429,9 +429,9 @@ def test_run_a_script(script: Path) -> None:
 
 SPAWNING = """
 import multiprocessing, sys
-from timm import create_model
 
 def work(queue):
+    from timm import create_model
     queue.put(create_model("test_resnet", init="orth").pretrained_cfg["tag"])
 
 if __name__ == "__main__":

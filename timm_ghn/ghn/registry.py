@@ -231,15 +231,16 @@ def default_ghn(*, shared: bool = False) -> GHN:
         try:
             return load_ghn(DEFAULT, download=not FAILURES, shared=shared)
         except (DownloadError, CheckpointError) as error:
-            is_known = bool(FAILURES)
-            FAILURES[:] = FAILURES or [error]
-        (reason,) = FAILURES
+            is_first_failure = not FAILURES
+            if is_first_failure:
+                FAILURES.append(error)
+        reason = FAILURES[0]
         if not NAMED_GHNS[BUNDLED].on_disk:
             raise DownloadError(f"{reason} (this installation has no bundled GHN to fall back on)") from reason
-        if not is_known:
-            is_first = multiprocessing.parent_process() is None and os.environ.get("LOCAL_RANK", "0") == "0"
+        if is_first_failure:
+            is_main = multiprocessing.parent_process() is None and os.environ.get("LOCAL_RANK", "0") == "0"
             _logger.log(
-                logging.WARNING if is_first else logging.DEBUG,
+                logging.WARNING if is_main else logging.DEBUG,
                 "Using the small GHN that comes with timm-ghn, because the published one is not available: %s. "
                 "Set %s=%s to choose it without this message",
                 reason,
