@@ -105,17 +105,13 @@ class NamedGHN:
     @property
     def on_disk(self) -> bool:
         """Whether the GHN can be loaded without the network."""
-        return self.path.is_file() or self.manual_path.is_file() or self.hub_path is not None
-
-    @property
-    def hub_path(self) -> Path | None:
-        """The published file in huggingface_hub's cache, if it is there."""
+        if self.path.is_file() or self.manual_path.is_file():
+            return True
         if self.repository is None or self.file is None:
-            return None
+            return False
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self.repository, self.file, revision=self.revision)
-        return Path(found) if isinstance(found, str) else None
+        return isinstance(try_to_load_from_cache(self.repository, self.file, revision=self.revision), str)
 
 
 def _ppuda(name: str, description: str, size: int, top1: str, sha1: str) -> NamedGHN:
