@@ -6,6 +6,7 @@ before the next one is computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -139,9 +140,11 @@ def _predictions(plan: Plan, scaled: dict[str, tuple[float, str]]) -> Iterator[P
         assigned = plan.assignments[name]
         if assigned.source is not Source.GHN:
             continue
-        if not bool(torch.isfinite(prediction.block).all()):
+        bounding = bounding_factor(prediction, assigned.gains)
+        if math.isnan(bounding):
             raise InitError(f"the GHN predicts values for {name} that are not finite; it was not trained well enough")
-        bounding = 1.0 if plan.init.rescale == "off" else bounding_factor(prediction, assigned.gains)
+        if plan.init.rescale == "off":
+            bounding = 1.0
         for factor in (bounding, assigned.factor):
             if factor != 1:
                 prediction = replace(prediction, block=prediction.block * factor)

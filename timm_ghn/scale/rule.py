@@ -58,11 +58,14 @@ def bounding_factor(prediction: Prediction, gains: bool = False) -> float:
     Args:
         prediction: Any prediction.
         gains: Whether it is one of `gaining_norms`.
+
+    Returns:
+        The factor; NaN if not all values of the prediction are finite.
     """
     rms = float(torch.linalg.vector_norm(prediction.block, dtype=torch.float64)) / math.sqrt(prediction.block.numel())
     nominal = nominal_scale(prediction)
     if rms == 0 or not math.isfinite(rms):
-        return 1.0
+        return 1.0 if rms == 0 else math.nan
     role = prediction.target.role
     if role in (Role.WEIGHT, Role.CLASS_WEIGHT):
         is_sane = nominal / KERNEL_BAND <= rms <= nominal * KERNEL_BAND
