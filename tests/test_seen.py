@@ -14,14 +14,16 @@ from hypothesis import given
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_ghn_model import CASES, chain, graphs, weight
+from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 from timm_ghn import Init, Report, init_model, init_to_folder, provenance, report_of
 from timm_ghn.errors import CheckpointError, InitError
-from timm_ghn.ghn import GHN, GHNConfig, content_hash, read, write_safetensors
+from timm_ghn.ghn import GHN, GHNConfig, content_hash, load_ghn, read, write_safetensors
 from timm_ghn.ghn.seen import Seen
 from timm_ghn.graph import Graph, Node, Op, Role, Target, to_graph
 from timm_ghn.initialize.report import Status
+from timm_ghn.trace.meta import build_on_meta
 from timm_ghn.training.architectures import seen_in_training, training_architecture
 from timm_ghn.training.config import PRESETS
 
@@ -35,19 +37,20 @@ def ghn() -> GHN:
 
 
 class Gated(nn.Module):
-    """A stem that ResNets have, and a depthwise convolution with a gate and no norm layer, which they do not have."""
+    """A ResNet's stem and blocks, and a depthwise convolution with a gate and no norm layer, which it does not have."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 64, 7, 2, bias=False)
         self.norm = nn.BatchNorm2d(64)
         self.pool = nn.MaxPool2d(3, 2)
+        self.blocks = nn.Sequential(BasicBlock(64, 64), BasicBlock(64, 64))
         self.depthwise = nn.Conv2d(64, 64, 7, padding=3, groups=64)
         self.gate = nn.Conv2d(64, 64, 1)
         self.head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.norm(self.stem(x)).relu())
+        x = self.blocks(self.pool(self.norm(self.stem(x)).relu()))
         x = self.depthwise(x) * self.gate(x)
         logits: Tensor = self.head(x.mean((2, 3)))
         return logits
@@ -197,3 +200,38 @@ def test_a_folder_gets_the_same_weights(ghn: GHN, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
     assert fell_back(report)
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))).generated == report.generated
+
+
+# The bundled GHN
+
+
+def unseen_share(model: str, **kwargs: int) -> float:
+    """Share of the tensors of a model of timm that the bundled GHN has not seen the like of."""
+    seen = load_ghn("bundled").seen
+    assert seen is not None
+    graph = to_graph(build_on_meta(lambda: timm.create_model(model, **kwargs)))
+    return len(seen.unseen(graph)) / len(graph.targets)
+
+
+def test_the_bundled_ghn_predicts_the_kinds_that_it_was_trained_on() -> None:
+    assert unseen_share("resnet18") == unseen_share("resnet50") == unseen_share("convnext_atto") == 0
+    assert unseen_share("vit_tiny_patch16_224", img_size=32, patch_size=8) == 0
+    assert 0 < unseen_share("efficientnet_b0") < unseen_share("mobilenetv3_small_050") < 0.1
+
+
+def test_the_bundled_ghn_leaves_a_mambaout_to_orth() -> None:
+    def made(init: str, **settings: str) -> tuple[dict[str, Tensor], Report]:
+        torch.manual_seed(0)
+        model = timm.create_model("mambaout_femto", depths=(1, 1, 1, 1), num_classes=10, init="rand")
+        report = init_model(model, init, **settings)  # type: ignore[arg-type]
+        return dict(model.named_parameters()), report
+
+    orthogonal, _ = made("orth")
+    mixed, report = made("ghn-orth", ghn="bundled")
+    predicted, other = made("ghn-orth", ghn="bundled", fallback="off")
+    assert all(torch.equal(mixed[name], orthogonal[name]) for name in mixed)
+    assert fell_back(other) == set()
+    assert not any(torch.equal(predicted[name], orthogonal[name]) for name in fell_back(report))
+    reasons = "\n".join(row.reason for row in report.parameters)
+    assert "not seen: sep_conv 7x7 between conv, bias and concat, bias: 0 of 960 training networks" in reasons
+    assert "tensors of the network are in unknown surroundings" in reasons
