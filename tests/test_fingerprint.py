@@ -61,7 +61,7 @@ def residual(self: Net, x: Tensor) -> Tensor:
 
 
 def create(name: str) -> timm_ghn.Report:
-    init = timm_ghn.Init("ghn", ghn="bundled")
+    init = timm_ghn.Init("ghn", ghn="bundled", fallback="off")
     model = timm.create_model(name, init=init)
     report = timm_ghn.report_of(model)
     assert report is not None
@@ -69,7 +69,7 @@ def create(name: str) -> timm_ghn.Report:
 
 
 def test_a_changed_forward_is_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    init = timm_ghn.Init("ghn", ghn="bundled")
+    init = timm_ghn.Init("ghn", ghn="bundled", fallback="off")
     first = timm.create_model("ghn_test_net", init=init)
     assert create("ghn_test_net").from_cache
     monkeypatch.setattr(Net, "forward", residual)

@@ -465,7 +465,7 @@ class Paired(nn.Module):
 def test_layers_are_those_of_the_input_that_the_caller_gives(caplog: pytest.LogCaptureFixture) -> None:
     model = Paired()
     before = model.kept.weight.detach().clone()
-    report = timm_ghn.init_model(model, ghn="bundled", start_layer=1, seed=3, input_size=8)
+    report = timm_ghn.init_model(model, ghn="bundled", fallback="off", start_layer=1, seed=3, input_size=8)
     rows = {row.name: row for row in report.parameters}
     assert report.num_layers == 3
     assert rows["scale.weight"].status is not Status.ORTHOGONALIZED

@@ -20,7 +20,7 @@ from timm_ghn.request import Request
 
 
 def settings(seed: int = 0, method: str = "ghn-orth") -> timm_ghn.Init:
-    return timm_ghn.Init(method, ghn="bundled", seed=seed, cache=False)
+    return timm_ghn.Init(method, ghn="bundled", fallback="off", seed=seed, cache=False)
 
 
 def alone(name: str, init: timm_ghn.Init) -> dict[str, Tensor]:

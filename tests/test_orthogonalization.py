@@ -749,7 +749,9 @@ def test_the_operation_decides_what_is_a_layer() -> None:
     assert weight_layers(model, trace=capture(model, input_size=(3, 16, 16))) == layers
     before = snapshot(model)
     assert orthogonalize_(model, start_layer=1, input_size=(3, 16, 16)) == tuple(names[:-1])
-    report = timm_ghn.init_model(model, "ghn-orth", ghn="bundled", start_layer=1, input_size=(3, 16, 16))
+    report = timm_ghn.init_model(
+        model, "ghn-orth", ghn="bundled", fallback="off", start_layer=1, input_size=(3, 16, 16)
+    )
     status = {row.name: row.status for row in report.parameters}
     orthogonal = {name for name, found in status.items() if found is Status.PREDICTED_ORTHOGONALIZED}
     assert orthogonal == set(names[:-1])
@@ -783,7 +785,7 @@ def test_weights_of_elementwise_functions_are_no_layers(name: str) -> None:
     scale = Elementwise(ELEMENTWISE[name], *((8, 4) if name == "lerp" else (2, 4)))
     model = nn.Sequential(nn.Conv2d(3, 8, 1), scale, nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 5))
     for method in ("ghn-orth", "ghn", "orth"):
-        options: dict[str, Any] = {} if method == "orth" else {"ghn": "bundled"}
+        options: dict[str, Any] = {} if method == "orth" else {"ghn": "bundled", "fallback": "off"}
         report = timm_ghn.init_model(model, method, input_size=(3, 4, 4), **options)
         assert report.num_layers == 3
         assert torch.equal(scale.weight, torch.ones_like(scale.weight))
@@ -802,7 +804,7 @@ def test_diagonals_are_no_layers(function: Callable[[Tensor, Tensor], Tensor]) -
     model = nn.Sequential(nn.Conv2d(3, 8, 1), scale, nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 5))
     assert orthogonalize_(model, start_layer=1, input_size=(3, 4, 4)) == ("0.weight", "2.weight")
     for method in ("orth", "ghn", "ghn-orth"):
-        options: dict[str, Any] = {} if method == "orth" else {"ghn": "bundled"}
+        options: dict[str, Any] = {} if method == "orth" else {"ghn": "bundled", "fallback": "off"}
         assert timm_ghn.init_model(model, method, input_size=(3, 4, 4), **options).num_layers == 3
         assert torch.equal(scale.weight, torch.ones_like(scale.weight))
 
@@ -853,7 +855,7 @@ def test_layers_with_a_computed_weight_are_counted_and_kept(name: str, method: s
     images, before = torch.randn(2, 8, 64), snapshot(model)
     expected = model[2](images)
     weights = {key for key in before if key.startswith("2.") and key != "2.bias"}
-    report = timm_ghn.init_model(model, method, ghn="bundled", start_layer=1, input_size=(3, 8, 8))
+    report = timm_ghn.init_model(model, method, ghn="bundled", fallback="off", start_layer=1, input_size=(3, 8, 8))
     with torch.no_grad():
         model[2].bias.copy_(before["2.bias"])  # type: ignore[operator, union-attr]
     torch.testing.assert_close(model[2](images), expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import timm
@@ -417,7 +418,7 @@ def test_a_scale_whose_values_were_put_off_is_unknown(fill: Callable[[Tensor], T
     deferred = DeferredRandom(0)
     with deferred:
         model = Gated(fill)
-    init = timm_ghn.Init("ghn", ghn="bundled")
+    init = timm_ghn.Init("ghn", ghn="bundled", fallback="off")
     plan = make_plan(model, init, find_hypernetwork(init), example_input=torch.randn(1, 4, 16), deferred=deferred)
     assert plan.assignments["layer.bias"].factor == factor
 
@@ -440,7 +441,7 @@ class Spectral(nn.Module):
 
 @pytest.mark.parametrize(("value", "factor"), [(3 + 4j, 0.1), (1j, 0.5), (0j, 1.0), (None, 1.0)])
 def test_a_complex_scale_counts_by_its_absolute_value(value: complex | None, factor: float) -> None:
-    init = timm_ghn.Init("ghn", ghn="bundled")
+    init = timm_ghn.Init("ghn", ghn="bundled", fallback="off")
     plan = make_plan(Spectral(value), init, find_hypernetwork(init), example_input=torch.randn(1, 4, 16))
     assert plan.assignments["layer.bias"].factor == pytest.approx(factor)
 
@@ -460,7 +461,7 @@ def test_a_ghn_of_sane_scale_is_not_rescaled_where_structure_does_not_ask_for_it
     exact, model = timm.create_model(name), timm.create_model(name)
     model.load_state_dict(exact.state_dict())
     for each, rescale in ((exact, "off"), (model, "auto")):
-        timm_ghn.init_model(each, "ghn-orth", ghn="bundled", rescale=rescale)
+        timm_ghn.init_model(each, "ghn-orth", ghn="bundled", fallback="off", rescale=rescale)
     pairs = zip(exact.named_parameters(), model.parameters(), strict=True)
     changed = {parameter for (parameter, a), b in pairs if not torch.equal(a, b)}
     assert changed <= gaining_norms(to_graph(exact))
@@ -472,10 +473,10 @@ def test_a_ghn_of_sane_scale_is_not_rescaled_where_structure_does_not_ask_for_it
 def test_standardized_kernels_of_a_network_without_norms_are_orthogonalized() -> None:
     model = timm.create_model("test_nfnet")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    report = timm_ghn.init_model(model, "ghn-orth", ghn="bundled")
+    report = timm_ghn.init_model(model, "ghn-orth", ghn="bundled", fallback="off")
     statuses = {row.name: row.status for row in report.parameters}
     assert statuses["stem.conv1.weight"] is Status.PREDICTED_ORTHOGONALIZED
-    kept = timm_ghn.init_model(model, "ghn-orth", ghn="bundled", rescale="off")
+    kept = timm_ghn.init_model(model, "ghn-orth", ghn="bundled", fallback="off", rescale="off")
     assert {row.name: row.status for row in kept.parameters}["stem.conv1.weight"] is Status.PREDICTED
     gains = [row.name for row in kept.parameters if row.status is Status.KEPT]
     assert gains
@@ -483,7 +484,7 @@ def test_standardized_kernels_of_a_network_without_norms_are_orthogonalized() ->
 
 
 def test_the_report_and_the_provenance_tell() -> None:
-    report = timm_ghn.init_model(timm.create_model("test_vit"), "ghn", ghn="bundled")
+    report = timm_ghn.init_model(timm.create_model("test_vit"), "ghn", ghn="bundled", fallback="off")
     reasons = {row.name: row.reason for row in report.parameters}
     assert reasons["blocks.0.mlp.fc2.weight"] == (
         "smaller, as similar layers would add up to large values and no norm layer follows"
@@ -504,7 +505,7 @@ def check(name: str, ghn: GHN, factor: float) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name)
     reference = measure_activations(model, batch_statistics=True)
-    timm_ghn.init_model(model, "ghn-orth", ghn=ghn)
+    timm_ghn.init_model(model, "ghn-orth", ghn=ghn, fallback="off")
     ratio = activation_ratio(measure_activations(model, batch_statistics=True), reference)
     assert measure_activations(model).finite
     assert ratio.within(factor), f"{name}: {ratio}"
@@ -534,9 +535,9 @@ def smallest_of_each_module() -> list[str]:
 
 @pytest.mark.slow
 def test_every_module_starts_finite() -> None:
-    for name in smallest_of_each_module():
+    for name, fallback in product(smallest_of_each_module(), ("auto", "off")):
         model = timm.create_model(name)
-        timm_ghn.init_model(model, "ghn-orth", ghn="bundled")
+        timm_ghn.init_model(model, "ghn-orth", ghn="bundled", fallback=fallback)
         for batch_statistics in (False, True):
             assert measure_activations(model, batch_statistics=batch_statistics).finite, name
 
@@ -550,7 +551,7 @@ def test_every_module_starts_finite() -> None:
 )
 def test_what_batch_norms_do_not_hold_back_yet_stays_finite(name: str) -> None:
     model = timm.create_model(name)
-    timm_ghn.init_model(model, "ghn-orth", ghn="bundled")
+    timm_ghn.init_model(model, "ghn-orth", ghn="bundled", fallback="off")
     for batch_statistics in (False, True):
         assert measure_activations(model, batch_statistics=batch_statistics).finite
 

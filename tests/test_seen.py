@@ -23,7 +23,7 @@ from timm_ghn.ghn import GHN, GHNConfig, content_hash, load_ghn, read, write_saf
 from timm_ghn.ghn.seen import Seen
 from timm_ghn.graph import Graph, Node, Op, Role, Target, to_graph
 from timm_ghn.initialize.report import Status
-from timm_ghn.trace.meta import build_on_meta
+from timm_ghn.trace.skeleton import build_on_meta
 from timm_ghn.training.architectures import seen_in_training, training_architecture
 from timm_ghn.training.config import PRESETS
 
