@@ -29,7 +29,7 @@ import logging
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -203,19 +203,15 @@ def read(path: Path) -> Results:
     return found
 
 
-def make_runs(trials: Sequence[Trial], args: argparse.Namespace, results: Results) -> None:
-    """Make the runs that are not there, in processes of one thread; each is written down as soon as it is done."""
+def make_runs(trials: Sequence[Trial], args: argparse.Namespace, results: Results, pool: Executor) -> None:
+    """Make the runs that are not there, in other processes; each is written down as soon as it is done."""
     todo = [trial for trial in dict.fromkeys(trials) if trial not in results]
     if not todo:
         return
-    context = get_context("spawn")
     path: Path = args.out / "runs.jsonl"
     if path.exists() and not path.read_bytes().endswith(b"\n"):  # a line that was cut off
         path.write_bytes(path.read_bytes() + b"\n")
-    with (
-        ProcessPoolExecutor(args.processes, context, load_images, (args.data,)) as pool,
-        tqdm(total=len(todo), unit="run", smoothing=0, disable=None) as bar,
-    ):
+    with tqdm(total=len(todo), unit="run", smoothing=0, disable=None) as bar:
         futures = {pool.submit(train, trial, args.ghn, args.quick): trial for trial in todo}
         for future in as_completed(futures):
             trial, outcome = futures[future], future.result()
@@ -261,16 +257,16 @@ def trials_of(args: argparse.Namespace, label: str) -> Iterator[list[Trial]]:
             yield [Trial(model, init, ghn, lr, args.epochs, args.seeds[0]) for lr in args.lrs]
 
 
-def collect(args: argparse.Namespace, label: str, results: Results, *, compute: bool) -> Cells:
-    """The cells of the table, with what they lack computed if asked to."""
+def collect(args: argparse.Namespace, label: str, results: Results, pool: Executor | None = None) -> Cells:
+    """The cells of the table, with what they lack computed in the processes of a pool if there is one."""
     groups = list(trials_of(args, label))
-    if compute:
-        make_runs([trial for group in groups for trial in group], args, results)
+    if pool is not None:
+        make_runs([trial for group in groups for trial in group], args, results, pool)
     groups = [group for group in groups if all(trial in results for trial in group)]
     chosen = [replace(group[0], lr=best_lr(group, results)) for group in groups]
     seeds = [[replace(trial, seed=seed) for seed in args.seeds] for trial in chosen]
-    if compute:
-        make_runs([trial for group in seeds for trial in group], args, results)
+    if pool is not None:
+        make_runs([trial for group in seeds for trial in group], args, results, pool)
     return {
         (group[0].model, group[0].init): Cell(group[0].lr, {t.seed: results[t] for t in group if t in results})
         for group in seeds
@@ -371,7 +367,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.table:
         args.out.mkdir(parents=True, exist_ok=True)
     results = read(args.out / "runs.jsonl")
-    cells = collect(args, label, results, compute=not args.table)
+    with ProcessPoolExecutor(args.processes, get_context("spawn"), load_images, (args.data,)) as pool:
+        cells = collect(args, label, results, None if args.table else pool)
     if not cells:
         raise FineTuneError(f"{args.out} has no finished runs of {label} with these settings")
     print(

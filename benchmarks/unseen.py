@@ -79,7 +79,7 @@ def panel_gains(args: argparse.Namespace) -> dict[str, float]:
     """Mean gain of `ghn-orth` over `orth` by model, in points."""
     args.models, args.inits = list(PANEL), ("orth", "ghn-orth")
     args.lrs, args.epochs, args.seeds = ((1e-3,), 6, (0,)) if args.quick else (LRS, 12, (0, 1))
-    cells = collect(args, args.label, read(args.out / "runs.jsonl"), compute=False)
+    cells = collect(args, args.label, read(args.out / "runs.jsonl"))
     return {model: statistics.fmean(values) for model, values in gains(cells, "ghn-orth", args.quick).items()}
 
 

@@ -78,14 +78,20 @@ def test_runs_are_made_once_and_a_torn_line_again(tmp_path: Path, capsys: pytest
         write_shard(tmp_path / f"cifar10-{part}.safetensors", noisy_images(count, len(part), size=32, classes=4))
     out = tmp_path / "out"
     command = ["--data", str(tmp_path), "--out", str(out), "--models", "test_resnet", "--inits", "orth", "ghn-orth"]
-    command += ["--lrs", "1e-3", "3e-3", "--epochs", "1", "--seeds", "0", "1", "--processes", "1"]
-    assert panel.main([*command, "--png", str(tmp_path / "a.png")]) == 0
-    first = capsys.readouterr().out
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    command += ["--lrs", "1e-3", "3e-3", "--epochs", "1", "--processes", "1"]
+    assert panel.main([*command, "--seeds", "0"]) == 0
     runs = (out / "runs.jsonl").read_text()
-    assert runs.count("\n") == 6  # two starts, each with two rates for the first seed and the best for the second
+    assert runs.count("\n") == 4  # two starts with two rates each
     (out / "runs.jsonl").write_text(runs[:-20])
-    assert panel.main(command) == 0
-    assert capsys.readouterr().out.splitlines()[-6:] == [*first.splitlines()[-7:-1]]
-    assert panel.main([*command, "--table"]) == 0
+    capsys.readouterr()
+    assert panel.main([*command, "--seeds", "0", "1", "--png", str(tmp_path / "a.png")]) == 0
+    said = capsys.readouterr()
+    assert "a line that is no run is ignored" in said.err
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    again = (out / "runs.jsonl").read_text()
+    assert again.startswith(runs[:-20] + "\n")
+    assert again.count("\n") == 7  # the torn line, that run anew, and the best rate of each start for the second seed
     assert len(panel.read(out / "runs.jsonl")) == 6
+    assert panel.main([*command, "--seeds", "0", "1", "--table"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert said.out.splitlines()[-8:-1] == table[-7:]
