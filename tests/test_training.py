@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
 from timm_ghn.images import ImageSet
 from timm_ghn.training import loop
 from timm_ghn.training import teacher as teacher_module
-from timm_ghn.training.architectures import Architecture, Bounds, Network, Networks, draw_architecture
+from timm_ghn.training.architectures import Architecture, Bounds, Network, draw_architecture
 from timm_ghn.training.begin import smooth_sizes
 from timm_ghn.training.cli import add_train_arguments, make_config, run_train
 from timm_ghn.training.config import PRESETS, TrainConfig
@@ -63,20 +64,20 @@ def images() -> ImageSet:
 
 
 @pytest.fixture(scope="module")
-def networks() -> Networks:
+def networks() -> Callable[[int], Network]:
     """Shared by all tests: what a network is does not depend on the run."""
     bounds = Bounds(max_macs=4e6)
     ghn = GHN(replace(TINY, num_classes=10))
-    return Networks(lambda index: draw_architecture("test", index, CONFIG.families, bounds), ghn, 16)
+    return cache(lambda index: Network(draw_architecture("test", index, CONFIG.families, bounds), ghn))
 
 
 @pytest.fixture
-def trainer(images: ImageSet, networks: Networks, tmp_path: Path) -> Callable[..., Trainer]:
+def trainer(images: ImageSet, networks: Callable[[int], Network], tmp_path: Path) -> Callable[..., Trainer]:
     def make(out: str = "run", config: TrainConfig = CONFIG) -> Trainer:
         torch.manual_seed(0)
         ghn = GHN(replace(config.ghn, num_classes=10))
         splits = split(images, held_out=config.held_out_classes, validation=config.validation)
-        return Trainer(ghn, config, splits, networks, [networks[0], networks[1]], tmp_path / out)
+        return Trainer(ghn, config, splits, networks, lambda: map(networks, (0, 1)), tmp_path / out)
 
     return make
 
@@ -282,7 +283,7 @@ def test_steps_with_bad_gradients_are_skipped_and_counted(
 def test_evaluation_restores_the_mode(trainer: Callable[..., Trainer]) -> None:
     run = trainer()
     run.ghn.train()
-    networks = [run.networks[0], run.networks[1]]
+    networks = [run.networks(0), run.networks(1)]
     first, second = (evaluate(run.ghn, networks, run.splits, run.objective, run.config) for _ in range(2))
     assert run.ghn.training
     assert first == second

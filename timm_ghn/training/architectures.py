@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -205,37 +205,14 @@ class Network:
         return torch.stack(list(heads)).mean(0), caught[0].flatten(1)
 
 
-class Networks:
-    """Networks by number, built when they are first used; the latest ones are kept. Iterating gives the first `kept`.
-
-    Args:
-        draw: The architecture of a number.
-        ghn: GHN that is going to predict their parameters.
-        kept: How many networks stay in memory.
-    """
-
-    def __init__(self, draw: Callable[[int], Architecture], ghn: GHN, kept: int) -> None:
-        self.kept = kept
-        self._build = lru_cache(maxsize=kept)(lambda index: Network(draw(index), ghn))
-
-    def __getitem__(self, index: int) -> Network:
-        return self._build(index)
-
-    def __iter__(self) -> Iterator[Network]:
-        return map(self._build, range(self.kept))
-
-    def __len__(self) -> int:
-        return self.kept
-
-
 def training_architecture(config: TrainConfig, index: int) -> Architecture:
     """The network of a run with a number."""
     return draw_architecture(f"{config.seed}/train", index, config.families, Bounds())
 
 
-def training_networks(ghn: GHN, config: TrainConfig) -> Networks:
-    """The networks of a run."""
-    return Networks(lambda index: training_architecture(config, index), ghn, config.kept)
+def training_networks(ghn: GHN, config: TrainConfig) -> Callable[[int], Network]:
+    """The networks of a run by number, built when they are first used; the latest ones are kept."""
+    return lru_cache(config.kept)(lambda index: Network(training_architecture(config, index), ghn))
 
 
 def seen_in_training(config: TrainConfig, step: int) -> Seen:
@@ -256,9 +233,10 @@ def seen_in_training(config: TrainConfig, step: int) -> Seen:
     return Seen.of(graphs)
 
 
-def evaluation_networks(ghn: GHN) -> Networks:
+def evaluation_networks(ghn: GHN) -> list[Network]:
     """One network of each family, the same in all runs; none of them is trained on."""
-    names = sorted(FAMILIES)
-    return Networks(
-        lambda index: draw_architecture("evaluation", index, {names[index]: 1.0}, Bounds()), ghn, len(names)
-    )
+    families = tqdm(sorted(FAMILIES), desc="networks to evaluate", unit="network", delay=2, leave=False)
+    return [
+        Network(draw_architecture("evaluation", index, {family: 1.0}, Bounds()), ghn)
+        for index, family in enumerate(families)
+    ]

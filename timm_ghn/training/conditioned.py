@@ -23,11 +23,8 @@ class _Orthogonal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, layer: WeightLayer, settings: PostProcess, block: int) -> Tensor:
-        if min(weight.shape[0], weight[0].numel()) <= block:  # no vector repeats: none is decided by the noise
-            result = postprocess_tensor(weight, layer, _NO_NOISE)
-            ctx.factor = result.norm() / weight.norm().clamp_min(1e-12)
-            return result
-        result = postprocess_tensor(weight, layer, settings)
+        repeats = min(weight.shape[0], weight[0].numel()) > block  # else no vector is decided by the noise
+        result = postprocess_tensor(weight, layer, settings if repeats else _NO_NOISE)
         predicted = _predicted(weight, block)
         scale = (result * predicted).norm() / (weight * predicted).norm().clamp_min(1e-12)
         ctx.factor = scale * predicted

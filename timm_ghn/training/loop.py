@@ -14,7 +14,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from timm_ghn.errors import TrainingError
 from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.ghn.model import GHN
 from timm_ghn.storage.atomic import save_atomically
-from timm_ghn.training.architectures import Network, Networks
+from timm_ghn.training.architectures import Network
 from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.conditioned import as_users_get
 from timm_ghn.training.config import TrainConfig
@@ -58,8 +58,8 @@ class Trainer:
         ghn: GHN to train; it is moved to the device of the processes.
         config: The run.
         splits: Images.
-        networks: Networks to train on.
-        eval_networks: Other networks.
+        networks: The networks to train on, by number.
+        eval_networks: Gives other networks, of which the first evaluation needs all.
         out: Folder of checkpoints and metrics.
         processes: What `join_processes` gives; this process alone, on the CPU, by default.
     """
@@ -69,8 +69,8 @@ class Trainer:
         ghn: GHN,
         config: TrainConfig,
         splits: Splits,
-        networks: Networks,
-        eval_networks: Iterable[Network],
+        networks: Callable[[int], Network],
+        eval_networks: Callable[[], Iterable[Network]],
         out: Path,
         processes: Accelerator | None = None,
     ) -> None:
@@ -113,7 +113,7 @@ class Trainer:
         count = self.config.meta_batch // self.world
         start, stop = self.config.in_use(self.step)
         with self.meter.part("drawing"):
-            networks = [self.networks[int(i)] for i in torch.randint(start, stop, (count,), generator=generator)]
+            networks = [self.networks(int(i)) for i in torch.randint(start, stop, (count,), generator=generator)]
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate(self.step)
         self.ghn.train()
@@ -253,7 +253,7 @@ class Trainer:
         """Evaluate in the first process while the others wait."""
         result = None
         if self.rank == 0:
-            what = (self.eval_networks, self.splits, self.objective, self.config)
+            what = (self.eval_networks(), self.splits, self.objective, self.config)
             result = evaluate(self.average, *what, device=self.device)
             self._write_metrics({"step": self.step, **result.to_dict()})
             logger.info("step %d: other networks: %s", self.step, result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,7 @@ def prepare(
     if trained.config != shape:
         raise TrainingError(f"the GHN of the file is {trained.config}, the run's is {shape}")
     trained.info = trained.seen = None  # of a file; training makes another GHN of it
-    networks = training_networks(trained, config), evaluation_networks(trained)
+    networks = training_networks(trained, config), cache(partial(evaluation_networks, trained))
     trainer = Trainer(trained, config, splits, *networks, out, processes)
     if before is not None:
         trainer.resume()
