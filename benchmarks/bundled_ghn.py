@@ -53,7 +53,6 @@ from timm_ghn.finetune import (
     spread,
     summarize,
 )
-from timm_ghn.finetune.network import build_network
 from timm_ghn.ghn import content_hash, load_ghn
 from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.storage.atomic import write_atomically
@@ -150,7 +149,7 @@ class Bench:
         path = self.args.out / f"{name}-{model}.safetensors"
         if not path.exists():
             start = {"init": "ghn", "ghn": self.args.ghn} if predicted else {"init_file": str(self.oracle(model))}
-            module = build_network(replace(base, **start), self.data("cifar10").num_classes, 0).module
+            module = replace(base, **start).build(self.data("cifar10").num_classes, 0)
             timm_ghn.orthogonalize_(module, orthogonal=not predicted)
             write_atomically(path, save(module.state_dict(), {"format": "pt"}))
         return path

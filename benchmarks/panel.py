@@ -37,6 +37,7 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 from tqdm import tqdm
 from zoo_survey.names import module_of
 
@@ -46,7 +47,6 @@ from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune import Execution, FineTuneConfig, load_benchmark, spread
 from timm_ghn.finetune.batches import DeviceImages
 from timm_ghn.finetune.data import Task, classes_in_turn, make_task
-from timm_ghn.finetune.network import Network, build_network
 from timm_ghn.finetune.run import Run
 from timm_ghn.ghn import content_hash, load_ghn
 from timm_ghn.training.teacher import load_teacher
@@ -128,22 +128,22 @@ def config_of(trial: Trial, ghn: str) -> FineTuneConfig:
     )
 
 
-def start_of(trial: Trial, ghn: str, num_classes: int) -> Network:
+def start_of(trial: Trial, ghn: str, num_classes: int) -> nn.Module:
     """The network that a run begins with."""
     config = config_of(trial, ghn)
-    network = build_network(config, num_classes, trial.seed)
+    network = config.build(num_classes, trial.seed)
     if trial.init in ("kernels", "vectors"):
         other = "rand" if trial.init == "kernels" else "orth"
-        source = build_network(replace(config, init=other, ghn=None), num_classes, trial.seed).module.state_dict()
+        source = replace(config, init=other, ghn=None).build(num_classes, trial.seed).state_dict()
         with torch.no_grad():
-            for name, value in network.module.state_dict().items():
+            for name, value in network.state_dict().items():
                 if (value.ndim > 1) == (trial.init == "vectors"):
                     value.copy_(source[name])
     if trial.init == PRETRAINED:
-        own = network.module.state_dict()
+        own = network.state_dict()
         weights = load_teacher(trial.model).state_dict()  # all but the classifier, which has other classes
         same = {name: value for name, value in weights.items() if value.shape == own[name].shape}
-        network.module.load_state_dict(same, strict=False)
+        network.load_state_dict(same, strict=False)
     return network
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from timm_ghn.finetune.batches import epoch_picks
 from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.data import Task
-from timm_ghn.finetune.network import build_network
 from timm_ghn.finetune.run import Execution, Run, Step
 
 
@@ -51,7 +50,7 @@ def measure_throughput(
         rounds: Turns that count; one more warms up.
         steps: Steps a turn.
     """
-    run = Run(config, 0, task, build_network(config, len(task.train.classes), 0), execution)
+    run = Run(config, 0, task, config.build(len(task.train.classes), 0), execution)
     size = min(config.batch_size, len(run.images))
     picks = epoch_picks(config, len(run.images), 0, 0)[:, :size].to(run.device)
     resident = _resident_step(run, picks)

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
+import timm_ghn
 from timm_ghn.errors import FineTuneError, ImageError, InitError
 from timm_ghn.finetune import Execution, FineTuneConfig, Job, ResultStore, differences, load_benchmark, run_jobs, tune
 from timm_ghn.finetune.batches import DeviceImages, epoch_picks
@@ -52,7 +53,6 @@ from timm_ghn.finetune.data import (
     stratified,
 )
 from timm_ghn.finetune.experiment import best_of, explained_memory
-from timm_ghn.finetune.network import build_network
 from timm_ghn.finetune.results import Summary, summarize
 from timm_ghn.finetune.run import Run
 from timm_ghn.finetune.verdict import comparison_table
@@ -91,7 +91,7 @@ def write_folder(root: Path, data: ImageSet) -> None:
 
 
 def new_run(config: FineTuneConfig, task: Task, seed: int = 0, execution: Execution = CPU) -> Run:
-    return Run(config, seed, task, build_network(config, 3, seed), execution)
+    return Run(config, seed, task, config.build(3, seed), execution)
 
 
 def train(run: Run, epochs: int) -> None:
@@ -252,7 +252,7 @@ def test_steps_agree_with_a_plain_loop(benchmark: Benchmark, optimizer: str) -> 
     config = replace(CONFIG, optimizer=optimizer, clip=0.5, weight_decay=0.05, smoothing=0.1, epochs=2)
     task = make_task(benchmark, config)
     run = new_run(config, task, execution=Execution())
-    network = build_network(config, 3, 0).module.train()
+    network = config.build(3, 0).train()
     parameters = list(network.parameters())
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     number, losses = 0, []
@@ -642,9 +642,9 @@ def test_presets_are_the_papers() -> None:
 
 def test_models_that_cannot_be_made(benchmark: Benchmark, tmp_path: Path) -> None:
     with pytest.raises(FineTuneError, match="timm has no model 'resnet5000'"):
-        build_network(replace(CONFIG, model="resnet5000"), 3, 0)
+        replace(CONFIG, model="resnet5000").build(3, 0)
     with pytest.raises(FineTuneError, match=r"test_resnet cannot be created: .*colour"):
-        build_network(replace(CONFIG, model_kwargs={"colour": 1}), 3, 0)
+        replace(CONFIG, model_kwargs={"colour": 1}).build(3, 0)
     with pytest.raises(FineTuneError, match=r"--init-file .*none.safetensors cannot be read"):
         run_jobs(
             [Job(replace(PAPER, init_file=str(tmp_path / "none.safetensors")), 0)],
@@ -658,29 +658,31 @@ def test_starting_from_a_file(tmp_path: Path) -> None:
     source = timm.create_model("test_resnet", num_classes=20)
     save_file(source.state_dict(), tmp_path / "a.safetensors")
     config = replace(PAPER, init_file=str(tmp_path / "a.safetensors"))
-    network = build_network(config, 3, 0).module
+    network = config.build(3, 0)
     head = {"fc.weight", "fc.bias"}
     for name, value in network.state_dict().items():
         assert name in head or torch.equal(value, source.state_dict()[name])
     with pytest.raises(FineTuneError, match=r"does not fit the model: .* is missing or has another shape"):
-        build_network(replace(config, model="test_convnext"), 3, 0)
+        replace(config, model="test_convnext").build(3, 0)
 
 
 @pytest.mark.parametrize("init", ["rand", "orth", "ghn", "ghn-orth"])
 def test_weights_depend_on_the_seed_alone(init: str, seeded_checkpoint: Path) -> None:
     config = replace(CONFIG, init=init, ghn=str(seeded_checkpoint))
     torch.manual_seed(1)
-    first = build_network(config, 3, 0)
+    first = config.build(3, 0)
     torch.manual_seed(2)
-    assert_same(first.module.state_dict(), build_network(config, 3, 0).module.state_dict())
-    assert first.provenance["method"] == init
-    other = build_network(config, 3, 1).module.state_dict()
-    assert any(not torch.equal(value, other[name]) for name, value in first.module.state_dict().items())
+    assert_same(first.state_dict(), config.build(3, 0).state_dict())
+    report = timm_ghn.report_of(first)
+    assert (report is None) == (init == "rand")
+    assert report is None or report.provenance["method"] == init
+    other = config.build(3, 1).state_dict()
+    assert any(not torch.equal(value, other[name]) for name, value in first.state_dict().items())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(benchmark: Benchmark) -> None:
-    with pytest.raises(FineTuneError, match=r"there is no CUDA device, .*use 'cpu'"):
+    with pytest.raises(FineTuneError, match=r"device 'cuda' cannot be used: .*CUDA.*; use 'cpu'"):
         new_run(CONFIG, make_task(benchmark, CONFIG), execution=Execution("cuda"))
 
 

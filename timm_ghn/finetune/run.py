@@ -19,7 +19,6 @@ from timm_ghn.errors import FineTuneError
 from timm_ghn.finetune.batches import DeviceImages, epoch_picks, memory_layout
 from timm_ghn.finetune.config import FineTuneConfig, learning_rate
 from timm_ghn.finetune.data import Task, classes_in_turn
-from timm_ghn.finetune.network import Network
 from timm_ghn.seeding import derived_seed, seeded
 
 Step = Callable[[Tensor], None]
@@ -92,12 +91,12 @@ class Run:
     """
 
     def __init__(
-        self, config: FineTuneConfig, seed: int, task: Task, network: Network, execution: Execution | None = None
+        self, config: FineTuneConfig, seed: int, task: Task, network: nn.Module, execution: Execution | None = None
     ) -> None:
-        self.config, self.seed, self.network = config, seed, network
+        self.config, self.seed = config, seed
         self.execution = execution or Execution()
         self.device = _find_device(self.execution.device)
-        self.module: nn.Module = network.module.to(self.device, memory_format=memory_layout(self.device))  # type: ignore[call-overload]
+        self.module: nn.Module = network.to(self.device, memory_format=memory_layout(self.device))  # type: ignore[call-overload]
         self.images = DeviceImages.of(task.train, task, config, self.device, config.padding)
         self.test = DeviceImages.of(task.test, task, config, self.device)
         self._settling: DeviceImages | None = None
@@ -221,12 +220,10 @@ def _find_device(name: str) -> torch.device:
     Raises:
         FineTuneError: If there is none.
     """
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise FineTuneError(f"device {name!r}: there is no CUDA device, or torch was built without CUDA; use 'cpu'")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise FineTuneError(f"device {name!r}: {error}") from error
+        raise FineTuneError(f"device {name!r} cannot be used: {error}; use 'cpu'") from error
 
 
 def _make_optimizer(config: FineTuneConfig, network: nn.Module, device: torch.device) -> torch.optim.Optimizer:
