@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,17 +80,11 @@ def fill_unseen_sizes(ghn: GHN, optimizer: Mapping[str, Any]) -> int:
 def _fill(weight: Tensor, known: Sequence[int], seen: set[int], special: int | None = None) -> int:
     """Interpolate the rows of sizes that were not seen, linearly in the logarithm of the size plus 1."""
     anchors = sorted(row for row in seen if row < len(known) and row != special)
-    if not anchors:
-        return 0
+    unseen = set(range(len(known))) - seen if anchors else set()
     place = [math.log(size + 1) for size in known]
-    count = 0
-    for row in set(range(len(known))) - seen:
-        lower = [anchor for anchor in anchors if anchor < row]
-        upper = [anchor for anchor in anchors if anchor > row]
-        count += 1
-        if not lower or not upper:
-            weight[row] = weight[lower[-1] if lower else upper[0]]
-            continue
-        low, high = lower[-1], upper[0]
-        weight[row] = torch.lerp(weight[low], weight[high], (place[row] - place[low]) / (place[high] - place[low]))
-    return count
+    for row in unseen:
+        right = bisect(anchors, row)
+        low, high = anchors[max(right - 1, 0)], anchors[min(right, len(anchors) - 1)]  # at an end, the same
+        share = (place[row] - place[low]) / (place[high] - place[low]) if low != high else 0.0
+        weight[row] = torch.lerp(weight[low], weight[high], share)
+    return len(unseen)
