@@ -105,6 +105,7 @@ def test_variants_and_the_table_of_what_is_there(
     rows = [json.loads(line) for line in (data / "runs.jsonl").read_text().splitlines()]
     assert [(row["init"], row["seed"]) for row in rows[:2]] == [("orth", 0), ("orth", 1)]
     assert len(rows) == 2 * len(inits)
+    assert all(row["commit"] and row["torch"] for row in rows)
     assert {row["accuracy"]["1"] for row in rows} == {run.accuracy for run in runs}
 
     # A line of which a run is gone is left out.

@@ -7,7 +7,6 @@ import logging
 import math
 import platform
 import statistics
-import subprocess
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -47,7 +46,7 @@ class RunResult:
         curve: One point an epoch.
         data: Name, copy, digest and sizes of the data.
         network: Number of parameters, and where the weights came from.
-        environment: Versions, device, commit.
+        environment: Versions, device, threads.
     """
 
     key: str
@@ -193,13 +192,8 @@ def differences(first: Summary, second: Summary) -> list[float]:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Versions, device and threads of a run, and the commit of this package if it is a clone of git."""
+    """Versions, device and threads of a run."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = "unknown"
     return {
         "timm_ghn": __version__,
         "torch": torch.__version__,
@@ -207,5 +201,4 @@ def environment(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "device": f"{device.type}: {name}",
         "threads": str(torch.get_num_threads()),
-        "commit": commit,
     }
