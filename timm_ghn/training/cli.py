@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def run_train(args: argparse.Namespace) -> int:
             if args.export is not None:
                 export_run(args.out, args.export)
             if result is not None:
-                tqdm.write(json.dumps(result.to_dict()))
+                tqdm.write(json.dumps({"evaluation": asdict(result)}))
     finally:
         processes.end_training()
     return 0

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -32,10 +31,6 @@ class Evaluation:
 
     values: dict[str, float]
     families: dict[str, dict[str, float]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-compatible form, for the metrics file."""
-        return {"evaluation": asdict(self)}
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value:.3f}" for name, value in self.values.items())

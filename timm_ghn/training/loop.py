@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,7 +256,7 @@ class Trainer:
         if self.rank == 0:
             what = (self.eval_networks(), self.splits, self.objective, self.config)
             result = evaluate(self.average, *what, device=self.device)
-            self._write_metrics({"step": self.step, **result.to_dict()})
+            self._write_metrics({"step": self.step, "evaluation": asdict(result)})
             logger.info("step %d: other networks: %s", self.step, result)
         self.processes.wait_for_everyone()
         return result

@@ -26,24 +26,11 @@ _WEIGHT_DECAY = 1e-4
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for matrices: momentum whose singular values are made nearly equal.
+    """AdamW, but in groups with a Nesterov "momentum": that momentum, its singular values made nearly equal.
 
-    Args:
-        matrices: Parameters that are matrices once all dimensions but the first are flattened.
-        others: All others: AdamW as it is.
-        lr: Learning rate of both.
-        weight_decay: Decoupled weight decay of both.
-        momentum: Nesterov momentum of the matrices.
+    The parameters of these groups are matrices once all dimensions but the first are flattened; of the other groups,
+    "momentum" is None. Learning rate and decoupled weight decay mean the same in both.
     """
-
-    def __init__(
-        self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, weight_decay: float, momentum: float
-    ) -> None:
-        groups: list[dict[str, Any]] = [
-            {"params": matrices, "momentum": momentum},
-            {"params": others, "momentum": None},
-        ]
-        super().__init__(groups, lr=lr, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -93,4 +80,6 @@ def make_optimizer(ghn: GHN, lr: float = 1.0, weight_decay: float = _WEIGHT_DECA
     excluded = {id(parameter) for module in sparse for parameter in module.parameters()}
     matrices = [p for p in ghn.parameters() if p.ndim > 1 and id(p) not in excluded]
     chosen = {id(p) for p in matrices}
-    return Muon(matrices, [p for p in ghn.parameters() if id(p) not in chosen], lr, weight_decay, _MOMENTUM)
+    others = [p for p in ghn.parameters() if id(p) not in chosen]
+    groups = [{"params": matrices, "momentum": _MOMENTUM}, {"params": others, "momentum": None}]
+    return Muon(groups, lr=lr, weight_decay=weight_decay)
