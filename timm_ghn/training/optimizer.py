@@ -81,5 +81,5 @@ def make_optimizer(ghn: GHN, lr: float = 1.0, weight_decay: float = _WEIGHT_DECA
     matrices = [p for p in ghn.parameters() if p.ndim > 1 and id(p) not in excluded]
     chosen = {id(p) for p in matrices}
     others = [p for p in ghn.parameters() if id(p) not in chosen]
-    groups = [{"params": matrices, "momentum": _MOMENTUM}, {"params": others, "momentum": None}]
+    groups: list[dict[str, Any]] = [{"params": matrices, "momentum": _MOMENTUM}, {"params": others, "momentum": None}]
     return Muon(groups, lr=lr, weight_decay=weight_decay)
