@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections import defaultdict
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from timm_ghn.errors import MissingDependencyError
 from timm_ghn.finetune.results import RunResult, Summary, differences, spread
-from timm_ghn.storage.atomic import write_atomically
+from timm_ghn.storage.atomic import save_atomically
 from timm_ghn.text import table
 
 ENOUGH_STEPS = 150
@@ -95,6 +94,4 @@ def draw_curves(results: Iterable[RunResult], path: Path) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if measured:
         axis.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_atomically(path, buffer.getvalue())
+    save_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))

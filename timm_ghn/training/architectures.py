@@ -23,6 +23,7 @@ from timm_ghn.graph import to_graph
 from timm_ghn.graph.graph import Graph
 from timm_ghn.initialize.hypernetwork import Hypernetwork
 from timm_ghn.initialize.plan import make_plan
+from timm_ghn.seeding import seeded
 from timm_ghn.settings import Init, Source
 from timm_ghn.trace.skeleton import build_on_meta
 from timm_ghn.training.config import TrainConfig
@@ -160,8 +161,7 @@ class Network:
 
     def __init__(self, architecture: Architecture, ghn: GHN) -> None:
         self.architecture = architecture
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # what is not predicted depends on the architecture alone
+        with seeded(0):  # what is not predicted depends on the architecture alone
             model = architecture.build(ghn.config.num_classes)
         size = (3, architecture.size, architecture.size)
         try:

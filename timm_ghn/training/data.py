@@ -70,13 +70,6 @@ def split(data: ImageSet, *, held_out: int = 0, validation: float = 0.05, seed: 
     )
 
 
-def normalize(images: Tensor) -> Tensor:
-    """Bytes (B, 3, S, S) to float32 with ImageNet's mean and deviation, as timm's models expect."""
-    mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(IMAGENET_DEFAULT_STD, device=images.device).view(1, 3, 1, 1) * 255
-    return (images.float() - mean) / std
-
-
 def augment(images: Tensor, generator: torch.Generator, padding: int = 2) -> Tensor:
     """Flip half of the images and move each by up to `padding` pixels (edges reflected), as one gather.
 
@@ -143,7 +136,7 @@ class Batch:
 def take_batch(
     data: ImageSet, index: Tensor, device: torch.device | str, generator: torch.Generator | None = None
 ) -> Batch:
-    """Some images, normalized, with labels and targets.
+    """Some images, normalized by ImageNet's mean and deviation as timm's models expect, with labels and targets.
 
     Args:
         data: Images.
@@ -156,6 +149,9 @@ def take_batch(
         images = augment(images, generator)
     # Not in channels_last, though a quarter faster on CPUs: the backward pass of some drawn networks (a FastViT at 64 x
     # 64) then writes beyond its memory in torch 2.14.1's oneDNN.
-    images = normalize(images.to(device))
+    mean, std = (
+        255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    images = (images.to(device).float() - mean) / std
     targets = torch.empty(len(index), 0) if data.targets is None else data.targets[index].float()
     return Batch(images, data.labels[index].to(device), targets.to(device))

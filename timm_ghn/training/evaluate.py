@@ -32,9 +32,6 @@ class Evaluation:
     values: dict[str, float]
     families: dict[str, dict[str, float]]
 
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {value:.3f}" for name, value in self.values.items())
-
     def table(self) -> str:
         """One line a family."""
         rows = [(family, *found.values()) for family, found in [*sorted(self.families.items()), ("all", self.values)]]

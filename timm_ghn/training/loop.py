@@ -257,7 +257,7 @@ class Trainer:
             what = (self.eval_networks(), self.splits, self.objective, self.config)
             result = evaluate(self.average, *what, device=self.device)
             self._write_metrics({"step": self.step, "evaluation": asdict(result)})
-            logger.info("step %d: other networks: %s", self.step, result)
+            logger.info("step %d: other networks: %s", self.step, result.values)
         self.processes.wait_for_everyone()
         return result
 
