@@ -9,11 +9,11 @@ from typing import Any
 
 import joblib
 import pytest
-from ghn_reference import released_ghn3, seeded_ghn3
+from ghn_reference import ghn3_config, released_ghn3, seeded_ghn3
 from hub_client import Client, Failed
 from hub_server import Blob, Hub, Repository, Response
 
-from timm_ghn.ghn import GHN, GHNConfig, content_hash
+from timm_ghn.ghn import GHN, content_hash
 from timm_ghn.ghn.registry import GHN3
 
 LOAD = "ghn = timm_ghn.load_ghn('ghn3-t'); result = [ghn.info.name, ghn.info.hash]"
@@ -21,7 +21,7 @@ LOAD = "ghn = timm_ghn.load_ghn('ghn3-t'); result = [ghn.info.name, ghn.info.has
 
 @pytest.fixture(scope="module")
 def ghn() -> GHN:
-    return seeded_ghn3(GHNConfig.graphormer(16, 2, 4, num_classes=10))
+    return seeded_ghn3(ghn3_config(16, 2, 4, num_classes=10))
 
 
 def publish(hub: Hub, content: Any, compress: Any = 3) -> bytes:
@@ -75,7 +75,7 @@ def test_it_initializes_models_as_any_other_ghn(hub: Hub, client: Client, ghn: G
 def test_revisions_have_files_of_their_own(hub: Hub, client: Client, ghn: GHN) -> None:
     publish(hub, released_ghn3(ghn))
     first = hub.repositories[GHN3].refs["main"]
-    other = seeded_ghn3(GHNConfig.graphormer(8, 1, 2, num_classes=10))
+    other = seeded_ghn3(ghn3_config(8, 1, 2, num_classes=10))
     publish(hub, released_ghn3(other))
     old, new = (LOAD.replace("'ghn3-t'", repr(name)) for name in (f"ghn3-t@{first}", "ghn3-t"))
     assert client.run(old).result == [f"ghn3-t@{first}", content_hash(ghn)]

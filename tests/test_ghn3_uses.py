@@ -14,7 +14,7 @@ from pathlib import Path
 import joblib
 import pytest
 import timm
-from ghn_reference import SMALL, released_ghn3, seeded_ghn, seeded_ghn3
+from ghn_reference import SMALL, ghn3_config, released_ghn3, seeded_ghn, seeded_ghn3
 from hub_client import DIGEST, Client
 from hub_server import Hub
 from shards import noisy_images, write_shard
@@ -23,7 +23,7 @@ from zoo_survey.examine import Settings, examine
 
 from timm_ghn import init_model, load_ghn
 from timm_ghn.cli import main
-from timm_ghn.ghn import GHN, GHNConfig, content_hash
+from timm_ghn.ghn import GHN, content_hash
 from timm_ghn.initialize.report import GHN3_NOTE
 from timm_ghn.training.cli import add_train_arguments, make_config
 from timm_ghn.training.processes import join_processes
@@ -34,7 +34,7 @@ BY_NAME: dict[str, str | None] = {"TIMM_GHN": "ghn3-t"}
 
 @pytest.fixture(scope="module")
 def ghn() -> GHN:
-    return seeded_ghn3(GHNConfig.graphormer(16, 2, 4))
+    return seeded_ghn3(ghn3_config(16, 2, 4))
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_starts_are_compared(file: Path, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.usefixtures("one_thread")
 def test_training_begins_with_it(tmp_path: Path) -> None:
     """The run takes over the sizes of the GHN, and changes it."""
-    ghn = seeded_ghn3(GHNConfig.graphormer(16, 2, 4, num_classes=6))
+    ghn = seeded_ghn3(ghn3_config(16, 2, 4, num_classes=6))
     joblib.dump(released_ghn3(ghn), tmp_path / "ghn3.pt")
     write_shard(tmp_path / "train.safetensors", noisy_images(80, 0, 32, classes=6))
     line = ["--images", str(tmp_path / "train.safetensors"), "--out", str(tmp_path / "run"), "--device", "cpu"]

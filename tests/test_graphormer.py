@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from ghn_reference import REFERENCE, seeded_ghn3
+from ghn_reference import REFERENCE, ghn3_config, seeded_ghn3
 from hypothesis import given
 from reference_data import samples
 from test_ghn_model import CASES, chain, graphs, weight
@@ -24,14 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import MODULES, on_meta, smallest_model
 
 from timm_ghn.errors import CheckpointError
-from timm_ghn.ghn import GHN, GHNConfig, graphormer
+from timm_ghn.ghn import GHN, graphormer
 from timm_ghn.ghn.layout import Tiles
 from timm_ghn.graph import Graph, Layout, Node, Op, Role, Target, to_graph
 from timm_ghn.trace.skeleton import build_on_meta
 
 MORE: dict[str, dict[str, Any]] = json.loads((REFERENCE / "ghn3_more.json").read_text())
 EXPECTED: dict[str, dict[str, Any]] = json.loads((REFERENCE / "ghn3.json").read_text())
-TINY = GHNConfig.graphormer(16, 2, 4, num_classes=10)
+TINY = ghn3_config(16, 2, 4, num_classes=10)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_the_published_sizes() -> None:
     """Numbers of parameters of the four released files (arXiv 2303.04143, table 1)."""
     sizes = {(64, 3, 8): 6.91e6, (128, 5, 16): 35.81e6, (256, 12, 16): 214.7e6, (384, 24, 16): 654.37e6}
     with torch.device("meta"):
-        found = {size: sum(p.numel() for p in GHN(GHNConfig.graphormer(*size)).parameters()) for size in sizes}
+        found = {size: sum(p.numel() for p in GHN(ghn3_config(*size)).parameters()) for size in sizes}
     assert found == pytest.approx(sizes, rel=1e-3)
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import joblib
 import pytest
 import torch
-from ghn_reference import SMALL, released_ghn3, seeded_ghn, seeded_ghn3
+from ghn_reference import SMALL, ghn3_config, released_ghn3, seeded_ghn, seeded_ghn3
 
 from timm_ghn.errors import CheckpointError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, pickles, read
 
-TINY = GHNConfig.graphormer(16, 2, 4, num_classes=10)
+TINY = ghn3_config(16, 2, 4, num_classes=10)
 COMPRESSIONS = [0, *((kind, 3) for kind in ("zlib", "gzip", "bz2", "xz", "lzma", "lz4"))]
 
 

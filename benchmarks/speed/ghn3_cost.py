@@ -57,7 +57,12 @@ def ours(name: str, model: Any, nodes: int) -> tuple[int, float, Callable[[], An
     else:
         graph = to_graph(model)
     seconds = time.perf_counter() - start
-    ghn = random_ghn(lambda: GHN(GHNConfig() if size is None else GHNConfig.graphormer(*size)))
+    config = GHNConfig()
+    if size is not None:
+        hid, layers, heads = size
+        shape = (hid, hid, 16, 16)
+        config = GHNConfig(shape, hypernet="graphormer", hid=hid, layers=layers, heads=heads, cut="centre")
+    ghn = random_ghn(lambda: GHN(config))
 
     def predict() -> None:
         if model is None:

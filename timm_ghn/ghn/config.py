@@ -73,22 +73,6 @@ class GHNConfig:
     cut: str = "corner"
     start_layer: int | None = None
 
-    @classmethod
-    def graphormer(
-        cls, hid: int = 64, layers: int = 3, heads: int = 8, *, num_classes: int = 1000, side: int = 16
-    ) -> GHNConfig:
-        """Hyperparameters of a GHN-3; the defaults are those of GHN-3-T (arXiv 2303.04143, table 1).
-
-        Args:
-            hid: Size of a node's features, and number of channels of a block.
-            layers: Layers of the Graphormer.
-            heads: Attention heads.
-            num_classes: Classes of the data set that it is trained on.
-            side: Height and width of a block.
-        """
-        shape = (hid, hid, side, side)
-        return cls(shape, num_classes, "graphormer", hid=hid, layers=layers, heads=heads, cut="centre")
-
     def __post_init__(self) -> None:
         shape, with_layers = self.max_shape, self.hypernet == "graphormer"
         _require(isinstance(shape, tuple) and len(shape) == 4, f"max_shape is {_show(shape)}, not four sizes")

@@ -33,6 +33,7 @@ from timm_ghn.settings import Init, Source
 from timm_ghn.storage.folder import CONFIG_FILE, MAX_SHARD_SIZE
 from timm_ghn.storage.paths import file_sha256
 from timm_ghn.storage.writer import INDEX_FILE
+from timm_ghn.text import format_size
 
 _logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def push(
     if remote is not None and not options.overwrite and _is_there(request, remote, options):
         return Pushed(request.name, repository, Outcome.SKIPPED, "the repository has these weights already")
     if options.dry_run:
-        return Pushed(request.name, repository, Outcome.PLANNED, f"about {_megabytes(request.skeleton())}")
+        return Pushed(request.name, repository, Outcome.PLANNED, f"about {_size(request.skeleton())}")
     with tempfile.TemporaryDirectory(prefix="timm-ghn-") as folder:
         _make_folder(request, Path(folder), repository, options)
         return _upload(request.name, Path(folder), source, remote, options, f"{request.init.method} weights")
@@ -200,7 +201,7 @@ def push_ghn(
     target, remote = _destination(repository, options, mark=HUB_FILE)
     if options.dry_run:
         known = "replaces what is there" if remote is not None and HUB_FILE in remote.files else "new"
-        return Pushed(name, repository, Outcome.PLANNED, f"{_megabytes(ghn)}, {known}")
+        return Pushed(name, repository, Outcome.PLANNED, f"{_size(ghn)}, {known}")
     with tempfile.TemporaryDirectory(prefix="timm-ghn-") as folder:
         root = Path(folder)
         checkpoint.write_safetensors(ghn, root / HUB_FILE, dict(ghn.info.metadata) if ghn.info else None)
@@ -305,9 +306,9 @@ def _destination(repository: str, options: PushOptions, *, mark: str = FILE) -> 
     return source, found
 
 
-def _megabytes(module: nn.Module) -> str:
+def _size(module: nn.Module) -> str:
     """Size of a module's tensors."""
-    return f"{sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values()) / 1e6:,.1f} MB"
+    return format_size(sum(tensor.nbytes for tensor in module.state_dict().values()))
 
 
 def _is_there(request: Request, remote: Snapshot, options: PushOptions) -> bool:
@@ -363,5 +364,5 @@ def _upload(
         return Pushed(name, repository, Outcome.SKIPPED, "the repository has these files already")
     size = sum(path.stat().st_size for path in files)
     outcome = Outcome.PROPOSED if options.create_pr else Outcome.PUSHED
-    detail = f"{len(files)} files, {size / 1e6:,.1f} MB"
+    detail = f"{len(files)} files, {format_size(size)}"
     return Pushed(name, repository, outcome, detail, commit.pr_url or str(commit.commit_url))
