@@ -143,8 +143,7 @@ def _predictions(plan: Plan, scaled: dict[str, tuple[float, str]]) -> Iterator[P
         bounding = bounding_factor(prediction, assigned.gains)
         if math.isnan(bounding):
             raise InitError(f"the GHN predicts values for {name} that are not finite; it was not trained well enough")
-        if plan.init.rescale == "off":
-            bounding = 1.0
+        bounding = bounding if plan.init.rescale == "auto" else 1.0
         for factor in (bounding, assigned.factor):
             if factor != 1:
                 prediction = replace(prediction, block=prediction.block * factor)

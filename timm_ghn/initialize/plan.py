@@ -288,8 +288,7 @@ def _check_model(model: nn.Module, init: Init, kept: Mapping[str, str]) -> None:
     if init.spec.source is Source.TIMM:
         return
     parameters = dict(model.named_parameters())
-    tensors: dict[str, Tensor] = {**parameters, **dict(model.named_buffers())}
-    on_meta = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
+    on_meta = next((name for name, x in [*parameters.items(), *model.named_buffers()] if x.is_meta), None)
     if on_meta is not None:
         raise InitError(
             f"{on_meta} is on the meta device, where parameters and buffers that are kept have no values. Build the "

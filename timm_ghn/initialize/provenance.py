@@ -25,7 +25,6 @@ _PREFIX = "timm-ghn: "
 """Start of the note in `model.pretrained_cfg` that holds the provenance."""
 _REPORT = "_timm_ghn_report"
 """Attribute of a model that holds its report as plain data, which copies and pickles of the model keep."""
-_PAPER = "arXiv:2207.10049"
 _FOREIGN_FIELDS = (
     "url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "origin_url", "license",
 )  # fmt: skip
@@ -95,7 +94,7 @@ def record_(model: nn.Module, report: Report) -> None:
     for name in _FOREIGN_FIELDS:
         config.pop(name, None)
     tag, notes = origin["method"].replace("-", "_"), (_PREFIX + json.dumps(origin),)
-    config.update(custom_load=False, tag=tag, description=_sentence(origin), paper_ids=_PAPER, notes=notes)
+    config.update(custom_load=False, tag=tag, description=_sentence(origin), paper_ids="arXiv:2207.10049", notes=notes)
 
 
 def _sentence(origin: Mapping[str, Any]) -> str:
