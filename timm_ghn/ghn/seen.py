@@ -28,7 +28,7 @@ from timm_ghn.graph.nodes import Node, Op
 
 HOPS = 2
 """Edges to the farthest operators that count: a bias stands between a kernel and the norm layer behind it."""
-MOST = 3 / 4
+MOST = 2 / 3
 """The share of a network's tensors in other surroundings above which nothing is predicted: a few predictions among
 orthogonal layers were worse than none (docs/ghns.md)."""
 NEUTRAL = (Op.INPUT, Op.MAX_POOL, Op.AVG_POOL, Op.GLOB_AVG)
