@@ -32,9 +32,10 @@ def part_of(data: Benchmark, part: ClassPart, held_out: int = 50, seed: int = 0)
     if part == "all":
         return data
     try:
-        hidden = split(data.train, held_out=held_out, seed=seed).held_out_classes
+        found = split(data.train, held_out=held_out, seed=seed).held_out
     except TrainingError as error:
         raise FineTuneError(f"{data.name}: {error}") from error
+    hidden = set() if found is None else set(found.labels.tolist())
     chosen = [label for label in range(data.num_classes) if (label in hidden) == (part == "held-out")]
     return Benchmark(
         f"{data.name}, {part} classes", _with_classes(data.train, chosen), _with_classes(data.test, chosen), data.copy

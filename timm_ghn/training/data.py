@@ -21,13 +21,11 @@ class Splits:
         train: Images that the GHN is trained on.
         validation: Other images of the same classes.
         held_out: Images of classes that are in neither of them; None if no class is held out.
-        held_out_classes: Indices of those classes.
     """
 
     train: ImageSet
     validation: ImageSet
     held_out: ImageSet | None
-    held_out_classes: tuple[int, ...]
 
     @property
     def num_outputs(self) -> int:
@@ -66,7 +64,6 @@ def split(data: ImageSet, *, held_out: int = 0, validation: float = 0.05, seed: 
         train=data.subset(is_train),
         validation=data.subset(is_validation),
         held_out=data.subset(is_held_out) if chosen else None,
-        held_out_classes=tuple(chosen),
     )
 
 

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,7 @@ MAX_SKIPPED = 50
 _CHECKPOINT_FILES = ("ghn-*.safetensors", "average-*.safetensors", "optimizer-*.pt")
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains a GHN on a stream of networks.
 
@@ -65,24 +66,18 @@ class Trainer:
         processes: What `join_processes` gives; this process alone, on the CPU, by default.
     """
 
-    def __init__(
-        self,
-        ghn: GHN,
-        config: TrainConfig,
-        splits: Splits,
-        networks: Callable[[int], Network],
-        eval_networks: Callable[[], Iterable[Network]],
-        out: Path,
-        processes: Accelerator | None = None,
-    ) -> None:
-        self.processes = join_processes() if processes is None else processes
+    ghn: GHN
+    config: TrainConfig
+    splits: Splits
+    networks: Callable[[int], Network]
+    eval_networks: Callable[[], Iterable[Network]]
+    out: Path
+    processes: Accelerator = field(default_factory=join_processes)
+
+    def __post_init__(self) -> None:
+        ghn, config, splits = self.ghn, self.config, self.splits
         self.device = self.processes.device
-        self.ghn = ghn.to(self.device)
-        self.config = config
-        self.splits = splits
-        self.networks = networks
-        self.eval_networks = eval_networks
-        self.out = out
+        ghn.to(self.device)
         self.rank, self.world = self.processes.process_index, self.processes.num_processes
         if config.meta_batch % self.world:
             raise TrainingError(f"{config.meta_batch} networks an update cannot be shared by {self.world} processes")

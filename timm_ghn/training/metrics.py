@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from statistics import fmean
 
 
 class Meter:
@@ -15,8 +16,7 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = defaultdict(float)
-        self._counts: dict[str, int] = defaultdict(int)
+        self._values: dict[str, list[float]] = defaultdict(list)
         self._seconds: dict[str, float] = defaultdict(float)
         self._started = time.perf_counter()
         self.steps = 0
@@ -24,8 +24,7 @@ class Meter:
     def add(self, values: Mapping[str, float]) -> None:
         """Count some values once."""
         for name, value in values.items():
-            self._sums[name] += value
-            self._counts[name] += 1
+            self._values[name].append(value)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -39,6 +38,6 @@ class Meter:
     def summary(self) -> dict[str, float]:
         """Means, updates a second, and shares of the time."""
         total = max(time.perf_counter() - self._started, 1e-9)
-        means = {name: value / self._counts[name] for name, value in self._sums.items()}
+        means = {name: fmean(values) for name, values in self._values.items()}
         shares = {f"{name}_share": seconds / total for name, seconds in self._seconds.items()}
         return {**means, "steps_per_second": self.steps / total, **shares}
