@@ -85,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     seeds.add_argument("--num-seeds", type=int, default=5, metavar="N", help="train with seeds 0 to N - 1 (default: 5)")
     seeds.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="train with these seeds")
     how.add_argument("--tune-lr", type=float, nargs="+", default=[], metavar="LR", help="learning rates to choose from")
-    how.add_argument("--tune-weight-decay", type=float, nargs="+", default=[], metavar="WD", help="likewise")
+    how.add_argument("--tune-weight-decay", type=float, nargs="+", default=[], metavar="WD", help="weight decays")
     how.add_argument("--tune-seeds", type=int, nargs="+", default=[1000], help="seeds of the trials")
     run = parser.add_argument_group("execution")
     run.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: results)")
