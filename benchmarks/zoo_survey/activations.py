@@ -40,7 +40,7 @@ class BlockActivation:
     Attributes:
         name: Qualified name of the module; from its second call on followed by "#2", "#3", ...
         rms: Root of the mean square; NaN if a value is not finite.
-        std: Standard deviation of all values; NaN likewise.
+        std: Standard deviation of all values; NaN if one is not finite.
         finite: Whether all values are finite.
     """
 
@@ -117,7 +117,7 @@ class ActivationRatio:
     Attributes:
         finite: Whether all activations of the candidate are finite.
         logits: Ratio of the logits; None if the reference's are all zero (timm starts some heads from zero).
-        features: Ratio of what the classifier reads; None likewise, or if there is no such thing.
+        features: Ratio of what the classifier reads; None if the reference's is zero or there is no classifier.
         worst: The block whose ratio is farthest from 1; None if there is no block to compare.
         blocks: All blocks whose reference is not zero.
     """

@@ -196,11 +196,11 @@ class Activations:
     Attributes:
         blocks: Number of blocks that were compared.
         low: The block of the smallest ratio; None if there is no block to compare.
-        high: The one of the largest ratio; None likewise.
+        high: The block of the largest ratio; None if there is no block to compare.
         peak: Largest root mean square of all blocks.
         peak_timm: The same with timm's own weights.
         features: Ratio of what the classifier reads; None where timm's are zero.
-        logits: Ratio of the output; None likewise.
+        logits: Ratio of the output; None where timm's is zero.
         finite: Whether all activations are finite, also with the running statistics as they are.
         finite_timm: Whether those with timm's own weights are.
         input_size: (channels, height, width) of the images; None for the model's own.
