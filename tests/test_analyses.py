@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from traces import TraceBuilder
 
-from timm_ghn.graph.analyses import Analyses
+from timm_ghn.graph.analyses import analyse
 from timm_ghn.graph.extents import Extent
 from timm_ghn.graph.nodes import Op
 from timm_ghn.graph.norms import SpelledNorm, Stage
@@ -32,7 +32,7 @@ def test_what_depends_on_the_input_and_what_all_else_is_made_from(t: TraceBuilde
     picked = t.call("index_select", w, 0, constant)
     features = t.call("linear", constant, turned, shape=(3, 8))
     y = t.call("linear", x, turned, shape=(2, 8))
-    origins = Analyses(t.trace(y)).origins
+    origins = analyse(t.trace(y)).origins
     assert origins.data == {x.index, y.index}
     assert origins.of(turned) == Origin((w.index,), is_transposed=True)
     assert origins.of(scaled) == Origin((w.index, v.index))
@@ -43,7 +43,7 @@ def test_what_depends_on_the_input_and_what_all_else_is_made_from(t: TraceBuilde
 
 def test_a_layer_over_learned_tokens_makes_data(t: TraceBuilder) -> None:
     queries = t.call("linear", t.parameter("token", 1, 4), t.parameter("w", 4, 4))
-    assert Analyses(t.trace(queries)).origins.is_data(queries)
+    assert analyse(t.trace(queries)).origins.is_data(queries)
 
 
 # Extents
@@ -54,7 +54,7 @@ def test_channels_and_maps_of_the_layer_before(t: TraceBuilder) -> None:
     tokens = t.call("flatten", features, 2, shape=(1, 16, 64))
     pooled = t.call("mean", tokens, -1, shape=(1, 16))
     hidden = t.call("linear", pooled, t.parameter("fc", 5, 16), shape=(1, 5))
-    extents = Analyses(t.trace(hidden)).extents
+    extents = analyse(t.trace(hidden)).extents
     assert extents[tokens.index] == Extent(16, (8, 8))
     assert extents[hidden.index] == Extent(5, (8, 8))
 
@@ -71,7 +71,7 @@ def test_the_stages_of_a_spelled_norm(t: TraceBuilder, dims: tuple[int, ...], op
     normalized = t.call("mul", x, inverse)
     scaled = t.call("mul", normalized, t.parameter("gain", 16))
     shifted = t.call("add", scaled, t.parameter("shift", 16))
-    norms = Analyses(t.trace(shifted)).norms
+    norms = analyse(t.trace(shifted)).norms
     assert norms[square.index] == SpelledNorm(Stage.STATISTIC, op)
     assert norms[inverse.index] == SpelledNorm(Stage.INVERSE, op)
     assert norms[normalized.index] == SpelledNorm(Stage.NORMALIZED, op)
@@ -82,7 +82,7 @@ def test_the_stages_of_a_spelled_norm(t: TraceBuilder, dims: tuple[int, ...], op
 def test_a_product_with_a_statistic_is_no_norm(t: TraceBuilder) -> None:
     x = conv(t, t.input(1, 3, 8, 8), 16)
     gated = t.call("mul", x, t.call("mean", x, (2, 3), shape=(1, 16, 1, 1)))
-    assert gated.index not in Analyses(t.trace(gated)).norms
+    assert gated.index not in analyse(t.trace(gated)).norms
 
 
 # Squeezes and gates
@@ -94,7 +94,7 @@ def test_a_gate_uses_its_squeeze_and_a_pooling_does_not(t: TraceBuilder) -> None
     gate = t.call("sigmoid", conv(t, squeezed, 16, "up"))
     gated = t.call("mul", x, gate)
     pooled = t.call("mean", gated, (2, 3), shape=(1, 16))
-    known = Analyses(t.trace(pooled))
+    known = analyse(t.trace(pooled))
     assert known.gates.products == {gated.index}
     assert known.gates.squeezes == {squeezed.index}
     assert known.squeezes[gate.index] == {squeezed.index}
@@ -108,7 +108,7 @@ def test_ppuda_finds_gates_one_operation_behind_a_hard_sigmoid(t: TraceBuilder, 
     for _ in range(between):
         gate = t.call("view", gate)
     gated = t.call("mul", x, gate)
-    assert (gated.index in Analyses(t.trace(gated)).hard_gates) is found
+    assert (gated.index in analyse(t.trace(gated)).hard_gates) is found
 
 
 # Attention
@@ -119,18 +119,18 @@ def test_of_consecutive_products_the_last_is_the_attention(t: TraceBuilder) -> N
     similar = t.call("matmul", q, t.call("mT", k, shape=(4, 5)), shape=(5, 5))
     weights = t.call("softmax", similar, -1)
     values = t.call("matmul", weights, v, shape=(5, 4))
-    known = Analyses(t.trace(values))
+    known = analyse(t.trace(values))
     assert known.attention == {values.index}
     assert known.matches[weights.index].similarity == (5, 5)
     linear = t.call("matmul", q, t.call("matmul", t.call("mT", k, shape=(4, 5)), v, shape=(4, 4)), shape=(5, 4))
-    assert Analyses(t.trace(linear)).attention == {values.index, linear.index}
+    assert analyse(t.trace(linear)).attention == {values.index, linear.index}
 
 
 def test_a_weighted_sum_is_attention(t: TraceBuilder) -> None:
     x = t.call("linear", t.input(5, 4), t.parameter("w", 4, 4))
     weighted = t.call("mul", t.call("softmax", x, -2), t.call("relu", x))
     total = t.call("sum", weighted, -2, shape=(1, 4))
-    known = Analyses(t.trace(total))
+    known = analyse(t.trace(total))
     assert known.matches[weighted.index].is_weighted
     assert known.attention == {total.index}
 
@@ -144,7 +144,7 @@ def test_a_vector_behind_a_product_with_a_weight_is_its_bias(t: TraceBuilder) ->
     part = t.call("chunk", bare, 2, shape=(2, 4))
     full = t.call("linear", x, t.call("t", w, shape=(8, 4)), b, shape=(2, 8))
     bent = t.call("relu", bare)
-    unbiased = Analyses(t.trace(full)).unbiased
+    unbiased = analyse(t.trace(full)).unbiased
     assert {bare.index, part.index} <= unbiased
     assert not {full.index, bent.index} & unbiased
 
@@ -156,7 +156,7 @@ def test_a_kernel_that_the_input_mixes_comes_from_its_experts(t: TraceBuilder) -
     mixed = t.call("matmul", routing, experts, shape=(1, 216))
     kernel = t.call("view", mixed, shape=(8, 3, 3, 3))
     y = t.call("conv2d", x, kernel, shape=(1, 8, 6, 6))
-    known = Analyses(t.trace(y))
+    known = analyse(t.trace(y))
     assert known.mixtures.experts == {kernel.index: (experts.index,)}
     assert known.mixtures.mixed == {mixed.index}
     assert squeezed.index in known.gates.squeezes

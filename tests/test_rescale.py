@@ -22,6 +22,7 @@ from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN, Prediction, load_ghn
 from timm_ghn.graph import Layout, Role, Target, capture, to_graph
+from timm_ghn.graph.analyses import analyse
 from timm_ghn.initialize.hypernetwork import find_hypernetwork
 from timm_ghn.initialize.plan import make_plan
 from timm_ghn.initialize.report import Status
@@ -128,11 +129,11 @@ class Residual(nn.Module):
 
 
 def structure(model: nn.Module, *size: int, gate: float | None = None) -> Structure:
-    return find_structure(capture(model, example_input=torch.randn(2, *size)), lambda _: gate)
+    return find_structure(analyse(capture(model, example_input=torch.randn(2, *size))), lambda _: gate)
 
 
 def structure_of(model: nn.Module) -> Structure:
-    return find_structure(capture(model))
+    return find_structure(analyse(capture(model)))
 
 
 @pytest.mark.parametrize("end", ["layer", "norm", "gate"])
@@ -450,7 +451,7 @@ def test_a_complex_scale_counts_by_its_absolute_value(value: complex | None, fac
 def test_the_networks_of_the_paper_are_left_alone(name: str) -> None:
     with torch.device("meta"):
         model = getattr(torchvision.models, name)()
-    found = find_structure(capture(model))
+    found = find_structure(analyse(capture(model)))
     targets = [Target(parameter, (1,), Role.BIAS) for parameter, _ in model.named_parameters()]
     assert found.factors(targets, 64) == {}
     assert not any(found.needs_orthogonal(parameter) for parameter, _ in model.named_parameters())

@@ -7,7 +7,7 @@ import math
 import pytest
 from traces import TraceBuilder
 
-from timm_ghn.graph.analyses import Analyses
+from timm_ghn.graph.analyses import analyse
 from timm_ghn.scale.batch_norms import Growth, find_growth, find_last_batch_norms, find_overflowing
 from timm_ghn.scale.branches import Scale, find_scales
 from timm_ghn.scale.products import Product, Weights, find_products, find_weights
@@ -30,7 +30,7 @@ def number(t: TraceBuilder, name: str) -> int:
 
 
 def steps(t: TraceBuilder) -> Steps:
-    return Steps(Analyses(t.trace()))
+    return Steps(analyse(t.trace()))
 
 
 # Streams

@@ -1,10 +1,9 @@
-"""What is known of the values of a trace before a node is made: the analyses, each computed when first asked for."""
+"""What is known of the values of a trace before a node is made."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from functools import cached_property
 
 from timm_ghn.graph.attention import Match, find_attention, find_matches
 from timm_ghn.graph.extents import Extent, find_extents, find_unbiased
@@ -15,62 +14,42 @@ from timm_ghn.graph.squeezes import Gates, Squeezes, find_gates, find_hard_gates
 from timm_ghn.trace.records import Trace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Analyses:
     """The analyses of a trace, by number of the value; see the modules of the types.
 
     Attributes:
         trace: The forward pass.
+        origins: What depends on the input, and what all else is made from.
+        extents: Channels and feature maps.
+        norms: Parts of spelled-out norms.
+        mixtures: Kernels that the input mixes.
+        squeezes: Values of one number a channel.
+        gates: Products of values and squeezed ones.
+        hard_gates: What ppuda takes for these products.
+        matches: Similarities, and what is weighted by them.
+        attention: Where attention ends.
+        unbiased: Products with weights that have no bias yet.
     """
 
     trace: Trace
+    origins: Origins
+    extents: Mapping[int, Extent]
+    norms: Mapping[int, SpelledNorm]
+    mixtures: Mixtures
+    squeezes: Squeezes
+    gates: Gates
+    hard_gates: Set[int]
+    matches: Mapping[int, Match]
+    attention: Set[int]
+    unbiased: Set[int]
 
-    @cached_property
-    def origins(self) -> Origins:
-        """What depends on the input, and what all else is made from."""
-        return find_origins(self.trace)
 
-    @cached_property
-    def extents(self) -> Mapping[int, Extent]:
-        """Channels and feature maps."""
-        return find_extents(self.origins)
-
-    @cached_property
-    def norms(self) -> Mapping[int, SpelledNorm]:
-        """Parts of spelled-out norms."""
-        return find_norms(self.origins, self.extents)
-
-    @cached_property
-    def mixtures(self) -> Mixtures:
-        """Kernels that the input mixes."""
-        return find_mixtures(self.origins)
-
-    @cached_property
-    def squeezes(self) -> Squeezes:
-        """Values of one number a channel."""
-        return find_squeezes(self.origins, self.extents)
-
-    @cached_property
-    def gates(self) -> Gates:
-        """Products of values and squeezed ones."""
-        return find_gates(self.origins, self.squeezes, self.norms, self.mixtures)
-
-    @cached_property
-    def hard_gates(self) -> Set[int]:
-        """What ppuda takes for these products."""
-        return find_hard_gates(self.origins)
-
-    @cached_property
-    def matches(self) -> Mapping[int, Match]:
-        """Similarities, and what is weighted by them."""
-        return find_matches(self.origins, self.squeezes)
-
-    @cached_property
-    def attention(self) -> Set[int]:
-        """Where attention ends."""
-        return find_attention(self.origins, self.matches)
-
-    @cached_property
-    def unbiased(self) -> Set[int]:
-        """Products with weights that have no bias yet."""
-        return find_unbiased(self.origins)
+def analyse(trace: Trace) -> Analyses:
+    """Look at a trace in all ways."""
+    origins = find_origins(trace)
+    extents, mixtures = find_extents(origins), find_mixtures(origins)
+    norms, squeezes = find_norms(origins, extents), find_squeezes(origins, extents)
+    gates, matches = find_gates(origins, squeezes, norms, mixtures), find_matches(origins, squeezes)
+    hard_gates, attention, unbiased = find_hard_gates(origins), find_attention(origins, matches), find_unbiased(origins)
+    return Analyses(trace, origins, extents, norms, mixtures, squeezes, gates, hard_gates, matches, attention, unbiased)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from enum import Enum
 
 from timm_ghn.errors import GraphError
-from timm_ghn.graph.analyses import Analyses
+from timm_ghn.graph.analyses import Analyses, analyse
 from timm_ghn.graph.classifiers import BEHIND_LOGITS, mark_classifiers
 from timm_ghn.graph.extents import UNKNOWN
 from timm_ghn.graph.graph import Graph
@@ -79,7 +79,7 @@ def condense(
     Raises:
         GraphError: If the output does not depend on the input, or no layer has parameters that a GHN can predict.
     """
-    builder = _Builder(analyses or Analyses(trace), reading)
+    builder = _Builder(analyses or analyse(trace), reading)
     for operation in trace.operations:
         builder.add(operation)
     graph = builder.finish()

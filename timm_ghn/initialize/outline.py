@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from timm_ghn.graph import Graph, Reading, capture, condense
-from timm_ghn.graph.analyses import Analyses
+from timm_ghn.graph.analyses import Analyses, analyse
 from timm_ghn.orthogonalization import WeightLayer, weight_layers
 
 
@@ -48,6 +48,6 @@ def read_outline(
         GraphError: If the model has no layer that can be predicted.
     """
     trace = capture(model, input_size=input_size, example_input=example_input)
-    analyses = Analyses(trace)
+    analyses = analyse(trace)
     graph = condense(trace, reading=Reading(reading), analyses=analyses)
     return Outline(weight_layers(model, trace=trace), analyses, graph)

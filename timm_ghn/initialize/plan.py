@@ -234,7 +234,7 @@ def _choose_for_ghn(
     structure = None
     if init.rescale == "auto":
         start = partial(_start, {name: p for name, p in parameters.items() if name not in targets}, deferred)
-        structure = find_structure(outline.analyses.trace, start, analyses=outline.analyses)
+        structure = find_structure(outline.analyses, start)
         if start_layer is not None:
             late += [x for x in layers if not x.is_classifier and structure.needs_orthogonal(x.parameter)]
     processed = {layer.parameter: layer for layer in late if layer.parameter in free}

@@ -126,28 +126,22 @@ class Structure:
     def _divisor(self, target: Target, block: int) -> float:
         name = target.name
         divisor = self.branches.get(name, 1.0)
-        phase = math.sqrt(max(_in_channels(target) / block, 1.0)) if target.role is Role.WEIGHT else 1.0
-        if divisor > 1 or name in self.chained or name in self.products:
-            divisor *= phase
+        if target.role is Role.WEIGHT and (divisor > 1 or name in self.chained or name in self.products):
+            in_channels = target.shape[0 if target.layout is Layout.TRANSPOSED else 1]
+            divisor *= math.sqrt(max(in_channels / block, 1.0))
         if target.role is Role.BIAS and self.chains.get(name, 0) > MAX_CHAIN:
             divisor = max(divisor, self.chains[name])
         return divisor * self.products.get(name, 1)
 
 
-def _in_channels(target: Target) -> int:
-    """Channels that an output of a predicted kernel sums over."""
-    return target.shape[0 if target.layout is Layout.TRANSPOSED else 1]
-
-
-def find_structure(trace: Trace, start: Start = lambda _: None, *, analyses: Analyses | None = None) -> Structure:
+def find_structure(analyses: Analyses, start: Start = lambda _: None) -> Structure:
     """Read residual streams, products of activations and chains without norms from a recorded forward pass.
 
     Args:
-        trace: The forward pass.
+        analyses: Those of the forward pass.
         start: Starting values of the parameters that are kept. Learned scales of unknown size count as small.
-        analyses: Those of the trace, where they exist already.
     """
-    steps = Steps(analyses or Analyses(trace))
+    steps, trace = Steps(analyses), analyses.trace
     streams = find_streams(steps)
     scales, chains, growths = find_scales(steps, streams, start), find_chains(steps), find_growth(steps, streams)
     products = find_products(steps, streams, scales, chains, growths)
