@@ -10,13 +10,12 @@ The choices where DeepNets-1M (what GHN-2 was trained on) has no direct counterp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from enum import Enum
 
 from timm_ghn.errors import GraphError
 from timm_ghn.graph.analyses import Analyses, analyse
-from timm_ghn.graph.classifiers import BEHIND_LOGITS, mark_classifiers
 from timm_ghn.graph.extents import UNKNOWN
 from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.nodes import Node, Op, Role, Target
@@ -61,6 +60,8 @@ _SCALE = "multiplied elementwise (layer scale, gain or gate)"
 _ADDED = "added to an activation in a way that the graph vocabulary has no word for"
 _ADDED_VECTOR = "a vector added outside of a norm or a layer with weights"
 _POOLS = {Kind.MAX_POOL: Op.MAX_POOL, Kind.AVG_POOL: Op.AVG_POOL}
+_BEHIND_LOGITS = frozenset({Op.BIAS, Op.SUM, Op.CONCAT, Op.GLOB_AVG})
+"""What may be computed from logits before they are returned."""
 
 
 def condense(
@@ -349,8 +350,8 @@ class _Builder:
         kept = sorted(self._ancestors(ends) | {0})
         number = {node: position for position, node in enumerate(kept)}
         edges = sorted((number[source], number[node]) for node in kept for source in self._sources[node])
-        behind = BEHIND_LOGITS if self._reading is Reading.DEFAULT else BEHIND_LOGITS - {Op.GLOB_AVG}
-        nodes = mark_classifiers([self._nodes[node] for node in kept], edges, self._class_counts(outputs), behind)
+        behind = _BEHIND_LOGITS if self._reading is Reading.DEFAULT else _BEHIND_LOGITS - {Op.GLOB_AVG}
+        nodes = _mark_classifiers([self._nodes[node] for node in kept], edges, self._class_counts(outputs), behind)
         predicted = {target.name for node in nodes for target in node.targets}
         return Graph(tuple(nodes), tuple(edges), unused=self._unused(predicted))
 
@@ -384,3 +385,38 @@ def _convolution(operation: Operation) -> Op:
         return Op.CONV
     dilation = flat(operation.argument(7 if row_of(operation).is_transposed else 5, "dilation", 1))
     return Op.DIL_CONV if min(dilation, default=1) > 1 else Op.SEP_CONV
+
+
+def _mark_classifiers(
+    nodes: Sequence[Node], edges: Sequence[tuple[int, int]], counts: set[int], behind: Set[Op] = _BEHIND_LOGITS
+) -> list[Node]:
+    """Give classifier roles to the linear layers that make the logits.
+
+    These are weights with one row a class behind which there are only biases, and sums, concatenations and means of
+    logits alone.
+    """
+    successors: list[list[int]] = [[] for _ in nodes]
+    predecessors: list[list[int]] = [[] for _ in nodes]
+    for source, target in edges:
+        successors[source].append(target)
+        predecessors[target].append(source)
+    heads: list[bool] = []  # what is made of such weights alone, unlike the sum behind a residual branch
+    for node, sources in zip(nodes, predecessors, strict=True):
+        if node.op is Op.CONV and node.shape and math.prod(node.shape) == math.prod(node.shape[:2]):
+            heads.append(node.shape[0] in counts)
+        else:
+            heads.append(node.op in behind and bool(sources) and all(heads[source] for source in sources))
+    marked = list(nodes)
+    last = [True] * len(nodes)
+    for index in reversed(range(len(nodes))):
+        last[index] = all(last[n] and heads[n] and nodes[n].op is not Op.CONV for n in successors[index])
+        if last[index] and heads[index] and nodes[index].op is Op.CONV:
+            marked[index] = _with_role(nodes[index], Role.CLASS_WEIGHT)
+            for follower in successors[index]:
+                if nodes[follower].op is Op.BIAS:
+                    marked[follower] = _with_role(nodes[follower], Role.CLASS_BIAS)
+    return marked
+
+
+def _with_role(node: Node, role: Role) -> Node:
+    return replace(node, targets=tuple(replace(target, role=role) for target in node.targets))
