@@ -68,7 +68,7 @@ class ConvDecoder(nn.Module):
         places, last = cast(nn.Linear, self.fc[0]), cast(nn.Conv2d, self.conv[2])
         grid, pairs = (4 * places.in_features, *self.max_shape[2:]), self.max_shape[:2]
         windows = [(range(grid[0]), *self._window(block)) for block in sizes]
-        corners = [_corner(block[:2]) for block in sizes]
+        corners = [tuple(map(range, block[:2])) for block in sizes]
         cuts = zip(
             sizes,
             _cut_all(places.weight, grid, windows),
@@ -124,10 +124,6 @@ class ConvDecoder(nn.Module):
         kernels = join([self(x, part) for part in tiles], tiles).flatten(2)
         predictor = cast(nn.Conv2d, self.class_layer_predictor[1])
         return predictor.weight.flatten(1) @ F.relu(kernels) + _bias(predictor)[:, None]
-
-
-def _corner(sizes: Sequence[int]) -> Window:
-    return tuple(range(size) for size in sizes)
 
 
 def _slices(window: Window) -> tuple[slice, ...]:

@@ -40,10 +40,6 @@ class Prediction:
     block: Tensor
     kernel: Shape
 
-    def destination(self, parameter: Tensor) -> Tensor:
-        """View of the elements of a parameter that `write_` sets: all but the prefix rows of a table of tokens."""
-        return layout.token_rows(parameter, self.kernel) if self.target.layout is Layout.TOKENS else parameter
-
     def materialize(self) -> Tensor:
         """The parameter, contiguous, of `target.shape`; elements that are not predicted are zero.
 
@@ -70,8 +66,10 @@ class Prediction:
             )
         view = layout.kernel_view(parameter, self.kernel, self.target.layout)
         if view is None:
-            destination = self.destination(parameter)
-            destination.copy_(self.destination(self.materialize()))
+            values = self.materialize()
+            if self.target.layout is Layout.TOKENS:
+                parameter, values = (layout.token_rows(table, self.kernel) for table in (parameter, values))
+            parameter.copy_(values)
             return
         block = self.block.to(parameter.device)
         layout.tile_(view, block[(None,) * (view.dim() - block.dim())])

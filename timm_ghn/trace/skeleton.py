@@ -167,7 +167,8 @@ def _isolate_hooks(skeleton: nn.Module, memo: dict[int, Any]) -> None:
             for key, hook in hooks.items():
                 if not _belongs_to_model(hook):
                     isolated = _isolated(hook, memo) if isinstance(hook, FunctionType) else hook  # an object is copied
-                    hooks[key] = _tolerant(isolated, f"{_title(hook)} of module {name!r}")
+                    title = getattr(hook, "__qualname__", type(hook).__qualname__)
+                    hooks[key] = _tolerant(isolated, f"{title} of module {name!r}")
 
 
 def _belongs_to_model(hook: Callable[..., Any]) -> bool:
@@ -177,10 +178,6 @@ def _belongs_to_model(hook: Callable[..., Any]) -> bool:
         return True
     code = hook if isinstance(hook, (FunctionType, MethodType)) else type(hook)
     return code.__module__.partition(".")[0] in ("torch", "timm")
-
-
-def _title(hook: Callable[..., Any]) -> str:
-    return getattr(hook, "__qualname__", type(hook).__qualname__)
 
 
 def _isolated(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
