@@ -96,18 +96,19 @@ def test_what_is_not_predicted_depends_on_the_architecture_alone() -> None:
     assert all(torch.equal(parameter, second.get_parameter(name)) for name, parameter in kept.items())
 
 
-@pytest.mark.parametrize("start_layer", [None, 1])
-def test_users_get_what_training_sees(start_layer: int | None) -> None:
+@pytest.mark.parametrize(("start_layer", "noise"), [(None, None), (1, None), (1, 2.0)])
+def test_users_get_what_training_sees(start_layer: int | None, noise: float | None) -> None:
     """Of a network with layer norms, learned scales and residual branches, tensor by tensor."""
     architecture = draw_architecture("test", 0, {"maxxvit": 1.0}, Bounds())
-    ghn = GHN(replace(tiny_ghn().config, start_layer=start_layer))
+    ghn = GHN(replace(tiny_ghn().config, start_layer=start_layer, noise=noise))
     network = Network(architecture, ghn)
     with torch.no_grad():
-        seen = as_users_get(ghn([network.graph])[0], network.assignments, 16, seed=0)
+        seen = as_users_get(ghn([network.graph])[0], network.assignments, ghn.config, seed=0)
     model = architecture.build(10)
     size = (3, architecture.size, architecture.size)
     report = timm_ghn.init_model(model, "ghn-orth", ghn=ghn, input_size=size, cache=False)
     assert (report.start_layer == 1) == (start_layer == 1)
+    assert report.provenance["noise"] == (noise or 3e-5)
     assert any(assigned.gains for assigned in network.assignments.values())
     for name in seen.keys() - {"head.fc.weight"}:  # a classifier of another scale is brought to the nominal one
         tensor = seen[name]
@@ -119,7 +120,7 @@ def test_orthogonalized_kernels_have_the_gradient_of_a_rotation(layer: WeightLay
     kernel = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))[0].float() * 3
     weight = kernel[:20].clone().requires_grad_()
     how = {"a": Assignment(Source.GHN, layer=layer), "b": Assignment(Source.GHN, factor=0.5)}
-    turned = as_users_get({"a": weight, "b": torch.ones(3)}, how, 64, 0)
+    turned = as_users_get({"a": weight, "b": torch.ones(3)}, how, GHNConfig(), 0)
     torch.testing.assert_close(turned["a"].detach(), kernel[:20] / 3, atol=1e-5, rtol=0)
     assert torch.equal(turned["b"], torch.full((3,), 0.5))
     (grad,) = torch.autograd.grad(turned["a"][4, 5], weight)
@@ -128,13 +129,25 @@ def test_orthogonalized_kernels_have_the_gradient_of_a_rotation(layer: WeightLay
     torch.testing.assert_close(grad, expected, atol=1e-4, rtol=0)
 
 
+def test_with_large_noise_the_gradient_is_that_of_the_part_that_is_predicted(layer: WeightLayer) -> None:
+    weight = torch.linalg.qr(torch.randn(300, 100))[0].T.clone().requires_grad_()
+    how = {"a": Assignment(Source.GHN, layer=layer)}
+    result = as_users_get({"a": weight}, how, GHNConfig(max_shape=(16, 16, 11, 11), noise=0.5), 0)["a"]
+    torch.testing.assert_close(result @ result.T, torch.eye(100), atol=1e-4, rtol=0)
+    left = float((result.detach() * weight.detach()).sum() / 100)
+    assert 0.5 < left < 0.95
+    (grad,) = torch.autograd.grad(result.sum(), weight)
+    torch.testing.assert_close(grad, torch.full_like(grad, left))
+
+
 @pytest.mark.parametrize(("shape", "seen"), [((12, 40), (slice(8), slice(None))), ((40, 12), (slice(None), slice(8)))])
 def test_vectors_that_repeat_have_no_gradient(
     shape: tuple[int, int], seen: tuple[slice, slice], layer: WeightLayer
 ) -> None:
+    config = GHNConfig(max_shape=(8, 8, 11, 11))
     block = torch.randn(8, 8).repeat(5, 5)[: shape[0], : shape[1]]
     weight = block.clone().requires_grad_()
-    result = as_users_get({"a": weight}, {"a": Assignment(Source.GHN, layer=layer)}, 8, 0)["a"]
+    result = as_users_get({"a": weight}, {"a": Assignment(Source.GHN, layer=layer)}, config, 0)["a"]
     gram = result @ result.T if shape[0] < shape[1] else result.T @ result
     torch.testing.assert_close(gram.detach(), torch.eye(12), atol=1e-4, rtol=0)
     (grad,) = torch.autograd.grad(result.sum(), weight)

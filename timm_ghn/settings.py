@@ -113,7 +113,7 @@ class Init:
     Attributes:
         method: A name of `METHODS`.
         ghn: Name, path or "hf-hub:organization/name" of a GHN, or a loaded one; None for the default.
-        noise: The paper's beta; 0 adds none.
+        noise: The paper's beta; 0 adds none. None: what the GHN was trained with, or the paper's 3e-5.
         start_layer: L: the number (1-based) of the first layer to be post-processed, a fraction of the number of
             layers (a float in (0, 1]), or the name of a module. None: the method's default, which does not depend on
             whether the model has a classifier. (What a GHN predicts does: the classifier is part of the graph.)
@@ -134,7 +134,7 @@ class Init:
 
     method: str = "ghn-orth"
     ghn: str | nn.Module | None = None
-    noise: float = NOISE
+    noise: float | None = None
     start_layer: int | float | str | None = None
     seed: int | None = None
     correlation: Correlation = "paper"
@@ -154,7 +154,8 @@ class Init:
             raise InitError(f"ghn={self.ghn!r}: expected the name or path of a GHN, or what timm_ghn.load_ghn returned")
         if self.seed is not None:
             check_seed(self.seed)
-        check_noise(self.noise)
+        if self.noise is not None:
+            check_noise(self.noise)
         check_choice("correlation", self.correlation, Correlation)
         check_choice("reading", self.reading, Literal["default", "ppuda"])
         check_choice("rescale", self.rescale, Rescale)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from timm_ghn.errors import CheckpointError
+from timm_ghn.errors import CheckpointError, InitError
+from timm_ghn.settings import check_noise
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "hypernet": ("gatedgnn", "graphormer", "mlp"),
@@ -19,7 +20,7 @@ HUB_FILE = "ghn.safetensors"
 """What a GHN's file is called in a repository of the Hub, and in this package."""
 
 _REQUIRED = {"max_shape", "num_classes", "weight_norm", "ve", "layernorm"}
-_NOT_PPUDA = {"kernels", "tiles", "layers", "heads", "cut", "start_layer"}
+_NOT_PPUDA = {"kernels", "tiles", "layers", "heads", "cut", "start_layer", "noise"}
 
 MAX_SHAPE = (1024, 1024, 64, 64)
 MAX_SIZES: Mapping[str, int] = {"num_classes": 100_000, "hid": 1024, "tiles": 256}
@@ -53,6 +54,8 @@ class GHNConfig:
             (GHN-3). With "centre", kernels larger than a block are interpolated instead of repeated in space.
         start_layer: The first layer (L, from 1) whose kernel was orthogonalized while the GHN was trained, which is
             then the default of `ghn-orth`; None for a GHN that was trained without.
+        noise: The noise (beta of arXiv 2207.10049, Eq. 1) that its kernels got while it was trained, which is then the
+            default of `ghn-orth`; None for the paper's.
 
     Raises:
         CheckpointError: If a value is of the wrong type or out of bounds.
@@ -72,6 +75,7 @@ class GHNConfig:
     heads: int = 0
     cut: str = "corner"
     start_layer: int | None = None
+    noise: float | None = None
 
     def __post_init__(self) -> None:
         shape, with_layers = self.max_shape, self.hypernet == "graphormer"
@@ -93,6 +97,11 @@ class GHNConfig:
         start = self.start_layer
         is_layer = isinstance(start, int) and not isinstance(start, bool) and start >= 1
         _require(start is None or is_layer, f"start_layer is {_show(start)}, not a number from 1")
+        if self.noise is not None:
+            try:
+                check_noise(self.noise)
+            except InitError as error:
+                raise CheckpointError(f"GHN config: {error}") from None
         _require(shape[2] == shape[3], f"max_shape {shape} is not square")
         _require(self.hid % 4 == 0, f"hid is {self.hid}, not a multiple of 4")
         if with_layers:

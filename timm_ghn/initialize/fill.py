@@ -57,7 +57,7 @@ def fill_generated(
         predictions: Iterable[Prediction] = _predictions(plan, scaled)
         if not any(deferred.is_pending(parameter) for parameter in plan.parameters.values()):
             predictions = list(predictions)
-        settings = postprocess_settings(plan.init)
+        settings = postprocess_settings(plan.init, plan.hypernetwork)
         sources = (
             (_predicted(plan, predictions, deferred, finished), settings),
             (_drawn(plan, deferred), replace(settings, noise=0.0)),

@@ -9,7 +9,7 @@ from timm_ghn.ghn import GHN, Prediction, content_hash, default_ghn, load_ghn
 from timm_ghn.graph import Graph
 from timm_ghn.initialize.memo import Memo
 from timm_ghn.orthogonalization import single_threaded
-from timm_ghn.settings import Init, Source
+from timm_ghn.settings import NOISE, Init, Source
 
 _MAX_REMEMBERED = 16 * 2**20
 """Bytes of blocks beyond which predictions are not remembered. Those of ResNet-50 by the bundled GHN take 3 MB."""
@@ -47,6 +47,14 @@ class Hypernetwork:
                 made.append(prediction)
         if self.memo is not None and size <= _MAX_REMEMBERED:
             self.memo.keep(key, made)
+
+
+def noise_of(init: Init, hypernetwork: Hypernetwork | None) -> float:
+    """Beta of the paper: what was asked for, else that of the GHN's training, else the paper's; 0 without a GHN."""
+    if hypernetwork is None or init.noise is not None:
+        return 0.0 if hypernetwork is None else float(init.noise or 0.0)
+    trained = hypernetwork.model.config.noise
+    return NOISE if trained is None else trained
 
 
 def find_hypernetwork(init: Init, memo: Memo | None = None) -> Hypernetwork | None:

@@ -72,7 +72,7 @@ def initialize_(
         plan = make_plan(model, init, hypernetwork, **inputs, deferred=deferred, outline=outline)
         report = _generate(plan, cache, deferred, key, model_name(model))
     layers = plan.processed if plan else partial(weight_layers, model, **inputs)
-    fill_others(model, report, layers, postprocess_settings(init), deferred, lambda *_: None)
+    fill_others(model, report, layers, postprocess_settings(init, hypernetwork), deferred, lambda *_: None)
     if plan is not None:
         fill_computed(plan)
     # The same GHN may have had another name when an entry of the cache was written.

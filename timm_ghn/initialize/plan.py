@@ -14,7 +14,7 @@ from timm_ghn.deferred import DeferredRandom
 from timm_ghn.errors import InitError
 from timm_ghn.ghn import GHN
 from timm_ghn.graph import Graph, Role, Target
-from timm_ghn.initialize.hypernetwork import Hypernetwork, find_hypernetwork
+from timm_ghn.initialize.hypernetwork import Hypernetwork, find_hypernetwork, noise_of
 from timm_ghn.initialize.outline import Outline, read_outline
 from timm_ghn.initialize.provenance import describe_origin
 from timm_ghn.initialize.report import ParameterReport, Report, Status
@@ -115,10 +115,9 @@ class Plan:
         return Report(model, self.origin, tuple(rows))
 
 
-def postprocess_settings(init: Init) -> PostProcess:
-    """Settings of the post-processing; random weights get no noise."""
-    noise = init.noise if init.spec.source is Source.GHN else 0.0
-    return PostProcess(noise=noise, seed=init.seed or 0, correlation=init.correlation)
+def postprocess_settings(init: Init, hypernetwork: Hypernetwork | None) -> PostProcess:
+    """Settings of the post-processing."""
+    return PostProcess(noise=noise_of(init, hypernetwork), seed=init.seed or 0, correlation=init.correlation)
 
 
 def expected_origin(model: nn.Module, init: Init) -> dict[str, Any]:

@@ -10,16 +10,15 @@ from timm.utils.model import unwrap_model
 
 from timm_ghn import numerics
 from timm_ghn._version import __version__
+from timm_ghn.initialize.hypernetwork import Hypernetwork, noise_of
 from timm_ghn.initialize.report import Report
 from timm_ghn.orthogonalization import WeightLayer
-from timm_ghn.settings import Init, Source
+from timm_ghn.settings import Init
 from timm_ghn.trace.distributed import plain_type
 from timm_ghn.trace.inputs import timm_config
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from timm_ghn.initialize.hypernetwork import Hypernetwork
 
 _PREFIX = "timm-ghn: "
 """Start of the note in `model.pretrained_cfg` that holds the provenance."""
@@ -56,7 +55,7 @@ def describe_origin(
         "ghn": None if hypernetwork is None else hypernetwork.name,
         "ghn_hash": None if hypernetwork is None else hypernetwork.hash,
         "ghn_kind": None if hypernetwork is None else hypernetwork.model.config.kind,
-        "noise": init.noise if processes and init.spec.source is Source.GHN else 0.0,
+        "noise": noise_of(init, hypernetwork) if processes else 0.0,
         "start_layer": start_layer,
         "num_layers": len(layers),
         **{name: getattr(init, name) for name in ("seed", "correlation", "reading", "rescale", "fallback", "frozen")},

@@ -41,7 +41,7 @@ def stream(
         What every parameter got.
     """
     report = plan.report(model_name(model))
-    settings, queued = postprocess_settings(plan.init), torch.get_num_threads()
+    settings, queued = postprocess_settings(plan.init, plan.hypernetwork), torch.get_num_threads()
     outlet = _Stream(model, memory, tensors, write)
     with closing(outlet.bar):
         scaled = fill_generated(plan, deferred, outlet.finished, queued=queued)

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from timm_ghn.ghn.config import GHNConfig
 from timm_ghn.initialize.plan import Assignment
 from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_tensor
+from timm_ghn.settings import NOISE
 
-_NO_NOISE = PostProcess(noise=0.0)
+_TINY = 1e-2
+"""Noise (beta) up to here does nothing but give directions to vectors that repeat, as the paper's does."""
 
 
 class _Orthogonal(torch.autograd.Function):
     """Equations 1 and 2, and for the gradient those of a rotation: what the GHN emits is nearly orthogonal already.
 
     A GHN emits blocks; of a kernel of more channels than a block, the vectors behind the first block get their
-    directions from the noise alone, so that there is no gradient for them.
+    directions from tiny noise alone, so that there is no gradient for them. Of larger noise there is a part in every
+    vector, and the gradient is that of the rest.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, layer: WeightLayer, settings: PostProcess, block: int) -> Tensor:
-        repeats = min(weight.shape[0], weight[0].numel()) > block  # else no vector is decided by the noise
-        result = postprocess_tensor(weight, layer, settings if repeats else _NO_NOISE)
-        predicted = _predicted(weight, block)
-        scale = (result * predicted).norm() / (weight * predicted).norm().clamp_min(1e-12)
-        ctx.factor = scale * predicted
+        is_noisy, repeats = settings.noise > _TINY, min(weight.shape[0], weight[0].numel()) > block
+        result = postprocess_tensor(weight, layer, settings if is_noisy or repeats else replace(settings, noise=0.0))
+        predicted = torch.ones(()) if is_noisy else _predicted(weight, block)
+        ctx.factor = (
+            predicted * (result * weight * predicted).sum() / (weight * predicted).square().sum().clamp_min(1e-24)
+        )
         return result
 
     @staticmethod
@@ -46,7 +52,7 @@ def _predicted(weight: Tensor, block: int) -> Tensor:
 
 
 def as_users_get(
-    predicted: Mapping[str, Tensor], assignments: Mapping[str, Assignment], block: int, seed: int
+    predicted: Mapping[str, Tensor], assignments: Mapping[str, Assignment], config: GHNConfig, seed: int
 ) -> dict[str, Tensor]:
     """Predicted parameters after the scale rule and the orthogonalization, as `ghn-orth` hands them out.
 
@@ -55,13 +61,14 @@ def as_users_get(
     Args:
         predicted: Parameters by name.
         assignments: What each of them goes through; those that are missing are left out.
-        block: Channels after which predicted kernels repeat.
+        config: Hyperparameters of the GHN: its noise, and after how many channels kernels repeat.
         seed: Seed of the noise.
 
     Returns:
         Parameters by name; differentiable.
     """
-    settings = PostProcess(seed=seed)
+    settings = PostProcess(noise=NOISE if config.noise is None else config.noise, seed=seed)
+    block = config.largest_kernel[0]
     results = {}
     for name, assigned in assignments.items():
         tensor = predicted[name]

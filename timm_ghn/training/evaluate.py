@@ -71,7 +71,7 @@ def evaluate(
     try:
         for network in tqdm(networks, desc="evaluating", unit="network", delay=2, leave=False):
             raw = ghn([network.graph])[0]
-            predicted = as_users_get(raw, network.assignments, ghn.config.largest_kernel[0], 0)
+            predicted = as_users_get(raw, network.assignments, ghn.config, 0)
             _, values = objective(network(predicted, plain.images)[0], plain)
             features = torch.nan_to_num(network(predicted, few.images)[1].float())
             values["few_shot"] = linear_accuracy(features, few.labels)

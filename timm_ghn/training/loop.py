@@ -140,7 +140,7 @@ class Trainer:
             batch = take_batch(self.splits.train, index, self.device, generator)
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in predicted.items()}
         with self.meter.part("networks_forward"):
-            given = as_users_get(leaves, network.assignments, self.ghn.config.largest_kernel[0], self.step)
+            given = as_users_get(leaves, network.assignments, self.ghn.config, self.step)
             loss, seen = self.objective(network(given, batch.images)[0], batch)
         if not bool(torch.isfinite(loss)):
             return self._left_out(network)
