@@ -31,9 +31,8 @@ class _Orthogonal(torch.autograd.Function):
         is_noisy, repeats = settings.noise > _TINY, min(weight.shape[0], weight[0].numel()) > block
         result = postprocess_tensor(weight, layer, settings if is_noisy or repeats else replace(settings, noise=0.0))
         predicted = torch.ones(()) if is_noisy else _predicted(weight, block)
-        ctx.factor = (
-            predicted * (result * weight * predicted).sum() / (weight * predicted).square().sum().clamp_min(1e-24)
-        )
+        learned = weight * predicted
+        ctx.factor = predicted * (result * learned).sum() / learned.square().sum().clamp_min(1e-24)
         return result
 
     @staticmethod
