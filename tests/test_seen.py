@@ -219,7 +219,7 @@ def test_the_bundled_ghn_predicts_the_kinds_that_it_was_trained_on() -> None:
     assert 0 < unseen_share("efficientnet_b0") < unseen_share("mobilenetv3_small_050") < 0.1
 
 
-def test_the_bundled_ghn_leaves_a_mambaout_to_orth() -> None:
+def test_the_bundled_ghn_leaves_a_mambaout_to_orth(caplog: pytest.LogCaptureFixture) -> None:
     def made(init: str, **settings: str) -> tuple[dict[str, Tensor], Report]:
         torch.manual_seed(0)
         model = timm.create_model("mambaout_femto", depths=(1, 1, 1, 1), num_classes=10, init="rand")
@@ -228,9 +228,12 @@ def test_the_bundled_ghn_leaves_a_mambaout_to_orth() -> None:
 
     orthogonal, _ = made("orth")
     mixed, report = made("ghn-orth", ghn="bundled")
+    assert "trained on other kinds of networks: init='ghn-orth' starts as 'orth' does" in caplog.text
+    caplog.clear()
     predicted, other = made("ghn-orth", ghn="bundled", fallback="off")
     assert all(torch.equal(mixed[name], orthogonal[name]) for name in mixed)
     assert fell_back(other) == set()
+    assert not caplog.records
     assert not any(torch.equal(predicted[name], orthogonal[name]) for name in fell_back(report))
     reasons = "\n".join(row.reason for row in report.parameters)
     assert "not seen: sep_conv 7x7 between conv, bias and concat, bias: 0 of 960 training networks" in reasons

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,8 @@ from timm_ghn.trace.distributed import whole
 
 if TYPE_CHECKING:
     from timm_ghn.baselines import Computation
+
+_logger = logging.getLogger(__name__)
 
 FROZEN = "frozen: requires_grad is False"
 
@@ -227,6 +230,10 @@ def _choose_for_ghn(
         found = ghn.seen.unseen(graph)
         unseen = {name: f"not seen: {found[name]}" for name in found if targets.pop(name, None)}
         reasons |= unseen
+        if unseen and not targets:
+            _logger.warning(
+                "the GHN was trained on other kinds of networks: init=%r starts as 'orth' does", init.method
+            )
 
     # What is orthogonalized: layers from L on, and where the structure of the network asks for it.
     late = [] if start_layer is None else [*selected_layers(layers, start_layer)]
