@@ -40,50 +40,32 @@ def stream(
     Returns:
         What every parameter got.
     """
+    parameters = dict(model.named_parameters())
+    waiting = Counter(storage_id(parameter) for parameter in parameters.values())
+    entries: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)  # by storage
+    for name, tensor in tensors.items():
+        entries[storage_id(tensor)].append((name, tensor))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    bar = tqdm(desc="writing", total=size, unit="B", unit_scale=True, delay=2, leave=False, disable=None)
+
+    def hand_on(storage: int) -> None:
+        for name, tensor in entries.get(storage, ()):
+            write(name, tensor)
+            bar.update(tensor.nbytes)
+
+    def finished(name: str, *_: object) -> None:
+        """A parameter is final; it is handed on when all others in the same memory are, too."""
+        storage = storage_id(parameters[name])
+        waiting[storage] -= 1
+        if waiting[storage] == 0:
+            hand_on(storage)
+            memory.release(parameters[name])
+
     report = plan.report(model_name(model))
     settings, queued = postprocess_settings(plan.init, plan.hypernetwork), torch.get_num_threads()
-    outlet = _Stream(model, memory, tensors, write)
-    with closing(outlet.bar):
-        scaled = fill_generated(plan, deferred, outlet.finished, queued=queued)
-        fill_others(model, report, plan.processed, settings, deferred, outlet.finished, queued=queued)
-        outlet.hand_on_others()
+    with closing(bar):
+        scaled = fill_generated(plan, deferred, finished, queued=queued)
+        fill_others(model, report, plan.processed, settings, deferred, finished, queued=queued)
+        for storage in entries.keys() - waiting.keys():  # what belongs to no parameter
+            hand_on(storage)
     return plan.report(report.model, scaled)
-
-
-class _Stream:
-    """Hands on what has become final, under all its names, and gives its memory back; see `stream`."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        memory: LazyMemory,
-        tensors: Mapping[str, Tensor],
-        write: Callable[[str, Tensor], None],
-    ) -> None:
-        self._memory = memory
-        self._write = write
-        self._parameters = dict(model.named_parameters())
-        self._waiting = Counter(storage_id(parameter) for parameter in self._parameters.values())
-        self._entries: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)  # by storage
-        for name, tensor in tensors.items():
-            self._entries[storage_id(tensor)].append((name, tensor))
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        self.bar = tqdm(desc="writing", total=size, unit="B", unit_scale=True, delay=2, leave=False, disable=None)
-
-    def finished(self, name: str, *_: object) -> None:
-        """A parameter is final; it is handed on when all others in the same memory are, too."""
-        storage = storage_id(self._parameters[name])
-        self._waiting[storage] -= 1
-        if self._waiting[storage] == 0:
-            self._hand_on(storage)
-            self._memory.release(self._parameters[name])
-
-    def hand_on_others(self) -> None:
-        """Hand on what belongs to no parameter."""
-        for storage in self._entries.keys() - self._waiting.keys():
-            self._hand_on(storage)
-
-    def _hand_on(self, storage: int) -> None:
-        for name, tensor in self._entries.get(storage, ()):
-            self._write(name, tensor)
-            self.bar.update(tensor.nbytes)
