@@ -103,7 +103,7 @@ def literal(text: str) -> Any:
 
 
 def add_init_settings(parser: argparse.ArgumentParser) -> None:
-    """Declare the settings of an initialization other than its method."""
+    """Declare the settings of an initialization other than its method, and how its weights are written."""
     parser.add_argument("--ghn", help="name, path or hf-hub:organization/name of a GHN")
     parser.add_argument("--noise", type=float, help="beta, the scale of the noise before orthogonalization")
     parser.add_argument(
@@ -113,6 +113,12 @@ def add_init_settings(parser: argparse.ArgumentParser) -> None:
         help="first layer to orthogonalize: its number from 1, a fraction of the depth, or the name of a module",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of noise and of random weights (default: 0)")
+    parser.add_argument(
+        "--max-shard-size",
+        default="50GB",
+        metavar="SIZE",
+        help="spread larger weights over several files, which plain timm does not load (default: 50GB)",
+    )
 
 
 def init_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -26,12 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, of the images")
     add_model_kwargs(parser)
     parser.add_argument("--dtype", choices=_DTYPES, help="type of the weights (default: float32)")
-    parser.add_argument(
-        "--max-shard-size",
-        default="50GB",
-        metavar="SIZE",
-        help="spread larger weights over several files, which plain timm does not load (default: 50GB)",
-    )
     parser.add_argument("--force", action="store_true", help="replace a model that is in DIR")
     parser.add_argument("--parameters", action="store_true", help="list every parameter")
     parser.set_defaults(handler=run)

@@ -25,11 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--method", choices=_PUSHED, default=Init.method, help=f"(default: {Init.method})")
     add_init_settings(parser)
-    parser.add_argument(
-        "--max-shard-size",
-        metavar="SIZE",
-        help="spread larger weights over several files, which plain timm does not load (default: 50GB)",
-    )
     add_push_arguments(parser)
     parser.add_argument("--license", default="apache-2.0", help="licence of the weights (default: apache-2.0)")
     parser.set_defaults(handler=run)
