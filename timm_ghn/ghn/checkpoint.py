@@ -99,7 +99,9 @@ def parse(file: BinaryIO, name: str) -> GHN:
             tensors[key] = tensors[key][:, :, None, None]
     epoch = data.get("epoch")
     metadata = {"epoch": str(epoch)} if isinstance(epoch, int) and 0 <= epoch < 2**63 else {}
-    return _build(config, tensors, name, metadata)
+    ghn = _empty({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, name)
+    _fill(ghn, tensors, name, metadata)
+    return ghn
 
 
 def _config(data: Any, tensors: Mapping[str, Tensor], name: str) -> GHNConfig:
@@ -155,13 +157,13 @@ def _read_safetensors(path: str, *_: int) -> GHN:
             config = _config(_json(metadata.pop(CONFIG_KEY, None), path), {}, path)
             specs = dict(file.specs)
             seen = _read_seen(file, path) if specs.pop(SEEN_KEY, None) else None
-            _empty({key: spec.shape for key, spec in specs.items()}, config, path)
+            ghn = _empty({key: spec.shape for key, spec in specs.items()}, config, path)
             tensors = {key: file.read(key) for key in specs}
     except TensorFileError as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); {ADVICE}") from error
     expected = metadata.pop(HASH_KEY, None)
     metadata.pop(SEEN_KEY, None)
-    ghn = _build(config, _check_tensors(tensors, path), path, metadata, seen)
+    _fill(ghn, _check_tensors(tensors, path), path, metadata, seen)
     if expected is not None and ghn.info is not None and ghn.info.hash != expected:
         raise CheckpointError(
             f"{path} is damaged: its content does not have the hash that it was written with; {ADVICE}"
@@ -225,11 +227,10 @@ def _check_tensors(tensors: Any, name: str) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _build(
-    config: GHNConfig, tensors: Mapping[str, Tensor], name: str, metadata: Mapping[str, str], seen: Seen | None = None
-) -> GHN:
-    """A GHN that owns the tensors, which are checked first; they are copied where their type or layout is another."""
-    ghn = _empty({key: tuple(tensor.shape) for key, tensor in tensors.items()}, config, name)
+def _fill(
+    ghn: GHN, tensors: Mapping[str, Tensor], name: str, metadata: Mapping[str, str], seen: Seen | None = None
+) -> None:
+    """Let an empty GHN own the tensors, whose values are checked; they are copied where type or layout is another."""
     for key, tensor in tensors.items():
         if not all(bool(part.isfinite().all()) for part in torch.split(tensor.flatten(), 2**22)):  # little memory
             raise CheckpointError(f"{name}: tensor {key} has NaN or infinite values; {ADVICE}")
@@ -237,7 +238,7 @@ def _build(
     ghn.load_state_dict(owned, assign=True)
     ghn.seen = seen
     ghn.info = GHNInfo(name, content_hash(ghn), dict(metadata))
-    return ghn.eval()
+    ghn.eval()
 
 
 def _empty(shapes: Mapping[str, tuple[int, ...]], config: GHNConfig, name: str) -> GHN:
