@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from timm_ghn.ghn.config import GHNConfig, GHNInfo
-from timm_ghn.ghn.registry import NamedGHN, default_ghn, list_ghns, load_ghn
+from timm_ghn.ghn.config import GHNConfig
+from timm_ghn.ghn.registry import default_ghn, list_ghns, load_ghn
 
 if TYPE_CHECKING:
     from timm_ghn.ghn.checkpoint import content_hash, read, write_safetensors
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 __all__ = [
     "GHN",
     "GHNConfig",
-    "GHNInfo",
-    "NamedGHN",
     "Prediction",
     "content_hash",
     "default_ghn",

@@ -11,9 +11,8 @@ from timm_ghn.graph.condense import Reading, condense
 from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.nodes import Layout, Node, Op, Role, Target
 from timm_ghn.trace.capture import capture
-from timm_ghn.trace.records import Trace
 
-__all__ = ["Graph", "Layout", "Node", "Op", "Reading", "Role", "Target", "Trace", "capture", "condense", "to_graph"]
+__all__ = ["Graph", "Layout", "Node", "Op", "Reading", "Role", "Target", "capture", "condense", "to_graph"]
 
 
 def to_graph(
