@@ -260,7 +260,8 @@ def test_networks_whose_loss_is_not_finite_are_left_out_and_named(
         return outputs * (float("nan") if len(calls) == 1 else 1.0), features
 
     monkeypatch.setattr(Network, "__call__", explode)
-    assert run.train_step()
+    run.train_step()
+    assert run.skipped == 0
     assert run.meter.summary()["left_out"] == 0.5
     assert all(bool(torch.isfinite(p).all()) for p in run.ghn.parameters())
     assert f"the loss of {calls[0]} is not finite; it is left out" in caplog.text
@@ -273,7 +274,7 @@ def test_steps_with_bad_gradients_are_skipped_and_counted(
     run = trainer()
     before = {name: p.detach().clone() for name, p in run.ghn.named_parameters()}
     next(run.ghn.parameters()).register_hook(lambda grad: grad * float("inf"))
-    assert not run.train_step()
+    run.train_step()
     assert run.skipped == 1
     assert all(torch.equal(before[name], p) for name, p in run.ghn.named_parameters())
     with pytest.raises(TrainingError, match="2 updates in a row"):
@@ -310,7 +311,8 @@ def test_sizes_are_smooth_and_filled_in(trainer: Callable[..., Trainer]) -> None
     with torch.no_grad():
         weight.normal_()
     before = weight.detach().clone()
-    assert fill_unseen_sizes(ghn, run.optimizer.state_dict()) > 300
+    fill_unseen_sizes(ghn, run.optimizer.state_dict())
+    assert int((weight != before).any(1).sum()) > 300
     assert torch.equal(weight[table.index(8192)], weight[table.index(4096)])
     assert torch.equal(weight[table.index(10)], before[table.index(10)])
     assert torch.equal(weight[table.index(3)], before[table.index(3)])

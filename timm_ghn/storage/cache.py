@@ -105,7 +105,7 @@ class WeightCache(CacheFolder):
         report: Mapping[str, Any],
         *,
         model: str = "",
-    ) -> bool:
+    ) -> None:
         """Keep an entry; a cache that cannot be written is a warning, not an error.
 
         Nothing is flushed to the disk: after a power failure a file may be there without its content, which its hashes
@@ -117,9 +117,6 @@ class WeightCache(CacheFolder):
             blocks: Weights that are stored as blocks.
             report: JSON-compatible description.
             model: Name of the model, for those who look at the cache.
-
-        Returns:
-            Whether the entry was written.
         """
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         stored.update({name: prediction.block.detach().cpu().contiguous() for name, prediction in blocks.items()})
@@ -136,8 +133,6 @@ class WeightCache(CacheFolder):
             save_atomically(self.path(key), lambda path: write_file(path, stored, metadata), durable=False)
         except (OSError, ValueError) as error:
             _logger.warning("The weights cannot be kept in the cache, %s: %s", self.path(key), error)
-            return False
-        return True
 
     @contextmanager
     def locked(self, key: str) -> Iterator[None]:

@@ -20,15 +20,12 @@ from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.optimizer import make_optimizer
 
 
-def export_run(folder: Path, path: Path) -> GHN:
+def export_run(folder: Path, path: Path) -> None:
     """Write the GHN of a run's last checkpoint as safetensors, with unseen sizes filled in, and a table of what it saw.
 
     Args:
         folder: The run's folder.
         path: File to write.
-
-    Returns:
-        The GHN that was written.
 
     Raises:
         TrainingError: If the folder holds no run, or a damaged one.
@@ -45,19 +42,15 @@ def export_run(folder: Path, path: Path) -> GHN:
     ghn.seen = seen_in_training(latest.config, latest.step)
     facts = {"step": str(latest.step), "train_config": json.dumps(latest.config.to_dict(), sort_keys=True)}
     write_safetensors(ghn, path, facts)
-    return ghn
 
 
 @torch.no_grad()
-def fill_unseen_sizes(ghn: GHN, optimizer: Mapping[str, Any]) -> int:
+def fill_unseen_sizes(ghn: GHN, optimizer: Mapping[str, Any]) -> None:
     """Give sizes that no training network had the embedding between those of the nearest sizes that some network had.
 
     Args:
         ghn: Trained GHN; changed in place.
         optimizer: State of its optimizer: rows of sizes that no network had never had a gradient.
-
-    Returns:
-        Number of rows that were filled in.
     """
     order = [parameter for group in make_optimizer(ghn).param_groups for parameter in group["params"]]
     places = {id(parameter): index for index, parameter in enumerate(order)}
@@ -70,21 +63,17 @@ def fill_unseen_sizes(ghn: GHN, optimizer: Mapping[str, Any]) -> int:
     # Of a Graphormer: numbers of neighbours, and distances.
     numbers = (module for module in ghn.gnn.modules() if isinstance(module, nn.Embedding))
     tables += [(table, range(table.num_embeddings), None) for table in numbers]
-    count = 0
     for table, sizes, special in tables:
         seen = optimizer["state"][places[id(table.weight)]]["exp_avg_sq"].any(1)
-        count += _fill(table.weight, sizes, set(torch.nonzero(seen).flatten().tolist()), special)
-    return count
+        _fill(table.weight, sizes, set(torch.nonzero(seen).flatten().tolist()), special)
 
 
-def _fill(weight: Tensor, known: Sequence[int], seen: set[int], special: int | None = None) -> int:
+def _fill(weight: Tensor, known: Sequence[int], seen: set[int], special: int | None) -> None:
     """Interpolate the rows of sizes that were not seen, linearly in the logarithm of the size plus 1."""
     anchors = sorted(row for row in seen if row < len(known) and row != special)
-    unseen = set(range(len(known))) - seen if anchors else set()
     place = [math.log(size + 1) for size in known]
-    for row in unseen:
+    for row in set(range(len(known))) - seen if anchors else ():
         right = bisect(anchors, row)
         low, high = anchors[max(right - 1, 0)], anchors[min(right, len(anchors) - 1)]  # at an end, the same
         share = (place[row] - place[low]) / (place[high] - place[low]) if low != high else 0.0
         weight[row] = torch.lerp(weight[low], weight[high], share)
-    return len(unseen)

@@ -99,12 +99,8 @@ class Trainer:
 
     # One update
 
-    def train_step(self) -> bool:
-        """Draw networks and images, and update the GHN.
-
-        Returns:
-            Whether the GHN was updated; not if a gradient was not finite.
-        """
+    def train_step(self) -> None:
+        """Draw networks and images, and update the GHN unless a gradient is not finite."""
         generator = torch.Generator().manual_seed(_step_seed(self.config.seed, self.step, self.rank))
         count = self.config.meta_batch // self.world
         start, stop = self.config.in_use(self.step)
@@ -127,9 +123,8 @@ class Trainer:
         with self.meter.part("ghn_backward"):
             torch.autograd.backward(outputs, gradients)
         with self.meter.part("update"):
-            updated = self._update()
+            self._update()
         self.meter.steps += 1
-        return updated
 
     def _network_gradients(
         self, network: Network, predicted: Mapping[str, Tensor], generator: torch.Generator
@@ -159,7 +154,7 @@ class Trainer:
         logger.warning("step %d: the loss of %s is not finite; it is left out", self.step, network.architecture)
         return {}
 
-    def _update(self) -> bool:
+    def _update(self) -> None:
         """Clip the gradients and step; skip the step if they are not finite."""
         parameters = [p for p in self.ghn.parameters() if p.requires_grad]
         for parameter in parameters:
@@ -173,12 +168,11 @@ class Trainer:
                 raise TrainingError(
                     f"no gradient was finite in {self._skipped_in_a_row} updates in a row: lower the learning rate"
                 )
-            return False
+            return
         self._skipped_in_a_row = 0
         self.meter.add({"gradient": float(norm)})
         self.optimizer.step()
         self._update_average()
-        return True
 
     @torch.no_grad()
     def _update_average(self) -> None:
