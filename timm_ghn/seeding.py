@@ -93,18 +93,14 @@ class PrivateRandom(TorchFunctionMode):
         device = torch.device(kwargs.get("device") or default)
         if device.type == "meta":
             return function(*args, **kwargs)
-        generator = self.generator(device)
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        generator = self._generators[device]
         try:
             return function(*args, **{**kwargs, "generator": generator})
         except TypeError:  # some take no generator, others not in older versions of torch
             with _as_global(generator):
                 return function(*args, **kwargs)
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        """The generator for draws on a device."""
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
 
 
 @contextmanager
