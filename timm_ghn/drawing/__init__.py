@@ -47,11 +47,6 @@ def save(graphs: Graph | Sequence[Graph], path: str | Path, *, titles: str | Seq
     names = [titles] if isinstance(titles, str) else list(titles or [""] * len(drawn))
     with style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": "timm-ghn"}]):
         figure = draw(drawn, names)
-        options: dict[str, Any] = {
-            "format": suffix[1:],
-            "dpi": 130,
-            "metadata": _UNDATED[suffix],
-            "bbox_inches": "tight",
-        }
-        save_atomically(path, lambda temporary: figure.savefig(temporary, pad_inches=0.3, **options))
+        options: dict[str, Any] = {"dpi": 130, "metadata": _UNDATED[suffix], "bbox_inches": "tight", "pad_inches": 0.3}
+        save_atomically(path, lambda temporary: figure.savefig(temporary, format=suffix[1:], **options))
     return path
