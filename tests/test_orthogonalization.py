@@ -28,17 +28,15 @@ from timm_ghn.initialize.report import Status
 from timm_ghn.orthogonalization import (
     PostProcess,
     WeightLayer,
-    correlation_std,
-    default_start_layer,
-    is_pointwise,
-    orthogonal_factor,
     orthogonalize_,
     postprocess_many,
     postprocess_tensor,
     resolve_start_layer,
     weight_layers,
 )
-from timm_ghn.orthogonalization.noise import standard_normal
+from timm_ghn.orthogonalization.layers import default_start_layer, is_pointwise
+from timm_ghn.orthogonalization.noise import correlation_std, standard_normal
+from timm_ghn.orthogonalization.orthogonal import orthogonal_factor
 from timm_ghn.trace.capture import capture
 
 LAYER = WeightLayer(3, "stem.weight", "stem")

@@ -23,12 +23,11 @@ from timm_ghn.ghn import GHN
 from timm_ghn.graph import Graph, Role, to_graph
 from timm_ghn.graph.origins import LOOKED_UP
 from timm_ghn.orthogonalization import (
-    default_start_layer,
-    is_pointwise,
     resolve_start_layer,
     selected_layers,
     weight_layers,
 )
+from timm_ghn.orthogonalization.layers import default_start_layer, is_pointwise
 
 LARGE = 30_000_000
 """Number of parameters from which a model is not given memory of its own, or its values not compared."""

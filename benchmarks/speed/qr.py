@@ -22,12 +22,12 @@ from torch import Tensor
 
 from timm_ghn.orthogonalization import (
     PostProcess,
-    orthogonal_factor,
     postprocess_many,
     resolve_start_layer,
     selected_layers,
     weight_layers,
 )
+from timm_ghn.orthogonalization.orthogonal import orthogonal_factor
 
 
 def tiled(shape: torch.Size, noise: float = 0.0) -> Tensor:

@@ -6,14 +6,10 @@
 from timm_ghn.orthogonalization.layers import (
     WeightLayer,
     classifier_prefixes,
-    default_start_layer,
-    is_pointwise,
     kept_parameters,
     resolve_start_layer,
     weight_layers,
 )
-from timm_ghn.orthogonalization.noise import correlation_std
-from timm_ghn.orthogonalization.orthogonal import orthogonal_factor
 from timm_ghn.orthogonalization.run import (
     PostProcess,
     orthogonalize_,
@@ -27,11 +23,7 @@ __all__ = [
     "PostProcess",
     "WeightLayer",
     "classifier_prefixes",
-    "correlation_std",
-    "default_start_layer",
-    "is_pointwise",
     "kept_parameters",
-    "orthogonal_factor",
     "orthogonalize_",
     "postprocess_many",
     "postprocess_tensor",
