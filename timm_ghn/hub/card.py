@@ -65,13 +65,11 @@ def _card(repository: str, data: ModelCardData, sections: Sequence[str]) -> str:
 
 def _usage(manifest: Manifest, repository: str) -> str:
     source = HUB_PREFIX + repository
-    text, load = (
-        "Plain timm is enough",
-        (
-            "import timm\n\n"
-            f'model = timm.create_model("{source}", pretrained=True)\n'
-            f'model = timm.create_model("{source}", pretrained=True, num_classes=10)  # another classifier'
-        ),
+    text = "Plain timm is enough"
+    load = (
+        "import timm\n\n"
+        f'model = timm.create_model("{source}", pretrained=True)\n'
+        f'model = timm.create_model("{source}", pretrained=True, num_classes=10)  # another classifier'
     )
     if len(manifest.files) > 1:
         arguments = "".join(f", {key}={value!r}" for key, value in manifest.arguments.items())
