@@ -108,8 +108,7 @@ def measure(family: str, nodes: int, ghn: GHN, name: str, repeats: int) -> Cost:
     build = FAMILIES[family]
     with torch.device("meta"):
         single, double = (len(condense(capture(build(factor)))) for factor in (1, 2))
-        model = build(1 + max(0, round((nodes - single) / (double - single))))
-    model = model.to_empty(device="cpu")
+    model = build(1 + max(0, round((nodes - single) / (double - single))))
     init = Init("ghn-orth", ghn=name, cache=False)
     rows: list[list[float]] = []
     for _ in range(repeats):
