@@ -3,8 +3,9 @@
     python benchmarks/activation_scale.py --models resnet18 vit_tiny_patch16_224 --ghn bundled --json scale.jsonl
 
 Without `--models`: the smallest model of every timm module, which takes minutes to find. Images are as small as the
-model allows (64, 96 or 128 pixels, else its own size). A line of JSON for each model and setting of `rescale`, and a
-summary for networks with batch statistics (as in training) and with running statistics (as in evaluation).
+model allows (64, 96 or 128 pixels, else its own size). Everything is predicted (`fallback="off"`). A line of JSON for
+each model and setting of `rescale`, and a summary for networks with batch statistics (as in training) and with running
+statistics (as in evaluation).
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def measure(name: str, method: str, ghn: str) -> Iterator[dict[str, Any]]:
     reference = activations()
     for rescale in ("off", "auto"):
         model.load_state_dict(start)
-        timm_ghn.init_model(model, method, ghn=ghn, rescale=rescale)
+        timm_ghn.init_model(model, method, ghn=ghn, rescale=rescale, fallback="off")
         row: dict[str, Any] = {"model": name, "method": method, "ghn": ghn, "rescale": rescale, "input_size": size}
         for mode, found in activations().items():
             row[mode] = {
