@@ -22,7 +22,7 @@ import torch
 from class_parts import part_of
 from cuda_graphs import CapturedStep
 from fashion_mnist import load_dataset
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paired import sign_flip_p
@@ -430,6 +430,22 @@ def test_a_run_of_another_process_is_left_to_it(benchmark: Benchmark, tmp_path: 
         assert run_jobs([Job(CONFIG, 0)], benchmark, store, CPU) == ()
         with pytest.raises(FineTuneError, match="1 of 2 trials are left to other processes"):
             tune(grid(CONFIG, (0.02, 0.1), ()), (0,), benchmark, _store_with_claim(store, benchmark), CPU)
+
+
+def test_a_claim_ends_with_an_error_and_hides_none(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+
+    def work() -> None:
+        with store.claimed("a") as is_ours:
+            assert is_ours
+            with store.claimed("a") as is_again:
+                assert not is_again
+            raise Timeout("another lock")
+
+    with pytest.raises(Timeout, match="another lock"):
+        work()
+    with store.claimed("a") as is_ours:
+        assert is_ours
 
 
 def _store_with_claim(store: ResultStore, benchmark: Benchmark) -> ResultStore:

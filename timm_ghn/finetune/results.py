@@ -133,12 +133,15 @@ class ResultStore:
     @contextmanager
     def claimed(self, key: str) -> Iterator[bool]:
         """Whether this process may work on a run; no other may meanwhile, and a killed one loses its claim."""
-        lock = self.path(key, "locks")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(Timeout), FileLock(lock, timeout=0):
-            yield True
-            return
-        yield False
+        path = self.path(key, "locks")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0)
+        with suppress(Timeout):  # of this lock alone, not of what is done meanwhile
+            lock.acquire()
+        try:
+            yield lock.is_locked
+        finally:
+            lock.release()
 
 
 @dataclass(frozen=True)
