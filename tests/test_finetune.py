@@ -663,6 +663,9 @@ def test_models_that_cannot_be_made(benchmark: Benchmark, tmp_path: Path) -> Non
         replace(CONFIG, model="resnet5000").build(3, 0)
     with pytest.raises(FineTuneError, match=r"test_resnet cannot be created: .*colour"):
         replace(CONFIG, model_kwargs={"colour": 1}).build(3, 0)
+    for name in ("num_classes", "pretrained"):  # what the run decides
+        with pytest.raises(FineTuneError, match=rf"test_resnet cannot be created: .*multiple values.*{name}"):
+            replace(CONFIG, model_kwargs={name: 1}).build(3, 0)
     with pytest.raises(FineTuneError, match=r"--init-file .*none.safetensors cannot be read"):
         run_jobs(
             [Job(replace(PAPER, init_file=str(tmp_path / "none.safetensors")), 0)],

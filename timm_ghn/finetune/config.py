@@ -88,9 +88,11 @@ class FineTuneConfig(Checked):
         """
         if not timm.is_model(self.model.partition(".")[0]) and ":" not in self.model:
             raise FineTuneError(f"timm has no model {self.model!r}")
-        kwargs = {"pretrained": self.init == PRETRAINED, "num_classes": num_classes, **self.model_kwargs}
+        pretrained = self.init == PRETRAINED
         try:
-            model: nn.Module = timm.create_model(self.model, **kwargs)
+            model: nn.Module = timm.create_model(
+                self.model, pretrained=pretrained, num_classes=num_classes, **self.model_kwargs
+            )
         except (RuntimeError, TypeError, ValueError, OSError) as error:
             raise FineTuneError(f"{self.model} cannot be created: {' '.join(str(error).split())}") from error
         return model
