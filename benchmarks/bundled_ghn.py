@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class Line:
         init: As given to `--inits`.
         ghn: Name of the GHN's file, and the first digits of its hash; empty without one.
         keys: Names of the runs, one a seed.
-        commit: Of this repository, when the line was finished.
+        commit: Of this repository, when the line was finished; no part of what the line is.
     """
 
     task: str
@@ -106,7 +106,7 @@ class Line:
     init: str
     ghn: str
     keys: tuple[str, ...]
-    commit: str = "unknown"
+    commit: str = field(default="unknown", compare=False)
 
 
 class Bench:
@@ -185,7 +185,7 @@ class Bench:
         jobs = [] if args.tune_only else [Job(config, seed) for seed in range(args.seeds)]
         results = run_together(jobs, data, self.store, self.execution, args.together)
         line = Line(task, model, init, ghn_label(config.ghn), tuple(result.key for result in results), commit())
-        if results and len(results) == len(jobs):
+        if results and len(results) == len(jobs) and line not in self.lines():
             self.keep(line)
         return line, results
 
@@ -328,6 +328,7 @@ def record(line: Line, result: RunResult) -> dict[str, Any]:
         "seconds": round(result.seconds, 1),
         "data": result.data["digest"],
         **{name: result.environment.get(name) for name in ("torch", "timm", "device")},
+        "commit": result.environment.get("commit", line.commit),  # runs of earlier versions name their own
     }
 
 

@@ -90,6 +90,10 @@ def test_variants_and_the_table_of_what_is_there(
         gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
         assert torch.allclose(gram, torch.eye(len(gram)), atol=1e-4) == expected
 
+    # A line that is there keeps the commit at which it was finished.
+    monkeypatch.setattr(bundled_ghn, "commit", lambda: "a later one")
+    assert bundled_ghn.main([*map(str, command), "--inits", "orth"]) == 0
+    capsys.readouterr()
     assert bundled_ghn.main([*map(str, command), "--table", "--jsonl", str(data / "runs.jsonl")]) == 0
     again, ends = capsys.readouterr().out.split("\ncifar10\n\n")
     assert sorted(again.splitlines()[2:]) == sorted(printed)
@@ -106,6 +110,7 @@ def test_variants_and_the_table_of_what_is_there(
     assert [(row["init"], row["seed"]) for row in rows[:2]] == [("orth", 0), ("orth", 1)]
     assert len(rows) == 2 * len(inits)
     assert all(row["commit"] and row["torch"] for row in rows)
+    assert all(row["commit"] != "a later one" for row in rows)
     assert {row["accuracy"]["1"] for row in rows} == {run.accuracy for run in runs}
 
     # A line of which a run is gone is left out.
