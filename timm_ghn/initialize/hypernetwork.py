@@ -51,10 +51,10 @@ class Hypernetwork:
 
 def noise_of(init: Init, hypernetwork: Hypernetwork | None) -> float:
     """Beta of the paper: what was asked for, else that of the GHN's training, else the paper's; 0 without a GHN."""
-    if hypernetwork is None or init.noise is not None:
-        return 0.0 if hypernetwork is None else float(init.noise or 0.0)
-    trained = hypernetwork.model.config.noise
-    return NOISE if trained is None else trained
+    if hypernetwork is None:
+        return 0.0
+    noise = hypernetwork.model.config.noise if init.noise is None else init.noise
+    return NOISE if noise is None else float(noise)
 
 
 def find_hypernetwork(init: Init, memo: Memo | None = None) -> Hypernetwork | None:
