@@ -197,6 +197,9 @@ def test_wrong_tensors_are_refused(
         ({"decoder": ["conv"]}, "decoder is"),
         ({"decoder": "mlp"}, "decoder is 'mlp', not one of conv"),
         ({"ve": 1}, "ve is 1, not true or false"),
+        ({"noise": -1}, r"noise is -1, not a number from 0 to 1e\+06"),
+        ({"noise": True}, "noise is True, not a number"),
+        ({"noise": float("nan")}, "noise is nan, not a number"),
         ({"heads": 8}, "layers and heads need hypernet 'graphormer'"),
         ({"colour": 8}, "unknown settings colour"),
     ],
@@ -354,6 +357,8 @@ def test_hostile_pickles_are_refused_before_they_are_run(tmp_path: Path, program
     [
         ({"hid": 10**500}, "hid is .*not between"),
         ({"hid": "x" * 10**6}, "not a whole number"),
+        ({"noise": 10**5000}, "noise is .*not a number"),
+        ({"noise": "x" * 10**6}, "noise is .*not a number"),
         ({"hypernet": [["deep"] * 100] * 100}, "hypernet is"),
         ({"x" * 10**6: 1}, "unknown settings"),
     ],

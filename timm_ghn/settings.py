@@ -87,9 +87,14 @@ def find_method(name: str) -> Method:
     return method
 
 
+def is_noise(value: object) -> bool:
+    """Whether a value can be beta of Eq. 1 (arXiv 2207.10049): a number from 0 to 1e6."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_NOISE
+
+
 def check_noise(noise: object) -> None:
-    """Raise InitError unless `noise` can be beta of Eq. 1 (arXiv 2207.10049): a number from 0 to 1e6."""
-    if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise <= MAX_NOISE:
+    """Raise InitError unless `noise` is as `is_noise` says."""
+    if not is_noise(noise):
         raise InitError(f"noise={noise!r}: expected a number from 0 to {MAX_NOISE:g}, beta of Eq. 1, such as {NOISE:g}")
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from timm_ghn.errors import CheckpointError, InitError
-from timm_ghn.settings import check_noise
+from timm_ghn.errors import CheckpointError
+from timm_ghn.settings import MAX_NOISE, is_noise
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "hypernet": ("gatedgnn", "graphormer", "mlp"),
@@ -97,11 +97,8 @@ class GHNConfig:
         start = self.start_layer
         is_layer = isinstance(start, int) and not isinstance(start, bool) and start >= 1
         _require(start is None or is_layer, f"start_layer is {_show(start)}, not a number from 1")
-        if self.noise is not None:
-            try:
-                check_noise(self.noise)
-            except InitError as error:
-                raise CheckpointError(f"GHN config: {error}") from None
+        is_beta = self.noise is None or is_noise(self.noise)
+        _require(is_beta, f"noise is {_show(self.noise)}, not a number from 0 to {MAX_NOISE:g}")
         _require(shape[2] == shape[3], f"max_shape {shape} is not square")
         _require(self.hid % 4 == 0, f"hid is {self.hid}, not a multiple of 4")
         if with_layers:
