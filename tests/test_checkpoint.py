@@ -148,9 +148,6 @@ def test_a_failed_write_leaves_the_old_file(ghn: GHN, tmp_path: Path, monkeypatc
     assert os.listdir(tmp_path) == ["ghn.safetensors"]
 
 
-# Live modules
-
-
 # Files that are refused
 
 

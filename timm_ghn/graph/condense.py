@@ -388,7 +388,7 @@ def _convolution(operation: Operation) -> Op:
 
 
 def _mark_classifiers(
-    nodes: Sequence[Node], edges: Sequence[tuple[int, int]], counts: set[int], behind: Set[Op] = _BEHIND_LOGITS
+    nodes: Sequence[Node], edges: Sequence[tuple[int, int]], counts: set[int], behind: Set[Op]
 ) -> list[Node]:
     """Give classifier roles to the linear layers that make the logits.
 
