@@ -467,11 +467,18 @@ def test_run_a_module(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (done.returncode, done.stdout) == (0, "['-m', '--help', 'x'] __main__\n")
 
 
+_INTERRUPTED = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
 @pytest.mark.parametrize(
     ("program", "status", "out", "error"),
     [
         ("raise ValueError('what is wrong')", 1, "", "ValueError: what is wrong"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", -2, "", "KeyboardInterrupt"),
+        (_INTERRUPTED, -2, "", "KeyboardInterrupt"),
         ("print(__file__)", 0, "script.py\n", ""),
     ],
 )
