@@ -193,3 +193,10 @@ def test_the_same_in_every_process_and_order() -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == here
     assert len(set(here.values())) == len(MODELS)
+
+
+def test_the_same_after_torch_compile() -> None:
+    before = {name: fingerprint(timm.create_model(name)) for name in MODELS}
+    torch.compile(nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))
+    assert hasattr(nn.Module, "___needs_generation_tag_patch")  # compiling did replace something
+    assert {name: fingerprint(timm.create_model(name)) for name in MODELS} == before

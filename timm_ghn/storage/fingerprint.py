@@ -23,6 +23,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, slice, type(None), torch.dtype,
 _REGISTERED = {"_parameters", "_buffers", "_modules"}
 _UNUSED = {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__"}
 """Attributes of a class that no instance uses."""
+_COMPILING = {"__init__", "__setstate__", "___needs_generation_tag_patch"}
+"""Attributes of `nn.Module` that the first `torch.compile` of a process replaces; no forward pass uses them."""
 
 
 class _ForeignCodeError(Exception):
@@ -38,15 +40,17 @@ def fingerprint(model: nn.Module) -> str | None:
     kinds = dict.fromkeys(base for module in model.modules() for base in type(module).__mro__)
     try:
         attributes = [(name, _attributes(module)) for name, module in model.named_modules()]
-        classes = [
-            (_describe(kind), [(key, _describe(value)) for key, value in vars(kind).items() if key not in _UNUSED])
-            for kind in kinds
-        ]
+        classes = [(_describe(kind), _class_attributes(kind)) for kind in kinds]
         functions = [_describe(value) for value in _functions(kinds)]
         hooks = _describe([*_global_forward_pre_hooks.values(), *_global_forward_hooks.values()])
     except _ForeignCodeError:
         return None
     return hashlib.sha256(repr((attributes, classes, functions, hooks)).encode(errors="surrogatepass")).hexdigest()
+
+
+def _class_attributes(kind: type) -> list[tuple[str, str]]:
+    unused = _UNUSED | _COMPILING if kind is nn.Module else _UNUSED
+    return [(key, _describe(value)) for key, value in vars(kind).items() if key not in unused]
 
 
 def _attributes(module: nn.Module) -> list[object]:
