@@ -96,8 +96,10 @@ def test_two_processes_take_the_steps_of_averaged_gradients(
     launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
     launch += [str(Path(__file__).with_name("train_worker.py")), "train"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    joined = subprocess.run([sys.executable, *launch, *arguments("run")], capture_output=True, text=True, timeout=300)
-    assert joined.returncode == 0, joined.stderr[-3000:]
+    for how in (["--steps", "1"], ["--resume"]):  # the second run goes on from the first one's checkpoint
+        command = [sys.executable, *launch, *arguments("run"), *how]
+        joined = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert joined.returncode == 0, joined.stderr[-3000:]
     found = load_file(tmp_path / "run" / f"ghn-{STEPS:07d}.safetensors")
     first, expected, differed = by_hand(arguments("alone"), monkeypatch)
     assert differed
@@ -107,7 +109,7 @@ def test_two_processes_take_the_steps_of_averaged_gradients(
     apart = torch.cat([(tensor - found[name]).flatten() for name, tensor in expected.items()]).norm()
     assert float(apart) < 0.02 * float(moved)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert sum("evaluation" in row for row in rows) == 1
+    assert [row["step"] for row in rows if "evaluation" in row] == [1, STEPS]
 
 
 def test_processes_must_share_the_architectures_evenly(arguments: Callable[[str], list[str]], tmp_path: Path) -> None:

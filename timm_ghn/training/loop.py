@@ -286,9 +286,9 @@ class Trainer:
         if latest is None:
             return False
         try:
-            state = torch.load(self.out / latest.optimizer, map_location=self.device, weights_only=True)
+            state = torch.load(self.out / latest.optimizer, map_location="cpu", weights_only=True)
             for ghn, name in ((self.ghn, latest.weights), (self.average, latest.average)):
-                ghn.load_state_dict(load_file(self.out / name, device=str(self.device)))
+                ghn.load_state_dict(load_file(self.out / name))
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.skipped, self.elapsed = latest.step, latest.skipped, latest.elapsed
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
