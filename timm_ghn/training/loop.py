@@ -286,6 +286,7 @@ class Trainer:
         if latest is None:
             return False
         try:
+            # Onto the CPU first: the name of a process's device, cpu:0, is none that torch.load maps to.
             state = torch.load(self.out / latest.optimizer, map_location="cpu", weights_only=True)
             for ghn, name in ((self.ghn, latest.weights), (self.average, latest.average)):
                 ghn.load_state_dict(load_file(self.out / name))
