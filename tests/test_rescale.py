@@ -474,10 +474,11 @@ def test_a_ghn_of_sane_scale_is_not_rescaled_where_structure_does_not_ask_for_it
 def test_standardized_kernels_of_a_network_without_norms_are_orthogonalized() -> None:
     model = timm.create_model("test_nfnet")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    report = timm_ghn.init_model(model, "ghn-orth", ghn="bundled", fallback="off")
+    late = timm_ghn.Init("ghn-orth", ghn="bundled", fallback="off", start_layer=0.7)
+    report = timm_ghn.init_model(model, late)
     statuses = {row.name: row.status for row in report.parameters}
     assert statuses["stem.conv1.weight"] is Status.PREDICTED_ORTHOGONALIZED
-    kept = timm_ghn.init_model(model, "ghn-orth", ghn="bundled", fallback="off", rescale="off")
+    kept = timm_ghn.init_model(model, replace(late, rescale="off"))
     assert {row.name: row.status for row in kept.parameters}["stem.conv1.weight"] is Status.PREDICTED
     gains = [row.name for row in kept.parameters if row.status is Status.KEPT]
     assert gains
@@ -514,14 +515,15 @@ def check(name: str, ghn: GHN, factor: float) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_small_networks_start_sane(name: str) -> None:
-    check(name, load_ghn("bundled"), 30.0)
+    # Standardized kernels without norm layers keep what is in phase; the classifier starts small there.
+    check(name, load_ghn("bundled"), 100.0 if name == "test_nfnet" else 10.0)
 
 
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch16_224", "efficientvim_m1", "focalnet_tiny_srf", "xcit_nano_12_p16_224"]
 )
 def test_residual_streams_of_transformers_stay_near_timms(name: str) -> None:
-    check(name, load_ghn("bundled"), 10.0 if name.startswith("vit") else 30.0)
+    check(name, load_ghn("bundled"), 20.0)
 
 
 def smallest_of_each_module() -> list[str]:
