@@ -2,7 +2,6 @@
 
     python benchmarks/figures.py tables --results results              # tables 1 and 2 as Markdown
     python benchmarks/figures.py curves --results results              # figure 4: training and test curves
-    python benchmarks/figures.py steps --runs benchmarks/results/results-small.jsonl --bundled-steps 8531
     python benchmarks/figures.py correlations                          # figure 2
     python benchmarks/figures.py graphs                                # figure 3
     python benchmarks/figures.py embeddings --count 200 --data data/tinyimagenet32                     # figure 5
@@ -16,7 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import re
 import statistics
 import sys
 from collections import defaultdict
@@ -36,7 +34,7 @@ import timm_ghn
 from timm_ghn import drawing
 from timm_ghn.cli.common import exit_status
 from timm_ghn.errors import FineTuneError, MissingDependencyError
-from timm_ghn.finetune import ResultStore, RunResult, Summary, differences, load_benchmark, spread, summarize
+from timm_ghn.finetune import ResultStore, RunResult, Summary, differences, load_benchmark, summarize
 from timm_ghn.ghn import GHN, default_ghn, load_ghn
 from timm_ghn.graph import to_graph
 from timm_ghn.orthogonalization import weight_layers
@@ -219,79 +217,6 @@ def common_legend(figure: Any, axes: Iterable[Any]) -> None:
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=min(6, len(handles)), frameon=False
     )
-
-
-# --- gain against training steps of the GHN -------------------------------------------------------------------------
-
-
-_GHN = re.compile(r"(?:bundled|steps-(\d+)) \(")
-
-
-def gains(rows: Iterable[Mapping[str, Any]], bundled_steps: int) -> dict[str, dict[str, Any]]:
-    """What GHN-orth comes to from GHNs of different numbers of training steps, beside what needs none.
-
-    Args:
-        rows: Runs on CIFAR-10, as `bundled_ghn.py --table --jsonl` writes them. GHNs are told by their labels:
-            "steps-04000 (hash)" is one of 4,000 steps.
-        bundled_steps: Training steps of the bundled GHN.
-
-    Returns:
-        For each model: "steps", "accuracy" and "std" from few to many steps; and "levels", the mean accuracy of other
-        initializations.
-    """
-    points: dict[tuple[str, int], list[float]] = defaultdict(list)
-    others: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in rows:
-        if row["task"] != "cifar10":
-            continue
-        accuracy, ghn = float(row["accuracy"][str(row["epochs"])]), _GHN.match(row["ghn"])
-        if row["init"] == "ghn-orth" and ghn:
-            points[row["model"], int(ghn[1] or bundled_steps)].append(accuracy)
-        elif row["init"] in _LEVELS:
-            others[row["model"], row["init"]].append(accuracy)
-    found: dict[str, dict[str, Any]] = {}
-    for (model, steps), values in sorted(points.items()):
-        line = found.setdefault(model, {"steps": [], "accuracy": [], "std": [], "levels": {}})
-        line["steps"].append(steps)
-        line["accuracy"].append(statistics.fmean(values))
-        line["std"].append(spread(values))
-    for (model, init), values in others.items():
-        if model in found:
-            found[model]["levels"][init] = statistics.fmean(values)
-    return found
-
-
-_LEVELS = {"rand": ":", "orth": "--", "untrained": "-.", "oracle": "-"}
-"""Initializations that are drawn as levels, and how."""
-
-
-def draw_gains(data: Mapping[str, Mapping[str, Any]]) -> Any:
-    """A column for each model; bars are one standard deviation."""
-    size = (3.4 * len(data) + 0.6, 3.2)
-    figure, axes = pyplot().subplots(1, len(data), figsize=size, squeeze=False, layout="constrained")
-    for axis, (name, line) in zip(axes[0], data.items(), strict=True):
-        accuracy, std = (100 * torch.tensor(line[key]) for key in ("accuracy", "std"))
-        axis.errorbar(
-            line["steps"], accuracy, std, label="ghn-orth", color=COLORS[0], marker="o", markersize=3.5, capsize=2
-        )
-        for init, dashes in _LEVELS.items():
-            if init in line["levels"]:
-                axis.axhline(100 * line["levels"][init], color="0.35", linestyle=dashes, linewidth=1, label=init)
-        axis.set_title(name)
-        axis.set_xlabel("training steps of the GHN")
-        axis.set_xlim(left=0)
-    axes[0][0].set_ylabel("test accuracy (%)")
-    common_legend(figure, axes[0])
-    return figure
-
-
-def plot_gains(args: argparse.Namespace) -> None:
-    """What GHN-orth gains with the training steps of the GHN."""
-    rows = [json.loads(line) for line in args.runs.read_text().splitlines()]
-    data = gains(rows, args.bundled_steps)
-    if not data:
-        raise FineTuneError(f"{args.runs} has no runs on CIFAR-10 from GHNs of known numbers of steps")
-    write_figure(draw_gains(data), data, args)
 
 
 # --- figure 2: correlations -----------------------------------------------------------------------------------------
@@ -545,9 +470,6 @@ def make_parser() -> argparse.ArgumentParser:
     models = ["resnet50", "convnext_base"]
     for name, handler, out in (("tables", tables, None), ("curves", plot_curves, "curves")):
         add(name, handler, out).add_argument("--results", type=Path, default=Path("results"))
-    command = add("steps", plot_gains, "steps")
-    command.add_argument("--runs", type=Path, required=True, help="JSON Lines of bundled_ghn.py --table")
-    command.add_argument("--bundled-steps", type=int, required=True, help="training steps of the bundled GHN")
     command = add("correlations", plot_correlations, "correlations")
     command.add_argument("--models", nargs="+", default=models)
     command.add_argument("--inits", nargs="+", default=["rand", "ghn", "ghn-orth"], help="methods, or 'pretrained'")

@@ -146,33 +146,6 @@ def test_embeddings(seeded_checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "e.png").exists()
 
 
-def test_gain_with_training_steps(tmp_path: Path) -> None:
-    rows = [
-        {"task": task, "model": "vit", "init": init, "ghn": ghn, "epochs": 20, "accuracy": {"2": 0.1, "20": accuracy}}
-        for task, init, ghn, accuracy in (
-            ("cifar10", "ghn-orth", "bundled (abc)", 0.5),
-            ("cifar10", "ghn-orth", "bundled (abc)", 0.7),
-            ("cifar10", "ghn-orth", "steps-01000 (def)", 0.4),
-            ("cifar10", "ghn-orth", "no-convnext (123)", 0.9),
-            ("cifar10", "rand", "", 0.3),
-            ("held-out", "rand", "", 0.9),
-            ("cifar10", "lsuv", "", 0.9),
-        )
-    ]
-    runs = tmp_path / "runs.jsonl"
-    runs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["steps", "--runs", str(runs), "--bundled-steps", "9000", "--out", str(tmp_path / "steps")]
-    assert figures.main(command) == 0
-    found = json.loads((tmp_path / "steps.json").read_text())["vit"]
-    assert found["steps"] == [1000, 9000]
-    assert found["accuracy"] == pytest.approx([0.4, 0.6])
-    assert found["std"] == pytest.approx([0.0, 0.02**0.5])
-    assert found["levels"] == {"rand": 0.3}
-    assert (tmp_path / "steps.png").stat().st_size > 5000
-    runs.write_text("")
-    assert figures.main(command) == 2
-
-
 def test_curves_of_different_settings_are_not_mixed(store: ResultStore) -> None:
     write_result(store, "resnet18", "ghn-orth", 7, 0.6, lr=0.5)
     with pytest.raises(FineTuneError, match="keep one experiment a folder"):
