@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from timm_ghn.errors import TrainingError
 from timm_ghn.ghn import GHN, GHNConfig
 from timm_ghn.initialize.plan import Assignment
 from timm_ghn.orthogonalization import WeightLayer, weight_layers
+from timm_ghn.seeding import seeded
 from timm_ghn.settings import Source
 from timm_ghn.training.architectures import Bounds, Network, count_macs, draw_architecture
 from timm_ghn.training.conditioned import as_users_get
@@ -94,6 +96,25 @@ def test_what_is_not_predicted_depends_on_the_architecture_alone() -> None:
     kept = {name: parameter for name, parameter in first.named_parameters() if not parameter.is_meta}
     assert "cls_token" in kept
     assert all(torch.equal(parameter, second.get_parameter(name)) for name, parameter in kept.items())
+
+
+def test_rows_of_class_tokens_are_timms_and_have_no_gradient() -> None:
+    drawn = (draw_architecture("test", index, {"vit": 1.0}, Bounds()) for index in range(20))
+    architecture = next(each for each in drawn if each.build(10).cls_token is not None)
+    ghn = tiny_ghn()
+    network = Network(architecture, ghn)
+    with seeded(0):
+        model: Any = architecture.build(10)
+    images = torch.randn(2, 3, architecture.size, architecture.size)
+    predicted = {name: value.detach().requires_grad_() for name, value in ghn([network.graph])[0].items()}
+    outputs, _ = network(predicted, images)
+    (grad,) = torch.autograd.grad(outputs.square().sum(), predicted["pos_embed"])
+    rows = model.num_prefix_tokens
+    assert not grad[:, :rows].any()
+    assert grad[:, rows:].any()
+    table = torch.cat([model.pos_embed[:, :rows], predicted["pos_embed"][:, rows:]], 1)
+    model.load_state_dict({**predicted, "pos_embed": table}, strict=False)
+    torch.testing.assert_close(model(images), outputs)
 
 
 @pytest.mark.parametrize(("start_layer", "noise"), [(None, None), (1, None), (1, 2.0)])

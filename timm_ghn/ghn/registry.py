@@ -137,7 +137,7 @@ _ALL = (
     _ppuda("ghn2-cifar10", "GHN-2 for small images", 1_620_764, "58.6", "4f290e0fad1b73066eeabb50be52e0c377d0b15b"),
     _ppuda("ghn1-cifar10", "GHN-1 for small images", 1_620_668, "19.2", "0c97a283aefc0445dd357c08f1b36698149b8013"),
     _ppuda("mlp-cifar10", _MLP, 1_614_396, "17.7", "3a987c98b437fd2dfc603668a846f2b632ed28a3"),
-    NamedGHN(BUNDLED, "Small GHN-2 that comes with timm-ghn", "Tiny-ImageNet, 32 x 32", 1_645_464, "apache-2.0"),
+    NamedGHN(BUNDLED, "Small Graphormer that comes with timm-ghn", "Tiny-ImageNet, 32 x 32", 3_798_886, "apache-2.0"),
 )
 NAMED_GHNS: dict[str, NamedGHN] = {entry.name: entry for entry in _ALL}
 """The GHNs that `load_ghn` knows by name."""

@@ -6,8 +6,8 @@ of `R`. Four facts carry the module:
 1. `Q` is unique for full rank, and `W T = Q (R T)` has the same `Q` for every upper triangular `T` with a positive
    diagonal. So columns may be rescaled, and multiples of earlier columns may be subtracted from later ones, without
    changing the answer. Every step below is such a `T`, so it may stop anywhere and leave the rest to another method.
-2. A GHN predicts one block of kernels and repeats it, every 64 columns for the bundled GHN. Such a `W` is of rank 64
-   but for a little noise, and the noise alone decides about all further columns of `Q`. The differences to the first
+2. A GHN predicts one block of kernels and repeats it, every 64 columns for a GHN-2. Such a `W` is of rank 64 but for a
+   little noise, and the noise alone decides about all further columns of `Q`. The differences to the first
    block of columns are that noise, nearly exact in floating point because almost equal numbers are subtracted. They
    are nearly independent, and the result is closer to the exact `Q` than Householder reflections applied to `W`.
 3. Block Gram-Schmidt: the right half of the columns loses its projection on the orthonormal left half, by two matrix

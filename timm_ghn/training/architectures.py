@@ -17,10 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from timm_ghn.errors import CaptureError, GraphError, TrainingError
+from timm_ghn.ghn.features import shape_4d
+from timm_ghn.ghn.layout import token_rows
 from timm_ghn.ghn.model import GHN
 from timm_ghn.ghn.seen import Seen
 from timm_ghn.graph import to_graph
 from timm_ghn.graph.graph import Graph
+from timm_ghn.graph.nodes import Layout
 from timm_ghn.initialize.hypernetwork import Hypernetwork
 from timm_ghn.initialize.plan import make_plan
 from timm_ghn.seeding import seeded
@@ -172,6 +175,7 @@ class Network:
             raise TrainingError(f"no graph of {architecture}: {error}") from error
         self.graph = cast(Graph, plan.graph)
         self.assignments = {name: what for name, what in plan.assignments.items() if what.source is Source.GHN}
+        self._first_rows = _first_rows(model, self.graph)
         for name in self.assignments:  # their memory is not needed
             module_name, _, attribute = name.rpartition(".")
             module = model.get_submodule(module_name)
@@ -189,20 +193,38 @@ class Network:
         """Outputs (B, classes), the mean of several heads, and the features (B, D) that the first of them reads.
 
         Args:
-            parameters: Values of all predicted parameters.
+            parameters: Values of all predicted parameters. The rows of a table of tokens that are not predicted,
+                those of class tokens, are the network's own.
             images: Normalized images (B, 3, S, S) of any size S.
         """
         size = self.architecture.size
         if images.shape[-1] != size:
             images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+        own = {
+            name: torch.cat([rows.to(parameters[name]), parameters[name][..., rows.shape[-2] :, :]], -2)
+            for name, rows in self._first_rows.items()
+        }
         caught: list[Tensor] = []
         handle = self._classifier.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
         try:
-            outputs = functional_call(self.model, dict(parameters), (images,))
+            outputs = functional_call(self.model, {**parameters, **own}, (images,))
         finally:
             handle.remove()
         heads = outputs if isinstance(outputs, (tuple, list)) else [outputs]
         return torch.stack(list(heads)).mean(0), caught[0].flatten(1)
+
+
+def _first_rows(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
+    """The rows of tables of tokens that no GHN predicts, by name of the table: those of class tokens."""
+    found = {}
+    for node in graph.nodes:
+        for target in node.targets:
+            if target.layout is Layout.TOKENS and node.shape is not None:
+                table = model.get_parameter(target.name).detach()
+                predicted = token_rows(table, shape_4d(node.shape)).shape[-2]
+                if predicted < table.shape[-2]:
+                    found[target.name] = table.narrow(-2, 0, table.shape[-2] - predicted).clone()
+    return found
 
 
 def training_architecture(config: TrainConfig, index: int) -> Architecture:

@@ -319,6 +319,11 @@ def _fastvit(d: Draw) -> nn.Module:
 # --- transformers and mixers ----------------------------------------------------------------------------------------
 
 
+_POOLS = ("token", "avg", "avg")
+"""Of networks whose class tokens read the images through small scales, most average the other tokens: a class token
+that sees next to nothing teaches nothing."""
+
+
 def _patch(d: Draw) -> int:
     return max(4, d.size // d.pick(4, 8, 8))
 
@@ -522,7 +527,7 @@ FAMILIES: dict[str, tuple[float, Family]] = {
     )),
     "coat": (1, lambda d: d.build(
         models.coat.CoaT, patch_size=4, embed_dims=d.widths(4, 24, 56), serial_depths=d.depths(4, 1),
-        mlp_ratios=d.pick((8, 8, 4, 4), (4, 4, 4, 4)),
+        mlp_ratios=d.pick((8, 8, 4, 4), (4, 4, 4, 4)), global_pool=d.pick(*_POOLS),
     )),
     # Transformers.
     "vit": (6, lambda d: d.build(
@@ -543,11 +548,11 @@ FAMILIES: dict[str, tuple[float, Family]] = {
     )),
     "cait": (1, lambda d: d.build(
         models.cait.Cait, patch_size=_patch(d), depth=d.number(3, 10), init_values=d.pick(1e-5, 0.1, 1.0),
-        **d.heads(2, 5, 32, 48)
+        **d.heads(2, 5, 32, 48), global_pool=d.pick(*_POOLS),
     )),
     "xcit": (1, lambda d: d.build(
         models.xcit.Xcit, patch_size=d.pick(8, 16) if d.size == 64 else 8, depth=d.number(3, 8),
-        eta=d.pick(1.0, 0.1, 1e-5), tokens_norm=d.flag(), **d.heads(2, 5, 24, 32, 48),
+        eta=d.pick(1.0, 0.1, 1e-5), tokens_norm=d.flag(), **d.heads(2, 5, 24, 32, 48), global_pool=d.pick(*_POOLS),
     )),
     "pit": (1, lambda d: d.build(
         models.pit.PoolingVisionTransformer, patch_size=d.pick(8, 16), stride=4, stem_type="overlap",
