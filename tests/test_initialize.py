@@ -443,7 +443,7 @@ def test_the_backbone_hardly_depends_on_the_head(arguments: dict[str, Any]) -> N
     assert two is not None
     assert one.start_layer == two.start_layer
     expected, found = whole.layer2[0].conv1.weight.detach(), other.layer2[0].conv1.weight.detach()
-    assert float((found - expected).norm() / expected.norm()) < 0.05
+    assert float((found - expected).norm() / expected.norm()) < 0.1
 
 
 class Paired(nn.Module):

@@ -11,8 +11,8 @@ from timm_ghn.initialize.memo import Memo
 from timm_ghn.orthogonalization import single_threaded
 from timm_ghn.settings import NOISE, Init, Source
 
-_MAX_REMEMBERED = 16 * 2**20
-"""Bytes of blocks beyond which predictions are not remembered. Those of ResNet-50 by the bundled GHN take 3 MB."""
+_MAX_REMEMBERED = 32 * 2**20
+"""Bytes of blocks beyond which predictions are not remembered. Those of ResNet-50 by the bundled GHN take 30 MiB."""
 
 
 @dataclass(frozen=True)
