@@ -16,8 +16,9 @@ from timm_ghn.initialize.plan import Assignment
 from timm_ghn.orthogonalization import WeightLayer, weight_layers
 from timm_ghn.seeding import seeded
 from timm_ghn.settings import Source
-from timm_ghn.training.architectures import Bounds, Network, count_macs, draw_architecture
+from timm_ghn.training.architectures import Bounds, Network, count_macs, draw_architecture, training_architecture
 from timm_ghn.training.conditioned import as_users_get
+from timm_ghn.training.config import PRESETS
 from timm_ghn.training.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,6 +64,13 @@ def test_draws_follow_the_shares_and_differ() -> None:
     assert 12 <= sum(architecture.family == "resnet" for architecture in drawn) < 24
     assert drawn[5] == draw_architecture("test", 5, {"resnet": 3.0, "vit": 1.0}, Bounds())
     assert drawn[5] != draw_architecture("other", 5, {"resnet": 3.0, "vit": 1.0}, Bounds())
+
+
+def test_a_network_that_takes_no_single_image_is_drawn_again() -> None:
+    """A group norm of one value a group, as in the first draw of this number, refuses one image, which is recorded."""
+    architecture = training_architecture(PRESETS["bundled"], 2042)
+    assert architecture.seed != "0/train/2042/0"
+    Network(architecture, tiny_ghn())
 
 
 def test_a_family_that_is_too_costly_is_named() -> None:

@@ -118,6 +118,7 @@ def _is_within(architecture: Architecture, max_params: float, bounds: Bounds) ->
         if too_large or len(layers) > bounds.max_layers:
             return False
         macs, outputs = count_macs(model, architecture.size)
+        model.eval()(torch.empty(1, 3, architecture.size, architecture.size, device="meta"))  # as it is recorded
     except _IMPOSSIBLE as error:
         logger.debug("%s cannot be built: %s", architecture, error)
         return False
