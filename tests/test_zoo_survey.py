@@ -32,6 +32,7 @@ from zoo_survey.survey import Plan, skipped, survey
 from zoo_survey.table import markdown, percentile
 
 from timm_ghn.graph import capture, to_graph
+from timm_ghn.orthogonalization import weight_layers
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 GIB = 2**30
@@ -100,13 +101,22 @@ def test_an_initialization_agrees_with_its_report(resnet: tuple[Entry, Entry]) -
     graph, facts = resnet[0].facts, resnet[1].facts
     assert isinstance(facts, InitFacts)
     assert isinstance(graph, GraphFacts)
-    classifier = timm.create_model("test_resnet").get_classifier()
+    model = timm.create_model("test_resnet")
+    classifier = model.get_classifier()
     kept = sum(parameter.numel() for parameter in classifier.parameters())  # the bundled GHN has 328 outputs
     assert facts.predicted == graph.predictable - kept
+    layers = sum(model.get_parameter(layer.parameter).numel() for layer in weight_layers(model))
+    assert facts.orthogonalized == layers - classifier.weight.numel()  # the bundled GHN's L is 1
     assert [(share.tensors, share.elements) for share in facts.kept] == [(2, kept)]
     assert "classifier of 1000 classes" in facts.kept[0].what
     assert min(vars(facts.seconds).values()) >= 0
     assert facts.seconds.total > facts.seconds.decode
+
+
+def test_what_fell_back_is_told() -> None:
+    facts = examine_init("test_nfnet").facts
+    assert isinstance(facts, InitFacts)
+    assert [share.tensors for share in facts.kept if share.what.startswith("not seen: sep_conv 3x3")]
 
 
 def test_activations_are_those_of_the_two_starts(resnet: tuple[Entry, Entry]) -> None:

@@ -30,7 +30,7 @@ MODELS = (
 PARTS = {
     "capture": ["timm_ghn.initialize.outline:capture"],
     "condense": ["timm_ghn.initialize.outline:condense", "timm_ghn.initialize.plan:find_structure"],
-    "GNN": ["timm_ghn.ghn.gnn:GatedGNN.forward"],
+    "GNN": ["timm_ghn.ghn.gnn:GatedGNN.forward", "timm_ghn.ghn.graphormer:Graphormer.forward"],
     "decoding": ["timm_ghn.ghn.model:GHN._emit"],
     "writing": ["timm_ghn.ghn.model:Prediction.write_"],
     "correlations": ["timm_ghn.orthogonalization.noise:correlation_std"],

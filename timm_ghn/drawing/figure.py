@@ -18,7 +18,7 @@ from matplotlib.path import Path
 from timm_ghn.drawing.layout import LANE, TURN, Layout, arrange
 from timm_ghn.errors import GraphError
 from timm_ghn.graph.graph import Graph
-from timm_ghn.graph.nodes import Node, Op
+from timm_ghn.graph.nodes import CONVOLUTIONS, Node, Op
 
 Vector = npt.NDArray[np.float64]
 
@@ -132,8 +132,8 @@ def _draw_legend(axes: Axes, width: float) -> None:
 
 
 def _kernel(node: Node) -> str:
-    """The size of a convolution's kernel; a linear layer is a convolution with a kernel of 1."""
-    if node.op not in (Op.CONV, Op.SEP_CONV, Op.DIL_CONV) or not node.shape:
+    """The size of a convolution's kernel."""
+    if node.op not in CONVOLUTIONS or not node.shape:
         return ""
     height, width = node.shape[2:] or (1, 1)
     return str(height) if height == width else f"{height}\N{MULTIPLICATION SIGN}{width}"

@@ -170,20 +170,11 @@ _STEPS = 5
 """How often it is applied: singular values above 1 / 100 of a block's norm become nearly equal."""
 
 
-_TOGETHER_BYTES = 2**20
-"""Size of the Gram matrices that a CPU treats at once: what is computed from them then stays in its cache."""
-
-
 def even_factor(gram: Tensor) -> Tensor:
     """Polynomials F of Gram matrices G = X X^T (N, m, m) that bring the singular values of F X near 1.
 
     Those above 1 / 100 of X's norm end between 0.7 and 1.2, smaller ones below.
     """
-    count = max(1, _TOGETHER_BYTES // (4 * gram.shape[1] ** 2)) if gram.device.type == "cpu" else len(gram)
-    return torch.cat([_even_factor(part) for part in torch.split(gram, count)])
-
-
-def _even_factor(gram: Tensor) -> Tensor:
     a, b, c = _POLYNOMIAL
     trace = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-24)[:, None, None]
     gram = gram / trace
@@ -217,6 +208,9 @@ def make_orthogonal(blocks: Sequence[Tensor]) -> list[Tensor]:
 _BUCKETS = (4, 16, 32)
 """Sizes that small Gram matrices are filled up to, so that those of many groups make one batch."""
 
+_TOGETHER_BYTES = 2**20
+"""Size of the Gram matrices that a CPU treats at once: what is computed from them then stays in its cache."""
+
 
 def _evening_factors(grams: Sequence[Tensor]) -> list[Tensor]:
     """For batches of Gram matrices G = X X^T: F for which F X has norm 1 and nearly equal singular values."""
@@ -228,12 +222,18 @@ def _evening_factors(grams: Sequence[Tensor]) -> list[Tensor]:
     for size, members in buckets.items():
         padding = [size - grams[index].shape[1] for index in members]
         padded = torch.cat([F.pad(grams[index], (0, pad, 0, pad)) for index, pad in zip(members, padding, strict=True)])
-        factor = even_factor(padded)
-        factor = factor * (factor * (factor @ padded)).sum((1, 2), keepdim=True).clamp_min(1e-24).rsqrt()
+        count = max(1, _TOGETHER_BYTES // (4 * size**2)) if padded.device.type == "cpu" else len(padded)
+        factor = torch.cat([_evening_factor(some) for some in torch.split(padded, count)])
         for index, part in zip(members, torch.split(factor, [len(grams[index]) for index in members]), strict=True):
             side = grams[index].shape[1]
             factors[index] = part[:, :side, :side]
     return factors
+
+
+def _evening_factor(gram: Tensor) -> Tensor:
+    """`even_factor`, scaled so that F X has norm 1."""
+    factor = even_factor(gram)
+    return factor * (factor * (factor @ gram)).sum((1, 2), keepdim=True).clamp_min(1e-24).rsqrt()
 
 
 def kernel_scale(shape: tuple[int, ...], is_table: bool) -> float:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from timm_ghn.ghn.features import shape_4d
 from timm_ghn.graph.graph import Graph
-from timm_ghn.graph.nodes import Node, Op
+from timm_ghn.graph.nodes import CONVOLUTIONS, Node, Op
 
 HOPS = 2
 """Edges to the farthest operators that count: a bias stands between a kernel and the norm layer behind it."""
@@ -34,7 +34,6 @@ MOST = 2 / 3
 orthogonal layers were worse than none (docs/ghns.md)."""
 NEUTRAL = (Op.INPUT, Op.MAX_POOL, Op.AVG_POOL, Op.GLOB_AVG)
 """Operators that do not count: they leave scales as they are."""
-_KERNELS = (Op.CONV, Op.SEP_CONV, Op.DIL_CONV)
 _OPS = tuple(Op)
 _SIDE = 1 << len(_OPS)
 """Codes of the operators on one side: a bit for each."""
@@ -65,7 +64,7 @@ class Seen:
         more than `MOST` of the network, all are.
         """
         codes = surroundings(graph)
-        reads_images = np.array([node.op in _KERNELS for node in graph.nodes]) & (codes // _SIDE % _SIDE == 0)
+        reads_images = np.array([node.op in CONVOLUTIONS for node in graph.nodes]) & (codes // _SIDE % _SIDE == 0)
         found = {
             target.name: f"{_describe(graph.nodes[index], int(codes[index]))}: 0 of {self.networks:,} training networks"
             for index in np.flatnonzero(~np.isin(codes, self.codes) & ~reads_images)
@@ -94,7 +93,7 @@ def surroundings(graph: Graph) -> npt.NDArray[np.int64]:
 def _kind(node: Node) -> int:
     """Operator, kernel size, and whether a kernel reads one channel, as a number. Tables have no size of their own."""
     height, width, depthwise = 1, 1, False
-    if node.op in _KERNELS and node.shape is not None:
+    if node.op in CONVOLUTIONS and node.shape is not None:
         _, channels, height, width = shape_4d(node.shape)
         depthwise = channels == 1
     return ((node.op.row * 256 + min(height, 255)) * 256 + min(width, 255)) * 2 + depthwise

@@ -38,6 +38,9 @@ class Op(str, Enum):
 
 _ROWS = {op: row for row, op in enumerate(Op)}
 
+CONVOLUTIONS = (Op.CONV, Op.SEP_CONV, Op.DIL_CONV)
+"""Operators with kernels; a linear layer is a convolution with a kernel of 1."""
+
 
 class Role(str, Enum):
     """What a parameter is to its node, which decides the decoder and the scaling that it gets."""

@@ -118,11 +118,13 @@ def _is_within(architecture: Architecture, max_params: float, bounds: Bounds) ->
         if too_large or len(layers) > bounds.max_layers:
             return False
         macs, outputs = count_macs(model, architecture.size)
+        if not bounds.min_macs <= macs <= bounds.max_macs or outputs > bounds.max_outputs:
+            return False
         model.eval()(torch.empty(1, 3, architecture.size, architecture.size, device="meta"))  # as it is recorded
     except _IMPOSSIBLE as error:
         logger.debug("%s cannot be built: %s", architecture, error)
         return False
-    return bounds.min_macs <= macs <= bounds.max_macs and outputs <= bounds.max_outputs
+    return True
 
 
 def count_macs(model: nn.Module, size: int) -> tuple[int, int]:
@@ -222,9 +224,9 @@ def _first_rows(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
         for target in node.targets:
             if target.layout is Layout.TOKENS and node.shape is not None:
                 table = model.get_parameter(target.name).detach()
-                predicted = token_rows(table, shape_4d(node.shape)).shape[-2]
-                if predicted < table.shape[-2]:
-                    found[target.name] = table.narrow(-2, 0, table.shape[-2] - predicted).clone()
+                rows = table.shape[-2] - token_rows(table, shape_4d(node.shape)).shape[-2]
+                if rows:
+                    found[target.name] = table[..., :rows, :].clone()
     return found
 
 
