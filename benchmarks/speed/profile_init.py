@@ -33,12 +33,15 @@ PARTS = {
     "GNN": ["timm_ghn.ghn.gnn:GatedGNN.forward", "timm_ghn.ghn.graphormer:Graphormer.forward"],
     "decoding": ["timm_ghn.ghn.model:GHN._emit"],
     "writing": ["timm_ghn.ghn.model:Prediction.write_"],
-    "correlations": ["timm_ghn.orthogonalization.noise:correlation_std"],
-    "noise": ["timm_ghn.orthogonalization.run:add_noise_"],
+    "correlations": ["timm_ghn.orthogonalization.run:correlation_std"],
+    "noise": ["timm_ghn.orthogonalization.run:add_normal_"],
     "projections": ["timm_ghn.orthogonalization.orthogonal:_project_"],
     "panels": ["timm_ghn.orthogonalization.orthogonal:_orthogonalize_panel_"],
     "reflections": ["timm_ghn.orthogonalization.orthogonal:_householder_"],
-    "other QR": ["timm_ghn.orthogonalization.run:orthogonal_factor_"],
+    "other QR": [
+        "timm_ghn.orthogonalization.run:orthogonal_factor_",
+        "timm_ghn.orthogonalization.run:orthogonalize_tiled_",
+    ],
 }
 """Functions of a part, as module:name."""
 REST = "build and rest"

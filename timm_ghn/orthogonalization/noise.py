@@ -64,28 +64,18 @@ def _normal_values() -> NDArray[np.float32]:
     return result
 
 
-def add_noise_(
-    weight: Tensor, noise: float, layer: int, seed: int, correlation: Correlation, name: str, expert: int = 0
+def add_normal_(
+    tensor: Tensor, deviation: float, *, layer: int, seed: int, shape: Sequence[int], expert: int = 0
 ) -> None:
-    """Replaces a weight by `w + N(0, beta sigma(r(w)))` (Eq. 1).
+    """Adds the noise of a layer, times its standard deviation, to a contiguous tensor of the CPU.
 
     Args:
-        weight: `(K, ...)`, float32 or float64, in which the noise survives, on the CPU, contiguous.
-        noise: `beta`.
-        layer: Number of the layer, from 1.
-        seed: The user's seed.
-        correlation: What is correlated.
-        name: What error messages call the weight.
-        expert: Which kernel of a mixture it is, from 0.
-
-    Raises:
-        InitError: The weight holds NaN or infinity; it is then not changed.
+        tensor: float32 or float64, in which small noise survives; of no more entries than the layer.
+        deviation: `beta sigma(r)` of Eq. 1.
+        layer, seed, shape, expert: As of `standard_normal`.
     """
-    deviation = noise * correlation_std(weight.view(weight.shape[0], -1), correlation, name) if noise > 0 else 0.0
-    if deviation == 0:
-        return
-    entries = weight.view(-1)
-    draws = standard_normal(entries.numel(), seed, layer, weight.shape, expert)
+    entries = tensor.view(-1)
+    draws = standard_normal(entries.numel(), seed, layer, shape, expert)
     for part, drawn in zip(torch.split(entries, _DRAWN), draws, strict=True):
         part.add_(drawn, alpha=deviation)
 
@@ -94,8 +84,8 @@ def correlation_std(matrix: Tensor, correlation: Correlation = "paper", name: st
     """Returns `sigma(r)`, the unbiased standard deviation of all `n^2` entries of the Pearson correlation matrix.
 
     The matrix `r` is never formed: its entries sum to `|sum_i z_i|^2` and their squares to
-    `|Z Z^T|_F^2 = |Z^T Z|_F^2`, of which the smaller is computed. Channels that repeat exactly, as
-    predicted ones do, are reduced to one copy with its multiplicity.
+    `|Z Z^T|_F^2 = |Z^T Z|_F^2`, of which the smaller is computed. Channels and columns that repeat
+    exactly, as predicted ones do, are reduced to one copy with its multiplicity.
 
     A variable without variance has no correlations; its entries of `r` count as 0, the diagonal one included.
 
@@ -115,16 +105,17 @@ def correlation_std(matrix: Tensor, correlation: Correlation = "paper", name: st
         return 0.0
     transposed = correlation == "ppuda" and matrix.shape[0] < matrix.shape[1]
     num_variables = matrix.shape[1] if transposed else matrix.shape[0]
-    distinct, counts = _distinct_channels(matrix.detach())
-    scales = checked_scales(distinct, name)
-    distinct = distinct.to(torch.float64 if distinct.numel() <= _SMALL else wide_dtype(distinct.dtype))
+    channels, channel_counts = _distinct_rows(matrix.detach())
+    columns, column_counts = _distinct_rows(channels.mT)
+    scales = checked_scales(columns, name)
+    columns = columns.to(torch.float64 if columns.numel() <= _SMALL else wide_dtype(columns.dtype))
     for scale in scales:
-        distinct = distinct * scale
-    counts = counts.to(distinct.dtype)
+        columns = columns * scale
+    channel_counts, column_counts = channel_counts.to(columns.dtype), column_counts.to(columns.dtype)
     if transposed:
-        standardized, total = _standardized(distinct.mT, torch.ones(num_variables, dtype=counts.dtype), counts)
+        standardized, total = _standardized(columns, column_counts, channel_counts)
     else:
-        standardized, total = _standardized(distinct, counts)
+        standardized, total = _standardized(columns.mT, channel_counts, column_counts)
     num_entries = num_variables**2
     if num_entries < 2:
         return 0.0
@@ -133,16 +124,23 @@ def correlation_std(matrix: Tensor, correlation: Correlation = "paper", name: st
     return math.sqrt(max(sum_of_squares - sum_of_entries**2 / num_entries, 0.0) / (num_entries - 1))
 
 
-def _distinct_channels(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the channels without their exact copies (`k x D`), and how often each occurs (`k`, int64)."""
-    channels = matrix.shape[0]
-    alike = (matrix[:, 0] == matrix[0, 0]).nonzero()[1:]
-    period = int(alike[0]) if len(alike) else channels
-    distinct = period if torch.equal(matrix[period:], matrix[: channels - period]) else channels
-    return matrix[:distinct], torch.bincount(torch.arange(channels, device="cpu") % distinct, minlength=distinct)
+def row_period(matrix: Tensor) -> int:
+    """Returns after how many rows a matrix repeats exactly; the number of its rows if it does not."""
+    beginning = matrix[:, :8]
+    for period in (beginning == beginning[0]).all(dim=1).nonzero()[1:, 0].tolist():
+        if torch.equal(matrix[period:], matrix[:-period]):
+            return int(period)
+    return len(matrix)
 
 
-def _standardized(variables: Tensor, occurring: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _distinct_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the rows without their exact copies (`k x D`), and how often each occurs (`k`, int64)."""
+    period = row_period(matrix)
+    numbers = torch.arange(len(matrix), device="cpu") % period
+    return matrix[:period], torch.bincount(numbers, minlength=period)
+
+
+def _standardized(variables: Tensor, occurring: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the rows of `X`, centred and scaled to norm 1, and their sum; a row that is constant becomes 0.
 
     Both are weighted, so that products of two rows are sums over all observations, and products of two columns are
@@ -151,7 +149,7 @@ def _standardized(variables: Tensor, occurring: Tensor, observed: Tensor | None 
     Args:
         variables: `(n, m)`, float32 or float64.
         occurring: `(n,)`, how often each variable counts.
-        observed: `(m,)`, how often each observation counts; None for once.
+        observed: `(m,)`, how often each observation counts.
 
     Returns:
         `(n, m)`, entry `i, j` multiplied by the roots of both counts; and `(m,)` in float64, the sum of all variables.
@@ -162,11 +160,8 @@ def _standardized(variables: Tensor, occurring: Tensor, observed: Tensor | None 
     for start in range(0, variables.shape[0], length):
         rows = slice(start, start + length)
         part, before = standardized[rows], variables[rows]
-        if observed is None:
-            torch.sub(before, before.mean(dim=1, keepdim=True), out=part)
-        else:
-            torch.sub(before, (before @ observed).unsqueeze(1) / observed.sum(), out=part).mul_(observed.sqrt())
-            before = before * observed.sqrt()
+        torch.sub(before, (before @ observed).unsqueeze(1) / observed.sum(), out=part).mul_(observed.sqrt())
+        before = before * observed.sqrt()
         norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
         constant = norm <= 8 * torch.finfo(norm.dtype).eps * torch.linalg.vector_norm(before, dim=1, keepdim=True)
         root = occurring[rows].sqrt().unsqueeze(1)

@@ -19,8 +19,8 @@ of `R`. Four facts carry the module:
    is enough": Giraud, Langou, Rozloznik, The loss of orthogonality in the Gram-Schmidt orthogonalization process,
    2005). In a square matrix of noise those are the last few panels.
 
-Every result is tested for orthogonality. A matrix that fails, or has a column that depends on others exactly, goes to
-Householder QR (LAPACK), which is orthogonal whatever the input.
+Every result is tested for orthogonality, and orthogonalized once more if it fails. A matrix that fails again, or has a
+column that depends on others exactly, goes to Householder QR (LAPACK), which is orthogonal whatever the input.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _AMPLIFIED = 16.0
 """How much larger the squares of rounding errors may be, in relation to those of orthogonal columns, after a pass."""
 
 _PASSES = 3
-"""How often a panel is orthogonalized before that is left to Householder reflections; two are enough for noise."""
+"""How often a panel is orthogonalized before that is left to Householder reflections; two are enough for noise, and for
+a whole matrix."""
 
 _ROWS = 128
 """Rows whose squares are computed at once, to save memory."""
@@ -97,8 +98,13 @@ def orthogonal_factor_(matrix: Tensor, name: str) -> None:
         norms = torch.stack([rows.square().sum(dim=0) for rows in torch.split(tall, _ROWS)]).sum(dim=0)
         if period and not norms[period:].any():
             rank = period  # exact copies: reflections of the first block complete it
-        elif _gram_schmidt_(tall, norms, 0, rank) and _is_orthonormal(tall):
-            return
+        else:
+            for _ in range(_PASSES - 1):
+                if not _gram_schmidt_(tall, norms, 0, rank):
+                    break
+                if _is_orthonormal(tall):
+                    return
+                norms = torch.ones_like(norms)
     _householder_(tall, rank)
 
 
@@ -126,14 +132,13 @@ def checked_scales(matrix: Tensor, name: str) -> tuple[float, ...]:
 def _period(matrix: Tensor) -> int:
     """Returns the width of the block of columns that a matrix repeats up to a small difference; 0 if there is none."""
     head = matrix[:_PANEL]
-    distances = (head - head[:, :1]).square_().sum(dim=0)
-    alike = (distances < 0.01 * head[:, 0].square().sum()).nonzero()[1:]
+    lengths = head.square().sum(dim=0)
+    alike = ((head - head[:, :1]).square_().sum(dim=0) <= 0.01 * lengths[0]).nonzero()[1:, 0]
     if len(alike) == 0:
         return 0
     period = int(alike[0])
-    width = min(period, matrix.shape[1] - period)
-    first, second = matrix[:, :width], matrix[:, period : period + width]
-    return period if bool((second - first).norm() < 0.1 * first.norm()) else 0
+    distances = (head[:, period:] - head[:, :-period]).square_().sum(dim=0)
+    return period if bool((distances <= 0.01 * lengths[:-period]).all()) else 0
 
 
 def _gram_schmidt_(matrix: Tensor, norms: Tensor, start: int, stop: int) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from timm_ghn.errors import InitError
 from timm_ghn.orthogonalization.layers import WeightLayer, resolve_start_layer, weight_layers
-from timm_ghn.orthogonalization.noise import add_noise_
+from timm_ghn.orthogonalization.noise import add_normal_, correlation_std
 from timm_ghn.orthogonalization.orthogonal import checked_scales, orthogonal_factor_, wide_dtype
+from timm_ghn.orthogonalization.tiled import orthogonalize_tiled_
 from timm_ghn.settings import NOISE, Correlation, check_choice, check_noise, check_seed
 from timm_ghn.trace.distributed import is_distributed, place_, unwrapped, whole
 from timm_ghn.trace.inputs import check_model
@@ -73,9 +75,8 @@ def postprocess_tensor(weight: Tensor, layer: WeightLayer, settings: PostProcess
         layer: Which layer it is.
         settings: What is done.
         in_place: Whether the weight is overwritten with the result. A float32 or float64 tensor on the CPU, contiguous
-            and aligned, is also where the result is computed; of others there is a copy. Beyond these, less than the
-            size of the weight is allocated if it is wide, and less than twice its size if it is tall or its channels do
-            not repeat.
+            and aligned, is also where the result is computed; of others there is a copy. Beyond these, less than 1.5
+            times the size of the weight is allocated, and less than twice if its channels do not repeat.
 
     Returns:
         The weight if it is overwritten, else a new tensor of the same shape, dtype and device.
@@ -103,10 +104,17 @@ def postprocess_tensor(weight: Tensor, layer: WeightLayer, settings: PostProcess
 def _process_(weight: Tensor, layer: WeightLayer, settings: PostProcess) -> None:
     """Post-processes a contiguous float32 or float64 tensor on the CPU, one kernel after the other."""
     kernels = weight.view(weight.shape[0], *layer.kernel) if layer.kernel else weight.unsqueeze(0)
+    noise, name = settings.noise, layer.parameter
     for index, kernel in enumerate(kernels):
-        add_noise_(kernel, settings.noise, layer.number, settings.seed, settings.correlation, layer.parameter, index)
+        matrix = kernel.view(kernel.shape[0], -1)
+        deviation = noise * correlation_std(matrix, settings.correlation, name) if noise > 0 else 0.0
+        add_ = partial(add_normal_, layer=layer.number, seed=settings.seed, shape=kernel.shape, expert=index)
+        if deviation > 0:
+            if settings.orthogonal and orthogonalize_tiled_(matrix, deviation, partial(add_, deviation=1.0), name):
+                continue
+            add_(matrix, deviation)
         if settings.orthogonal:
-            orthogonal_factor_(kernel.view(kernel.shape[0], -1), layer.parameter)
+            orthogonal_factor_(matrix, name)
 
 
 def postprocess_many(
