@@ -33,6 +33,7 @@ from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.conditioned import as_users_get
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import Splits, take_batch
+from timm_ghn.training.dormant import revive
 from timm_ghn.training.evaluate import Evaluation, evaluate
 from timm_ghn.training.metrics import Meter
 from timm_ghn.training.objective import Objective
@@ -49,6 +50,8 @@ _NETWORK_CLIP = _CLIP = 5.0
 others, and of the GHN's."""
 MAX_SKIPPED = 50
 """Updates in a row without a finite gradient after which training gives up."""
+_REVIVED_BY = 64
+"""How many networks tell which units are dormant."""
 _CHECKPOINT_FILES = ("ghn-*.safetensors", "average-*.safetensors", "optimizer-*.pt")
 
 
@@ -181,6 +184,16 @@ class Trainer:
         for mean, value in zip(self.average.parameters(), self.ghn.parameters(), strict=True):
             mean.lerp_(value, 1 - decay)
 
+    def _revive(self) -> None:
+        """Let dormant units begin anew, the same in all processes."""
+        seed = _step_seed(self.config.seed, self.step, 0)
+        generator = torch.Generator().manual_seed(seed)
+        numbers = torch.randint(*self.config.in_use(self.step), (_REVIVED_BY,), generator=generator)
+        graphs = [self.networks(int(number)).graph for number in numbers]
+        count = revive(self.ghn, self.average, self.optimizer, graphs, seed)
+        if count and self.rank == 0:
+            logger.info("step %d: %d dormant units of the decoder of vectors begin anew", self.step, count)
+
     # The run
 
     def run(self, *, stop_after: int | None = None, until: float | None = None) -> Evaluation | None:
@@ -214,6 +227,7 @@ class Trainer:
                     self._log(bar)
                 if self.step % config.eval_every == 0 and self.step < config.steps:
                     self.evaluate()
+                    self._revive()
                 if self.step % config.save_every == 0:
                     self.save()
         self.save()
