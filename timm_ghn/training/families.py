@@ -321,7 +321,7 @@ def _fastvit(d: Draw) -> nn.Module:
 
 _POOLS = ("token", "avg", "avg")
 """Of networks whose class tokens read the images through small scales, most average the other tokens: a class token
-that sees next to nothing teaches nothing."""
+that sees next to nothing teaches nothing. For the same reason, no scale of a plain transformer begins at 1e-5."""
 
 
 def _patch(d: Draw) -> int:
@@ -530,21 +530,21 @@ FAMILIES: dict[str, tuple[float, Family]] = {
         mlp_ratios=d.pick((8, 8, 4, 4), (4, 4, 4, 4)), global_pool=d.pick(*_POOLS),
     )),
     # Transformers.
-    "vit": (6, lambda d: d.build(
+    "vit": (20, lambda d: d.build(
         models.vision_transformer.VisionTransformer,
         patch_size=_patch(d), depth=d.number(3, 12),
         mlp_ratio=d.pick(2.0, 3.0, 4.0, 4.0), qkv_bias=d.flag(0.8), qk_norm=d.flag(0.15),
-        init_values=d.pick(None, None, 1e-5, 0.1), reg_tokens=d.pick(0, 0, 0, 4), act_layer=d.pick(None, None, nn.SiLU),
+        init_values=d.pick(None, None, None, 0.1), reg_tokens=d.pick(0, 0, 0, 4), act_layer=d.pick(None, None, nn.SiLU),
         mlp_layer=d.pick(Mlp, Mlp, Mlp, GluMlp), **d.heads(2, 6, 24, 32, 48, 64), **d.pick(
             {}, {},  # with a class token
             {"global_pool": "avg", "class_token": False},
             {"global_pool": "avg", "class_token": False, "fc_norm": False},
         ),
     )),
-    "eva": (1, lambda d: d.build(
+    "eva": (4, lambda d: d.build(
         models.eva.Eva, patch_size=_patch(d), depth=d.number(3, 10), qkv_fused=d.flag(), swiglu_mlp=d.flag(),
         scale_mlp=d.flag(0.3), mlp_ratio=d.pick(8 / 3, 4.0), use_rot_pos_emb=d.flag(0.7),
-        init_values=d.pick(None, 0.1, 1e-5), **d.heads(2, 6, 32, 64),
+        init_values=d.pick(None, 0.1), **d.heads(2, 6, 32, 64),
     )),
     "cait": (1, lambda d: d.build(
         models.cait.Cait, patch_size=_patch(d), depth=d.number(3, 10), init_values=d.pick(1e-5, 0.1, 1.0),
