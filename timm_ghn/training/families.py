@@ -329,7 +329,7 @@ def _patch(d: Draw) -> int:
 
 
 def _swin(d: Draw) -> nn.Module:
-    heads, stages = d.number(1, 2), d.number(2, 4)
+    heads, stages = d.number(1, 3), d.number(2, 4)
     options: dict[str, Any] = {
         "patch_size": d.pick(2, 4) if d.size == 32 else 4, "embed_dim": heads * d.pick(24, 32),
         "depths": d.depths(stages, 2), "num_heads": tuple(heads * 2**index for index in range(stages)),
@@ -358,7 +358,7 @@ def _maxxvit(d: Draw) -> nn.Module:
 
 
 def _mixer(d: Draw) -> nn.Module:
-    options: dict[str, Any] = {"patch_size": _patch(d), "num_blocks": d.number(3, 12), "embed_dim": d.width(64, 256)}
+    options: dict[str, Any] = {"patch_size": _patch(d), "num_blocks": d.number(3, 12), "embed_dim": d.width(64, 384)}
     kind = d.pick("Mixer", "ResMLP", "gMLP")
     if kind == "ResMLP":
         options |= {"mlp_ratio": d.pick(3, 4), "norm_layer": models.mlp_mixer.Affine}
@@ -535,7 +535,7 @@ FAMILIES: dict[str, tuple[float, Family]] = {
         patch_size=_patch(d), depth=d.number(3, 12),
         mlp_ratio=d.pick(2.0, 3.0, 4.0, 4.0), qkv_bias=d.flag(0.8), qk_norm=d.flag(0.15),
         init_values=d.pick(None, None, None, 0.1), reg_tokens=d.pick(0, 0, 0, 4), act_layer=d.pick(None, None, nn.SiLU),
-        mlp_layer=d.pick(Mlp, Mlp, Mlp, GluMlp), **d.heads(2, 6, 24, 32, 48, 64), **d.pick(
+        mlp_layer=d.pick(Mlp, Mlp, Mlp, GluMlp), **d.heads(2, 8, 24, 32, 48, 64), **d.pick(
             {}, {},  # with a class token
             {"global_pool": "avg", "class_token": False},
             {"global_pool": "avg", "class_token": False, "fc_norm": False},
@@ -544,7 +544,7 @@ FAMILIES: dict[str, tuple[float, Family]] = {
     "eva": (4, lambda d: d.build(
         models.eva.Eva, patch_size=_patch(d), depth=d.number(3, 10), qkv_fused=d.flag(), swiglu_mlp=d.flag(),
         scale_mlp=d.flag(0.3), mlp_ratio=d.pick(8 / 3, 4.0), use_rot_pos_emb=d.flag(0.7),
-        init_values=d.pick(None, 0.1), **d.heads(2, 6, 32, 64),
+        init_values=d.pick(None, 0.1), **d.heads(2, 8, 32, 64),
     )),
     "cait": (1, lambda d: d.build(
         models.cait.Cait, patch_size=_patch(d), depth=d.number(3, 10), init_values=d.pick(1e-5, 0.1, 1.0),
