@@ -16,9 +16,8 @@ from timm_ghn.initialize.plan import Assignment
 from timm_ghn.orthogonalization import WeightLayer, weight_layers
 from timm_ghn.seeding import seeded
 from timm_ghn.settings import Source
-from timm_ghn.training.architectures import Bounds, Network, count_macs, draw_architecture, training_architecture
+from timm_ghn.training.architectures import Bounds, Network, count_macs, draw_architecture
 from timm_ghn.training.conditioned import as_users_get
-from timm_ghn.training.config import PRESETS
 from timm_ghn.training.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +42,7 @@ def test_a_family_gives_networks_that_a_ghn_predicts(family: str) -> None:
     assert architecture.family == family
     with torch.device("meta"):
         model = architecture.build(10)
-    assert sum(parameter.numel() for parameter in model.parameters()) <= max(bounds.max_params)
+    assert sum(parameter.numel() for parameter in model.parameters()) <= max(bounds.of(family).max_params)
 
     ghn = tiny_ghn()
     network = Network(architecture, ghn)
@@ -68,7 +67,7 @@ def test_draws_follow_the_shares_and_differ() -> None:
 
 def test_a_network_that_takes_no_single_image_is_drawn_again() -> None:
     """A group norm of one value a group, as in the first draw of this number, refuses one image, which is recorded."""
-    architecture = training_architecture(PRESETS["bundled"], 2042)
+    architecture = draw_architecture("0/train", 2042, {"resnetv2": 1.0}, Bounds())
     assert architecture.seed != "0/train/2042/0"
     Network(architecture, tiny_ghn())
 
