@@ -75,8 +75,9 @@ def postprocess_tensor(weight: Tensor, layer: WeightLayer, settings: PostProcess
         layer: Which layer it is.
         settings: What is done.
         in_place: Whether the weight is overwritten with the result. A float32 or float64 tensor on the CPU, contiguous
-            and aligned, is also where the result is computed; of others there is a copy. Beyond these, less than 1.5
-            times the size of the weight is allocated, and less than twice if its channels do not repeat.
+            and aligned, is also where the result is computed; of others there is a copy. Beyond these, less than the
+            size of the weight is allocated if it is wide, and less than twice its size if it is tall or its channels do
+            not repeat.
 
     Returns:
         The weight if it is overwritten, else a new tensor of the same shape, dtype and device.

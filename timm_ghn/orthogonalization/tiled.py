@@ -31,11 +31,14 @@ _FIRM = 100.0
 _UNSURE = 0.25
 """Largest share of the columns of `R` that are shorter."""
 
+_ROWS = 128
+"""How many rows are moved at once within the memory of a matrix."""
+
 
 def orthogonalize_tiled_(matrix: Tensor, deviation: float, add_normal_: Callable[[Tensor], None], name: str) -> bool:
     """Replaces a matrix by the orthogonal factor of its sum with noise, in place, if its rows repeat as said above.
 
-    Less than 1.5 times the size of the matrix is allocated.
+    What remains is factorized in the memory of the matrix.
 
     Args:
         matrix: `(K, D)`, float32 or float64, on the CPU, finite.
@@ -61,15 +64,18 @@ def orthogonalize_tiled_(matrix: Tensor, deviation: float, add_normal_: Callable
     known = int(unsure[0]) if len(unsure) else period
     if known < (1 - _UNSURE) * period:
         return False
-    rest = torch.zeros([size - known for size in matrix.shape], dtype=matrix.dtype, device="cpu")
+    height, width = (size - known for size in matrix.shape)
+    rest = matrix.view(-1)[: height * width].view(height, width).zero_()
     tall_rest = rest if tall is matrix else rest.mT
     tall_rest[: period - known, : period - known] = triangle[known:, known:] / deviation
     add_normal_(rest)
     orthogonal_factor_(rest, name)
+    turned = rotation[:, known:] @ tall_rest[: period - known]
+    for start in reversed(range(0, height, _ROWS)):  # each row moves behind all that have not moved yet
+        matrix[known + start : known + start + _ROWS, known:] = rest[start : start + _ROWS].clone()
     tall[:period, :known] = rotation[:, :known]
     tall[period:, :known] = 0
-    torch.mm(rotation[:, known:], tall_rest[: period - known], out=tall[:period, known:])
-    tall[period:, known:] = tall_rest[period - known :]
+    tall[:period, known:] = turned
     _spread_(tall, period)
     return True
 
