@@ -107,7 +107,7 @@ def correlation_std(matrix: Tensor, correlation: Correlation = "paper", name: st
     num_variables = matrix.shape[1] if transposed else matrix.shape[0]
     channels, channel_counts = _distinct_rows(matrix.detach())
     columns, column_counts = _distinct_rows(channels.mT)
-    scales = checked_scales(columns, name)
+    scales = checked_scales(channels, name)
     columns = columns.to(torch.float64 if columns.numel() <= _SMALL else wide_dtype(columns.dtype))
     for scale in scales:
         columns = columns * scale
