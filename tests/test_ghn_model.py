@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -281,12 +282,22 @@ def naive_arrange(kernel: Tensor, shape: tuple[int, ...], kind: Layout) -> Tenso
 @pytest.mark.parametrize(("kernel", "shape", "kind"), LAYOUTS)
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("limit", [4, 64])
+@pytest.mark.parametrize("sides", [None, (2, 3)])
 def test_layouts_agree_with_their_definition(
-    kernel: tuple[int, ...], shape: tuple[int, ...], kind: Layout, contiguous: bool, limit: int
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    kind: Layout,
+    contiguous: bool,
+    limit: int,
+    sides: tuple[int, int] | None,
 ) -> None:
     block = torch.randn([min(size, limit) for size in kernel])
-    prediction = Prediction(Target("w", shape, Role.WEIGHT, kind), block, kernel)
-    expected = naive_arrange(naive_tile(block, kernel), shape, kind)
+    prediction = Prediction(Target("w", shape, Role.WEIGHT, kind), block, kernel, sides)
+    full = naive_tile(block, kernel)
+    if sides is not None:
+        for k, c in itertools.product(range(kernel[0]), range(kernel[1])):
+            full[k, c] *= (-1) ** ((k // 2) & (c // 3)).bit_count()
+    expected = naive_arrange(full, shape, kind)
     assert layout.is_consistent(kernel, shape, kind)
     full = prediction.materialize()
     assert torch.equal(full, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import timm_ghn
 from timm_ghn.errors import CheckpointError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
 from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.ghn.decoder import ConvDecoder, make_orthogonal
-from timm_ghn.ghn.layout import Tiles, join, tilings
+from timm_ghn.ghn.layout import Tiles, join, signs, tilings
 from timm_ghn.graph import to_graph
 from timm_ghn.training.architectures import Bounds, Network, draw_architecture
 
@@ -160,6 +162,39 @@ def test_blocks_of_a_large_kernel_differ_by_their_place(kernels: str) -> None:
     gradient = tiled.get_parameter("decoder.in_codes.weight").grad
     assert gradient is not None
     assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 12, 16, 24])
+def test_signs_make_kernels_of_equal_blocks_invertible(count: int) -> None:
+    found = signs((8 * count, 8 * count, 1, 1), (8, 8))
+    assert found.shape == (8 * count, 8 * count, 1, 1)
+    assert bool((found[:8] == 1).all() and (found[:, :8] == 1).all())
+    block = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    values = torch.linalg.svdvals(block.repeat(count, count) * found[..., 0, 0])
+    assert values.min() > 0.99  # of the block: 1
+    assert values.max() < 1.01 * 2 ** ((count - 1).bit_length() / 2)  # equal for powers of 2
+
+
+def test_a_ghn_with_signs_multiplies_its_kernels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = GHN(GHNConfig(max_shape=(8, 8, 3, 3), num_classes=4, hid=8, kernels="orthogonal", tiles=2))
+    signed = GHN(replace(plain.config, signs=True))
+    signed.load_state_dict(plain.state_dict())
+    network = nn.Sequential(nn.Conv2d(3, 20, 3), nn.Conv2d(20, 30, 3), nn.Conv2d(30, 30, 3, groups=30), nn.Flatten())
+    graph = to_graph(network, input_size=(3, 8, 8))
+    before, after = plain([graph])[0], signed([graph])[0]
+    assert torch.equal(after["1.weight"], before["1.weight"] * signs((30, 20, 3, 3), (8, 8)))
+    for name in before.keys() - {"1.weight"}:  # few input channels, and biases
+        assert torch.equal(after[name], before[name])
+    write_safetensors(signed, tmp_path / "ghn.safetensors")
+    again = read(tmp_path / "ghn.safetensors")
+    assert again.config.signs
+    assert content_hash(again) == content_hash(signed) != content_hash(plain)
+    assert "signs" not in plain.config.to_dict()
+    for _ in range(2):  # the second time from the cache
+        model = copy.deepcopy(network)
+        timm_ghn.init_model(model, "ghn", ghn=signed, input_size=(3, 8, 8), rescale="off")
+        torch.testing.assert_close(model.get_parameter("1.weight"), after["1.weight"], rtol=1e-4, atol=1e-5)
 
 
 def test_tiles_survive_a_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import timm_ghn
 from timm_ghn.errors import TrainingError
-from timm_ghn.ghn import GHN, GHNConfig
+from timm_ghn.ghn import GHN, GHNConfig, layout
 from timm_ghn.initialize.plan import Assignment
 from timm_ghn.orthogonalization import WeightLayer, weight_layers
 from timm_ghn.seeding import seeded
@@ -124,11 +124,13 @@ def test_rows_of_class_tokens_are_timms_and_have_no_gradient() -> None:
     torch.testing.assert_close(model(images), outputs)
 
 
-@pytest.mark.parametrize(("start_layer", "noise"), [(None, None), (1, None), (1, 2.0)])
-def test_users_get_what_training_sees(start_layer: int | None, noise: float | None) -> None:
+@pytest.mark.parametrize(
+    ("start_layer", "noise", "signs"), [(None, None, False), (1, None, False), (1, 2.0, False), (1, None, True)]
+)
+def test_users_get_what_training_sees(start_layer: int | None, noise: float | None, signs: bool) -> None:
     """Of a network with layer norms, learned scales and residual branches, tensor by tensor."""
     architecture = draw_architecture("test", 0, {"maxxvit": 1.0}, Bounds())
-    ghn = GHN(replace(tiny_ghn().config, start_layer=start_layer, noise=noise))
+    ghn = GHN(replace(tiny_ghn().config, start_layer=start_layer, noise=noise, signs=signs))
     network = Network(architecture, ghn)
     with torch.no_grad():
         seen = as_users_get(ghn([network.graph])[0], network.assignments, ghn.config, seed=0)
@@ -181,3 +183,17 @@ def test_vectors_that_repeat_have_no_gradient(
     (grad,) = torch.autograd.grad(result.sum(), weight)
     assert bool((grad[seen] != 0).all())
     assert int((grad != 0).sum()) == grad[seen].numel()
+
+
+@pytest.mark.parametrize(("shape", "count"), [((24, 40), 24), ((40, 24), 24), ((24, 8, 2, 2), 8)])
+def test_with_signs_as_many_vectors_have_a_gradient_as_there_are_blocks(
+    shape: tuple[int, ...], count: int, layer: WeightLayer
+) -> None:
+    config = GHNConfig(max_shape=(8, 8, 11, 11), signs=True)
+    block = torch.randn(8, 8, *shape[2:]).repeat(5, 5, *(1 for _ in shape[2:]))[: shape[0], : shape[1]]
+    weight = (block * layout.signs(shape, (8, 8))).requires_grad_()
+    result = as_users_get({"a": weight}, {"a": Assignment(Source.GHN, layer=layer)}, config, 0)["a"].flatten(1)
+    gram = result @ result.T if result.shape[0] < result.shape[1] else result.T @ result
+    torch.testing.assert_close(gram.detach(), torch.eye(len(gram)), atol=1e-4, rtol=0)
+    (grad,) = torch.autograd.grad(result.sum(), weight)
+    assert int((grad != 0).flatten(1).any(1 if shape[0] <= 24 else 0).sum()) == count

@@ -20,7 +20,7 @@ HUB_FILE = "ghn.safetensors"
 """What a GHN's file is called in a repository of the Hub, and in this package."""
 
 _REQUIRED = {"max_shape", "num_classes", "weight_norm", "ve", "layernorm"}
-_NOT_PPUDA = {"kernels", "tiles", "layers", "heads", "cut", "start_layer", "noise"}
+_NOT_PPUDA = {"kernels", "tiles", "signs", "layers", "heads", "cut", "start_layer", "noise"}
 
 MAX_SHAPE = (1024, 1024, 64, 64)
 MAX_SIZES: Mapping[str, int] = {"num_classes": 100_000, "hid": 1024, "tiles": 256}
@@ -48,6 +48,8 @@ class GHNConfig:
             the scale of He's initialization.
         tiles: How many blocks a side make up a larger kernel before it repeats them, each from a learned code of its
             place; 1 repeats a single one (ppuda).
+        signs: Whether the blocks of a kernel are multiplied with the entries of a Hadamard matrix by their places. A
+            kernel of blocks that are alike has full rank then.
         layers: Layers of the Graphormer; 0 without one.
         heads: Attention heads of the Graphormer; 0 without one.
         cut: Which part of an emitted block a smaller kernel is: its "corner" (GHN-1 and GHN-2), or its "centre"
@@ -71,6 +73,7 @@ class GHNConfig:
     hid: int = 32
     kernels: str = "raw"
     tiles: int = 1
+    signs: bool = False
     layers: int = 0
     heads: int = 0
     cut: str = "corner"
@@ -91,7 +94,7 @@ class GHNConfig:
             value = getattr(self, name)
             is_known = isinstance(value, str) and value in choices
             _require(is_known, f"{name} is {_show(value)}, not one of {', '.join(choices)}")
-        for name in ("weight_norm", "ve", "layernorm"):
+        for name in ("weight_norm", "ve", "layernorm", "signs"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {_show(value)}, not true or false")
         start = self.start_layer

@@ -105,6 +105,23 @@ def join(parts: Sequence[Tensor], tiles: Sequence[Tiles]) -> Tensor:
     return torch.cat([torch.cat([region for tile, region in pairs if tile.rows == row], 2) for row in rows], 1)
 
 
+def signs(shape: Shape, sides: tuple[int, int]) -> Tensor:
+    """Signs (K, C, 1, ...) of a kernel's elements: entries of Sylvester's Hadamard matrix at the places of blocks.
+
+    All are 1 in the first row and in the first column of blocks. The first a rows and a columns of the matrix have full
+    rank for every a, so that equal blocks of full rank make a square kernel of full rank.
+
+    Args:
+        shape: Shape of the kernel, (K, C, ...).
+        sides: Out and in channels of a block.
+    """
+    rows, columns = (torch.arange(size) // side for size, side in zip(shape[:2], sides, strict=True))
+    bits = rows[:, None] & columns
+    for shift in (8, 4, 2, 1):  # their parity
+        bits = bits ^ bits >> shift
+    return (1.0 - 2.0 * (bits & 1)).view(*shape[:2], *(1 for _ in shape[2:]))
+
+
 # Layouts
 
 

@@ -34,11 +34,13 @@ class Prediction:
         target: The parameter.
         block: What the GHN emitted for it, scaled: (k, c, h, w), (k, c) for class weights or (k,) for vectors.
         kernel: Shape, of the rank of `block`, that the block is tiled to before it is laid out as the parameter.
+        sides: Out and in channels of the parts that have `layout.signs`; None if there are no signs.
     """
 
     target: Target
     block: Tensor
     kernel: Shape
+    sides: tuple[int, int] | None = None
 
     def materialize(self) -> Tensor:
         """The parameter, contiguous, of `target.shape`; elements that are not predicted are zero.
@@ -46,6 +48,8 @@ class Prediction:
         The result shares the memory of the block where that is as large. Differentiable.
         """
         kernel = layout.tile(self.block, self.kernel)
+        signs = self._signs()
+        kernel = kernel if signs is None else kernel * signs.to(kernel)
         return layout.arrange(kernel, self.target.shape, self.target.layout).contiguous()
 
     @torch.no_grad()
@@ -73,6 +77,15 @@ class Prediction:
             return
         block = self.block.to(parameter.device)
         layout.tile_(view, block[(None,) * (view.dim() - block.dim())])
+        signs = self._signs()
+        if signs is not None:
+            view.mul_(signs.to(view))
+
+    def _signs(self) -> Tensor | None:
+        """Signs of the kernel, on the CPU; None if all are 1."""
+        if self.sides is None or any(size <= side for size, side in zip(self.kernel, self.sides, strict=False)):
+            return None
+        return layout.signs(self.kernel, self.sides)
 
 
 _Group = tuple[Role, Shape]
@@ -279,7 +292,8 @@ class GHN(nn.Module):
                 block = F.interpolate(block, kernel[2:], mode="bilinear")
             block = block[: kernel[0]] if kernel[0] < len(block) else block
             block = block / target.shape[2] if target.layout is Layout.DEPTH else block
-            return Prediction(target, block, kernel)
+            sides = self.config.max_shape[:2] if self.config.signs and target.role is Role.WEIGHT else None
+            return Prediction(target, block, kernel, sides)
         if target.role is not Role.CLASS_BIAS:
             block = block[0 if target.role is Role.NORM_WEIGHT else 1]
         return Prediction(target, block[: shape[0]], shape)

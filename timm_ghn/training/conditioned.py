@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,16 +22,15 @@ _TINY = 1e-2
 class _Orthogonal(torch.autograd.Function):
     """Equations 1 and 2, and for the gradient those of a rotation: what the GHN emits is nearly orthogonal already.
 
-    A GHN emits blocks; of a kernel of more channels than a block, the vectors behind the first block get their
-    directions from tiny noise alone, so that there is no gradient for them. Of larger noise there is a part in every
-    vector, and the gradient is that of the rest.
+    Vectors that repeat others get their directions from tiny noise alone, so that there is no gradient for them. Of
+    larger noise there is a part in every vector, and the gradient is that of the rest.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, layer: WeightLayer, settings: PostProcess, block: int) -> Tensor:
-        is_noisy, repeats = settings.noise > _TINY, min(weight.shape[0], weight[0].numel()) > block
-        result = postprocess_tensor(weight, layer, settings if is_noisy or repeats else replace(settings, noise=0.0))
-        predicted = torch.ones(()) if is_noisy else _predicted(weight, block)
+    def forward(ctx: Any, weight: Tensor, layer: WeightLayer, settings: PostProcess, config: GHNConfig) -> Tensor:
+        predicted = torch.ones(()) if settings.noise > _TINY else _predicted(weight, config)
+        repeats = settings.noise > _TINY or not bool(predicted.all())
+        result = postprocess_tensor(weight, layer, settings if repeats else replace(settings, noise=0.0))
         learned = weight * predicted
         ctx.factor = predicted * (result * learned).sum() / learned.square().sum().clamp_min(1e-24)
         return result
@@ -40,13 +40,18 @@ class _Orthogonal(torch.autograd.Function):
         return grads[0] * ctx.factor, None, None, None
 
 
-def _predicted(weight: Tensor, block: int) -> Tensor:
-    """1 for the elements of the vectors that are not repeated, else 0; broadcasts to the weight."""
+def _predicted(weight: Tensor, config: GHNConfig) -> Tensor:
+    """1 for the elements of the vectors that do not repeat others, else 0; broadcasts to the weight.
+
+    Without signs, those of one kernel that the GHN emits. With signs, as many as there are blocks in a vector.
+    """
     rows, columns = weight.shape[0], weight[0].numel()
     dimension = 0 if rows <= columns else 1
-    is_first = torch.arange(weight.shape[dimension], device=weight.device) < block
-    shape = [1] * weight.dim()
-    shape[dimension] = -1
+    count = config.largest_kernel[dimension]
+    if config.signs and (dimension == 0 or columns == weight.shape[1]):
+        count *= math.ceil(weight.shape[1 - dimension] / config.largest_kernel[1 - dimension])
+    is_first = torch.arange(min(rows, columns), device=weight.device) < count
+    shape = (1, *weight.shape[1:]) if dimension else (rows, *(1 for _ in weight.shape[1:]))
     return is_first.view(shape).to(weight.dtype)
 
 
@@ -67,7 +72,6 @@ def as_users_get(
         Parameters by name; differentiable.
     """
     settings = PostProcess(noise=NOISE if config.noise is None else config.noise, seed=seed)
-    block = config.largest_kernel[0]
     results = {}
     for name, assigned in assignments.items():
         tensor = predicted[name]
@@ -76,6 +80,6 @@ def as_users_get(
         if assigned.factor != 1:
             tensor = tensor * assigned.factor
         if assigned.layer is not None:
-            tensor = _Orthogonal.apply(tensor, assigned.layer, settings, block)  # type: ignore[no-untyped-call]
+            tensor = _Orthogonal.apply(tensor, assigned.layer, settings, config)  # type: ignore[no-untyped-call]
         results[name] = tensor
     return results

@@ -97,7 +97,9 @@ class TrainConfig(Checked):
 
 PRESETS: dict[str, TrainConfig] = {
     "bundled": TrainConfig(
-        ghn=GHNConfig(hypernet="graphormer", layers=4, heads=8, hid=56, kernels="orthogonal", tiles=4, start_layer=1),
+        ghn=GHNConfig(
+            hypernet="graphormer", layers=4, heads=8, hid=56, kernels="orthogonal", tiles=4, signs=True, start_layer=1,
+        ),
         steps=40_000, cooldown=8_000, average=0.998, fresh=1.0, save_every=25,
     ),
     "smoke": TrainConfig(
