@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_ghn.errors import InitError
+from timm_ghn.orthogonalization.kronecker import orthogonalize_kronecker_
 from timm_ghn.orthogonalization.layers import WeightLayer, resolve_start_layer, weight_layers
 from timm_ghn.orthogonalization.noise import add_normal_, correlation_std
 from timm_ghn.orthogonalization.orthogonal import checked_scales, orthogonal_factor_, wide_dtype
@@ -108,6 +109,8 @@ def _process_(weight: Tensor, layer: WeightLayer, settings: PostProcess) -> None
     noise, name = settings.noise, layer.parameter
     for index, kernel in enumerate(kernels):
         matrix = kernel.view(kernel.shape[0], -1)
+        if settings.orthogonal and orthogonalize_kronecker_(matrix, noise, name):  # no correlation is more than 1
+            continue
         deviation = noise * correlation_std(matrix, settings.correlation, name) if noise > 0 else 0.0
         add_ = partial(add_normal_, layer=layer.number, seed=settings.seed, shape=kernel.shape, expert=index)
         if deviation > 0:
