@@ -292,6 +292,7 @@ def test_layouts_agree_with_their_definition(
     sides: tuple[int, int] | None,
 ) -> None:
     block = torch.randn([min(size, limit) for size in kernel])
+    sides = sides if len(kernel) > 1 else None
     prediction = Prediction(Target("w", shape, Role.WEIGHT, kind), block, kernel, sides)
     full = naive_tile(block, kernel)
     if sides is not None:

@@ -115,11 +115,14 @@ def signs(shape: Shape, sides: tuple[int, int]) -> Tensor:
         shape: Shape of the kernel, (K, C, ...).
         sides: Out and in channels of a block.
     """
-    rows, columns = (torch.arange(size) // side for size, side in zip(shape[:2], sides, strict=True))
+    rows, columns = (torch.arange(math.ceil(size / side)) for size, side in zip(shape[:2], sides, strict=True))
     bits = rows[:, None] & columns
     for shift in (8, 4, 2, 1):  # their parity
         bits = bits ^ bits >> shift
-    return (1.0 - 2.0 * (bits & 1)).view(*shape[:2], *(1 for _ in shape[2:]))
+    found = 1.0 - 2.0 * (bits & 1)
+    for dimension, (size, side) in enumerate(zip(shape[:2], sides, strict=True)):
+        found = found.repeat_interleave(side, dimension).narrow(dimension, 0, size)
+    return found.reshape(*shape[:2], *(1 for _ in shape[2:]))
 
 
 # Layouts

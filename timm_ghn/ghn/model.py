@@ -83,7 +83,7 @@ class Prediction:
 
     def _signs(self) -> Tensor | None:
         """Signs of the kernel, on the CPU; None if all are 1."""
-        if self.sides is None or any(size <= side for size, side in zip(self.kernel, self.sides, strict=False)):
+        if self.sides is None or any(size <= side for size, side in zip(self.kernel[:2], self.sides, strict=True)):
             return None
         return layout.signs(self.kernel, self.sides)
 
