@@ -37,37 +37,30 @@ def orthogonalize_kronecker_(matrix: Tensor, deviation: float, name: str) -> boo
     Raises:
         InitError: The matrix holds infinity.
     """
-    found = _signs_and_block(matrix)
-    if found is None:
-        return False
-    is_wide = matrix.shape[0] < matrix.shape[1]
-    parts = [part.mT if is_wide else part for part in found]
-    if any(part.shape[0] < part.shape[1] for part in parts):
-        return False
-    factors = [orthogonal_factor(part, name) for part in parts]
-    signs, block = (float((part * factor).sum(dim=0).min()) for part, factor in zip(parts, factors, strict=True))
-    if signs < _INDEPENDENT or signs * block <= _FIRM * deviation * math.sqrt(max(matrix.shape)):
-        return False
-    outer, inner = (factor.mT if is_wide else factor for factor in factors)
-    blocks = matrix.view(outer.shape[0], inner.shape[0], outer.shape[1], inner.shape[1])
-    torch.mul(outer[:, None, :, None], inner[None, :, None], out=blocks)
-    return True
-
-
-def _signs_and_block(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The factors of a Kronecker product of signs, of which the first row and column are 1, and a block."""
     if 0 in matrix.shape:
-        return None
+        return False
     height, width = _repeats_after(matrix), _repeats_after(matrix.mT)
     if (height, width) == tuple(matrix.shape):
-        return None
+        return False
     blocks = matrix.view(matrix.shape[0] // height, height, matrix.shape[1] // width, width)
-    block = blocks[0, :, 0]
+    block = blocks[0, :, 0].contiguous()
     signs = blocks[:, 0, :, 0] / block[0, 0]
-    is_product = bool((signs.abs() == 1).all()) and all(
-        torch.equal(row, sign[None, :, None] * block[:, None]) for row, sign in zip(blocks, signs, strict=True)
-    )
-    return (signs, block.contiguous()) if is_product else None
+    is_wide = matrix.shape[0] < matrix.shape[1]
+    parts = [part.mT if is_wide else part for part in (signs, block)]
+    if any(part.shape[0] < part.shape[1] for part in parts) or not bool((signs.abs() == 1).all()):
+        return False
+    factors: list[Tensor] = []
+    shortest = 1.0
+    for part, least in zip(parts, (_INDEPENDENT, _FIRM * deviation * math.sqrt(max(matrix.shape))), strict=True):
+        factors.append(orthogonal_factor(part, name))
+        shortest *= float((part * factors[-1]).sum(dim=0).min())
+        if shortest <= least:
+            return False
+    if not all(torch.equal(row, sign[None, :, None] * block[:, None]) for row, sign in zip(blocks, signs, strict=True)):
+        return False
+    outer, inner = (factor.mT if is_wide else factor for factor in factors)
+    torch.mul(outer[:, None, :, None], inner[None, :, None], out=blocks)
+    return True
 
 
 def _repeats_after(matrix: Tensor) -> int:
