@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -22,6 +23,9 @@ from hypothesis import strategies as st
 
 import timm_ghn
 import timm_ghn.errors
+from timm_ghn.ghn import Prediction
+from timm_ghn.graph import Layout
+from timm_ghn.graph.nodes import Role, Target
 from timm_ghn.storage.cache import WeightCache
 from timm_ghn.storage.reader import TensorReader
 from timm_ghn.storage.upkeep import UNREADABLE
@@ -300,6 +304,17 @@ def test_any_flipped_bit_in_the_header_is_noticed(entry: tuple[Path, bytes], dat
 @given(st.data())
 def test_any_cut_is_noticed(entry: tuple[Path, bytes], data: st.DataObject) -> None:
     assert not is_served(entry, entry[1][: data.draw(st.integers(0, len(entry[1]) - 1))])
+
+
+@pytest.mark.parametrize("sides", [(0, 0), (-1, 1), (1,), ("a", "b")])
+def test_a_description_that_makes_no_sense_is_refused(sides: Any, tmp_path: Path) -> None:
+    target = Target("w", (4, 4), Role.WEIGHT, Layout.PLAIN)
+    prediction = Prediction(target, torch.ones(2, 2), (4, 4), sides)
+    WeightCache(tmp_path).write("0" * 64, {}, {"w": prediction}, {})
+    entry = WeightCache(tmp_path).open("0" * 64)
+    assert entry is not None
+    with pytest.raises(UNREADABLE):
+        entry.copy_to({"w": torch.zeros(4, 4)})
 
 
 def test_a_cache_from_another_machine_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

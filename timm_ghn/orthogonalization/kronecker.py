@@ -35,7 +35,7 @@ def orthogonalize_kronecker_(matrix: Tensor, deviation: float, name: str) -> boo
         directions.
 
     Raises:
-        InitError: The matrix holds infinity.
+        InitError: The block holds NaN or infinity.
     """
     if 0 in matrix.shape:
         return False

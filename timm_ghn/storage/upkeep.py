@@ -30,12 +30,12 @@ UNREADABLE = (
     OSError,
     TimmGhnError,
     ValueError,
-    KeyError,
+    LookupError,
     TypeError,
     AttributeError,
     RuntimeError,  # RecursionError, and what torch raises for impossible shapes
     MemoryError,
-    OverflowError,
+    ArithmeticError,  # sizes of zero, or beyond all bounds
 )
 """Errors that reading a file of any content may raise."""
 
