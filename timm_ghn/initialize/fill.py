@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -154,8 +155,8 @@ def _predictions(plan: Plan, scaled: dict[str, tuple[float, str]]) -> Iterator[P
 
 def _predicted(
     plan: Plan, predictions: Iterable[Prediction], deferred: DeferredRandom, finished: Finished
-) -> Iterator[tuple[WeightLayer, Tensor]]:
-    """Write what needs no post-processing, and hand out the rest in float32 (the noise is lost in 16 bits)."""
+) -> Iterator[tuple[WeightLayer, Callable[[], Tensor]]]:
+    """Write what needs no post-processing, and hand out what writes the rest."""
     for prediction in predictions:
         name = prediction.target.name
         parameter = _claim(plan, deferred, name)
@@ -164,22 +165,33 @@ def _predicted(
             prediction.write_(parameter)
             finished(name, prediction)
         else:
-            if not _is_workspace(parameter):
-                parameter = torch.empty(parameter.shape, dtype=torch.promote_types(torch.float32, parameter.dtype))
-            prediction.write_(parameter)
-            yield layer, parameter
+            yield layer, partial(_written, prediction, parameter)
 
 
-def _drawn(plan: Plan, deferred: DeferredRandom) -> Iterator[tuple[WeightLayer, Tensor]]:
-    """Standard normal weights that depend on seed, layer and shape alone."""
+def _written(prediction: Prediction, parameter: Tensor) -> Tensor:
+    """A prediction in the memory of its parameter, or in float32 elsewhere: in 16 bits the noise would be lost."""
+    with torch.inference_mode(parameter.is_inference()):
+        if not _is_workspace(parameter):
+            dtype = torch.promote_types(torch.float32, parameter.dtype)
+            parameter = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+        prediction.write_(parameter)
+        return parameter
+
+
+def _drawn(plan: Plan, deferred: DeferredRandom) -> Iterator[tuple[WeightLayer, Callable[[], Tensor]]]:
+    """What draws standard normal weights that depend on seed, layer and shape alone."""
     for name, assigned in plan.assignments.items():
-        if assigned.source is not Source.GAUSSIAN or assigned.layer is None:
-            continue
-        parameter = _claim(plan, deferred, name)
+        if assigned.source is Source.GAUSSIAN and assigned.layer is not None:
+            yield assigned.layer, partial(_normal, _claim(plan, deferred, name), assigned.layer, plan.init.seed)
+
+
+def _normal(parameter: Tensor, layer: WeightLayer, seed: int | None) -> Tensor:
+    """Standard normal numbers in the memory of a parameter, or elsewhere."""
+    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
         in_place = _is_workspace(parameter) and parameter.is_contiguous()  # else the order of the draw differs
-        weight = parameter if in_place else torch.empty(parameter.shape)
-        seed = derived_seed("orth", plan.init.seed, assigned.layer.number, tuple(weight.shape))
-        yield assigned.layer, weight.normal_(generator=torch.Generator().manual_seed(seed))
+        weight = parameter if in_place else torch.empty(parameter.shape, device="cpu")
+        derived = derived_seed("orth", seed, layer.number, tuple(weight.shape))
+        return weight.normal_(generator=torch.Generator().manual_seed(derived))
 
 
 def _claim(plan: Plan, deferred: DeferredRandom, name: str) -> Tensor:

@@ -121,8 +121,12 @@ def _process_(weight: Tensor, layer: WeightLayer, settings: PostProcess) -> None
             orthogonal_factor_(matrix, name)
 
 
+Waiting = Tensor | Callable[[], Tensor]
+"""A weight, or what makes it in the thread that processes it."""
+
+
 def postprocess_many(
-    items: Iterable[tuple[WeightLayer, Tensor]],
+    items: Iterable[tuple[WeightLayer, Waiting]],
     settings: PostProcess,
     workers: int | None = None,
     *,
@@ -158,6 +162,10 @@ def postprocess_many(
     pending: deque[tuple[WeightLayer, Future[Tensor]]] = deque()
     threads: list[int] = []
 
+    def process(layer: WeightLayer, weight: Waiting) -> Tensor:
+        weight = weight if isinstance(weight, Tensor) else weight()
+        return postprocess_tensor(weight, layer, settings, in_place=in_place)
+
     def begin() -> None:
         torch.set_num_threads(1)
         threads.append(threading.get_native_id())
@@ -165,7 +173,7 @@ def postprocess_many(
     pool = ThreadPoolExecutor(workers, "timm-ghn", initializer=begin)
     try:
         for layer, weight in items:
-            pending.append((layer, pool.submit(postprocess_tensor, weight, layer, settings, in_place=in_place)))
+            pending.append((layer, pool.submit(process, layer, weight)))
             while pending and (pending[0][1].done() or len(pending) > queued):
                 done, future = pending.popleft()
                 yield done, future.result()
