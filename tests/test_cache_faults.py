@@ -306,10 +306,9 @@ def test_any_cut_is_noticed(entry: tuple[Path, bytes], data: st.DataObject) -> N
     assert not is_served(entry, entry[1][: data.draw(st.integers(0, len(entry[1]) - 1))])
 
 
-@pytest.mark.parametrize("sides", [(0, 0), (-1, 1), (1,), ("a", "b")])
-def test_a_description_that_makes_no_sense_is_refused(sides: Any, tmp_path: Path) -> None:
-    target = Target("w", (4, 4), Role.WEIGHT, Layout.PLAIN)
-    prediction = Prediction(target, torch.ones(2, 2), (4, 4), sides)
+@pytest.mark.parametrize(("block", "kernel"), [((0, 2), (4, 4)), ((2, 2), (4,)), ((2, 2), ("a", 4))])
+def test_a_description_that_makes_no_sense_is_refused(block: tuple[int, ...], kernel: Any, tmp_path: Path) -> None:
+    prediction = Prediction(Target("w", (4, 4), Role.WEIGHT, Layout.PLAIN), torch.ones(block), kernel, True)
     WeightCache(tmp_path).write("0" * 64, {}, {"w": prediction}, {})
     entry = WeightCache(tmp_path).open("0" * 64)
     assert entry is not None

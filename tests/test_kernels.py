@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_orthogonalization import exact_factor
 from torch import nn
 
 import timm_ghn
@@ -20,6 +21,7 @@ from timm_ghn.ghn.checkpoint import write_safetensors
 from timm_ghn.ghn.decoder import ConvDecoder, make_orthogonal
 from timm_ghn.ghn.layout import Tiles, join, signs, tilings
 from timm_ghn.graph import to_graph
+from timm_ghn.orthogonalization.kronecker import orthogonalize_kronecker_
 from timm_ghn.training.architectures import Bounds, Network, draw_architecture
 
 SHAPES = [(2, 24, 3, 3, 3), (3, 64, 64, 1, 1), (1, 48, 1, 7, 7), (2, 16, 64, 1, 1), (2, 1, 8, 1, 1)]
@@ -175,16 +177,56 @@ def test_signs_make_kernels_of_equal_blocks_invertible(count: int) -> None:
     assert values.max() < 1.01 * 2 ** ((count - 1).bit_length() / 2)  # equal for powers of 2
 
 
+def test_kernels_with_signs_repeat_a_whole_number_of_times_where_they_can() -> None:
+    plain = GHNConfig(tiles=4)
+    signed = replace(plain, signs=True)
+    for size, found in {
+        48: 48,
+        200: 200,
+        256: 256,
+        384: 192,
+        576: 192,
+        768: 256,
+        1152: 192,
+        320: 256,
+        640: 256,
+    }.items():
+        assert signed.emitted((size, 64, 3, 3)) == (found, 64, 3, 3)
+        assert signed.emitted((64, size, 16, 1)) == (64, found, 11, 1)
+        assert plain.emitted((size, size, 1, 1)) == (min(size, 256), min(size, 256), 1, 1)
+
+
+@pytest.mark.parametrize("side", [384, 576, 768])
+def test_wide_kernels_with_signs_are_kronecker_products(side: int) -> None:
+    torch.manual_seed(0)
+    ghn = GHN(GHNConfig(max_shape=(64, 64, 1, 1), num_classes=4, hid=8, kernels="orthogonal", tiles=4, signs=True))
+    network = nn.Sequential(nn.Conv2d(3, side, 1), nn.Conv2d(side, side, 1))
+    found = ghn([to_graph(network, input_size=(3, 8, 8))])[0]["1.weight"].detach().flatten(1)
+    before = found.clone()
+    assert orthogonalize_kronecker_(found, 0.0, "w")
+    torch.testing.assert_close(found.double(), exact_factor(before.double()), rtol=0, atol=1e-4)
+
+
 def test_a_ghn_with_signs_multiplies_its_kernels(tmp_path: Path) -> None:
     torch.manual_seed(0)
     plain = GHN(GHNConfig(max_shape=(8, 8, 3, 3), num_classes=4, hid=8, kernels="orthogonal", tiles=2))
     signed = GHN(replace(plain.config, signs=True))
     signed.load_state_dict(plain.state_dict())
-    network = nn.Sequential(nn.Conv2d(3, 20, 3), nn.Conv2d(20, 30, 3), nn.Conv2d(30, 30, 3, groups=30), nn.Flatten())
+    network = nn.Sequential(
+        nn.Conv2d(3, 20, 3),
+        nn.Conv2d(20, 30, 3),
+        nn.Conv2d(30, 30, 3, groups=30),
+        nn.Conv2d(30, 32, 1),
+        nn.Conv2d(32, 64, 1),
+    )
     graph = to_graph(network, input_size=(3, 8, 8))
     before, after = plain([graph])[0], signed([graph])[0]
     assert torch.equal(after["1.weight"], before["1.weight"] * signs((30, 20, 3, 3), (8, 8)))
-    for name in before.keys() - {"1.weight"}:  # few input channels, and biases
+    hadamard = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    block = before["4.weight"][:16, :16, 0, 0] * torch.kron(hadamard, torch.ones(8, 8))
+    rows = torch.stack([torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0])] * 2)
+    assert torch.equal(after["4.weight"][..., 0, 0], torch.kron(rows, block))
+    for name in before.keys() - {"1.weight", "3.weight", "4.weight"}:  # few input channels, and biases
         assert torch.equal(after[name], before[name])
     write_safetensors(signed, tmp_path / "ghn.safetensors")
     again = read(tmp_path / "ghn.safetensors")

@@ -48,7 +48,7 @@ class GHNConfig:
             the scale of He's initialization.
         tiles: How many blocks a side make up a larger kernel before it repeats them, each from a learned code of its
             place; 1 repeats a single one (ppuda).
-        signs: Whether the blocks of a kernel are multiplied with the entries of a Hadamard matrix by their places. A
+        signs: Whether the blocks of a kernel are multiplied with the entries of Hadamard matrices by their places. A
             kernel of blocks that are alike has full rank then.
         layers: Layers of the Graphormer; 0 without one.
         heads: Attention heads of the Graphormer; 0 without one.
@@ -114,9 +114,22 @@ class GHNConfig:
 
     @property
     def largest_kernel(self) -> tuple[int, int, int, int]:
-        """What is emitted of a kernel; a larger one repeats it."""
+        """The most that is emitted of a kernel."""
         out_channels, in_channels, height, width = self.max_shape
         return self.tiles * out_channels, self.tiles * in_channels, height, width
+
+    def emitted(self, kernel: tuple[int, ...]) -> tuple[int, ...]:
+        """What is emitted of a kernel of this size, (K, C, h, w); the kernel repeats it where it is larger.
+
+        With signs, it is repeated a whole number of times where more than half of the blocks a side allow that, so that
+        the kernel is a Kronecker product.
+        """
+        found = [min(size, largest) for size, largest in zip(kernel, self.largest_kernel, strict=True)]
+        for dimension, side in enumerate(self.max_shape[:2]):
+            sizes = [count * side for count in range(self.tiles, self.tiles // 2, -1)]
+            if self.signs and kernel[dimension] > sizes[0]:
+                found[dimension] = next((size for size in sizes if kernel[dimension] % size == 0), sizes[0])
+        return tuple(found)
 
     @property
     def kind(self) -> str:

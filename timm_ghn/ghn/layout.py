@@ -105,8 +105,8 @@ def join(parts: Sequence[Tensor], tiles: Sequence[Tiles]) -> Tensor:
     return torch.cat([torch.cat([region for tile, region in pairs if tile.rows == row], 2) for row in rows], 1)
 
 
-def signs(shape: Shape, sides: tuple[int, int]) -> Tensor:
-    """Signs (K, C, 1, ...) of a kernel's elements: entries of Sylvester's Hadamard matrix at the places of blocks.
+def signs(shape: Shape, sides: Shape) -> Tensor:
+    """Signs (K, C, 1, ...) of a kernel's elements: entries of Sylvester's Hadamard matrix at the places of its blocks.
 
     All are 1 in the first row and in the first column of blocks. The first a rows and a columns of the matrix have full
     rank for every a, so that equal blocks of full rank make a square kernel of full rank.

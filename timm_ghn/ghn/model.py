@@ -34,13 +34,13 @@ class Prediction:
         target: The parameter.
         block: What the GHN emitted for it, scaled: (k, c, h, w), (k, c) for class weights or (k,) for vectors.
         kernel: Shape, of the rank of `block`, that the block is tiled to before it is laid out as the parameter.
-        sides: Out and in channels of the parts that have `layout.signs`; None if there are no signs.
+        signed: Whether the blocks that it is repeated as have `layout.signs`.
     """
 
     target: Target
     block: Tensor
     kernel: Shape
-    sides: tuple[int, int] | None = None
+    signed: bool = False
 
     def materialize(self) -> Tensor:
         """The parameter, contiguous, of `target.shape`; elements that are not predicted are zero.
@@ -82,10 +82,8 @@ class Prediction:
             view.mul_(signs.to(view))
 
     def _signs(self) -> Tensor | None:
-        """Signs of the kernel, on the CPU; None if all are 1."""
-        if self.sides is None or any(size <= side for size, side in zip(self.kernel[:2], self.sides, strict=True)):
-            return None
-        return layout.signs(self.kernel, self.sides)
+        """Signs of the kernel, on the CPU; None if there are none."""
+        return layout.signs(self.kernel, self.block.shape[:2]) if self.signed else None
 
 
 _Group = tuple[Role, Shape]
@@ -246,11 +244,11 @@ class GHN(nn.Module):
         return groups
 
     def _group(self, job: _Job) -> _Group:
-        role, largest = job.target.role, self.config.largest_kernel
+        role = job.target.role
         if role in _KERNELS:
-            return role, tuple(min(size, limit) for size, limit in zip(shape_4d(job.shape), largest, strict=True))
+            return role, self.config.emitted(shape_4d(job.shape))
         if role is Role.CLASS_WEIGHT:
-            return role, (self.config.num_classes, min(job.shape[1], largest[1]))
+            return role, (self.config.num_classes, min(job.shape[1], self.config.largest_kernel[1]))
         return Role.CLASS_BIAS if role is Role.CLASS_BIAS else Role.BIAS, ()
 
     def _bytes(self, group: _Group) -> int:
@@ -292,8 +290,10 @@ class GHN(nn.Module):
                 block = F.interpolate(block, kernel[2:], mode="bilinear")
             block = block[: kernel[0]] if kernel[0] < len(block) else block
             block = block / target.shape[2] if target.layout is Layout.DEPTH else block
-            sides = self.config.max_shape[:2] if self.config.signs and target.role is Role.WEIGHT else None
-            return Prediction(target, block, kernel, sides)
+            if not self.config.signs or target.role is not Role.WEIGHT or min(block.shape[:2]) <= 1:
+                return Prediction(target, block, kernel)
+            signs = layout.signs(tuple(block.shape), self.config.max_shape[:2])
+            return Prediction(target, block * signs.to(block), kernel, signed=True)
         if target.role is not Role.CLASS_BIAS:
             block = block[0 if target.role is Role.NORM_WEIGHT else 1]
         return Prediction(target, block[: shape[0]], shape)

@@ -121,7 +121,7 @@ class WeightCache(CacheFolder):
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         stored.update({name: prediction.block.detach().cpu().contiguous() for name, prediction in blocks.items()})
         tiles = {
-            name: {"shape": p.target.shape, "kernel": p.kernel, "layout": p.target.layout.value, "sides": p.sides}
+            name: {"shape": p.target.shape, "kernel": p.kernel, "layout": p.target.layout.value, "signed": p.signed}
             for name, p in blocks.items()
         }
         with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
@@ -164,7 +164,7 @@ class Entry:
         made_for: Version of the format, and key.
         report: What was stored with the weights.
         digests: Hash of each tensor's type, shape and bytes, by name.
-        tiles: Shape, kernel, layout and sides of signs, by name, of weights that are stored as blocks.
+        tiles: Shape, kernel, layout and whether there are signs, by name, of weights that are stored as blocks.
     """
 
     path: Path
@@ -233,8 +233,7 @@ class Entry:
             if math.prod(kernel) > _MAX_TILE_RATIO * max(parameter.numel(), 1):
                 raise CacheError(f"{name} would be tiled to {kernel}")
             target = Target(name, tuple(tile["shape"]), Role.WEIGHT, Layout(tile["layout"]))
-            sides = tile.get("sides")
-            Prediction(target, tensor, kernel, sides and (sides[0], sides[1])).write_(parameter)
+            Prediction(target, tensor, kernel, tile.get("signed", False)).write_(parameter)
         elif tensor.shape == parameter.shape:
             parameter.copy_(tensor)
         else:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from timm_ghn.ghn.config import GHNConfig
+from timm_ghn.ghn.features import shape_4d
 from timm_ghn.initialize.plan import Assignment
 from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_tensor
 from timm_ghn.settings import NOISE
@@ -47,9 +48,10 @@ def _predicted(weight: Tensor, config: GHNConfig) -> Tensor:
     """
     rows, columns = weight.shape[0], weight[0].numel()
     dimension = 0 if rows <= columns else 1
-    count = config.largest_kernel[dimension]
+    block = config.emitted(shape_4d(tuple(weight.shape)))
+    count = block[dimension]
     if config.signs and (dimension == 0 or columns == weight.shape[1]):
-        count *= math.ceil(weight.shape[1 - dimension] / config.largest_kernel[1 - dimension])
+        count *= math.ceil(weight.shape[1 - dimension] / block[1 - dimension])
     is_first = torch.arange(min(rows, columns), device=weight.device) < count
     shape = (1, *weight.shape[1:]) if dimension else (rows, *(1 for _ in weight.shape[1:]))
     return is_first.view(shape).to(weight.dtype)
