@@ -185,6 +185,15 @@ def test_vectors_that_repeat_have_no_gradient(
     assert int((grad != 0).sum()) == grad[seen].numel()
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_all_vectors_of_a_stem_have_a_gradient(signed: bool, layer: WeightLayer) -> None:
+    """More output channels than the inputs have elements, in several places."""
+    weight = torch.randn(64, 3, 3, 3, requires_grad=True)
+    result = as_users_get({"a": weight}, {"a": Assignment(Source.GHN, layer=layer)}, GHNConfig(signs=signed), 0)["a"]
+    (grad,) = torch.autograd.grad(result.sum(), weight)
+    assert bool((grad != 0).all())
+
+
 @pytest.mark.parametrize(("shape", "count"), [((24, 40), 24), ((40, 24), 24), ((24, 8, 2, 2), 8)])
 def test_with_signs_as_many_vectors_have_a_gradient_as_there_are_blocks(
     shape: tuple[int, ...], count: int, layer: WeightLayer

@@ -29,9 +29,10 @@ class _Orthogonal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, layer: WeightLayer, settings: PostProcess, config: GHNConfig) -> Tensor:
-        predicted = torch.ones(()) if settings.noise > _TINY else _predicted(weight, config)
-        repeats = settings.noise > _TINY or not bool(predicted.all())
-        result = postprocess_tensor(weight, layer, settings if repeats else replace(settings, noise=0.0))
+        is_noisy = settings.noise > _TINY
+        predicted = torch.ones(()) if is_noisy else _predicted(weight, config)
+        is_needed = is_noisy or not bool(predicted.all())
+        result = postprocess_tensor(weight, layer, settings if is_needed else replace(settings, noise=0.0))
         learned = weight * predicted
         ctx.factor = predicted * (result * learned).sum() / learned.square().sum().clamp_min(1e-24)
         return result
@@ -44,12 +45,12 @@ class _Orthogonal(torch.autograd.Function):
 def _predicted(weight: Tensor, config: GHNConfig) -> Tensor:
     """1 for the elements of the vectors that do not repeat others, else 0; broadcasts to the weight.
 
-    Without signs, those of one kernel that the GHN emits. With signs, as many as there are blocks in a vector.
+    Without signs, as many as the rank of what the GHN emits. With signs, that for each time that it is in a vector.
     """
     rows, columns = weight.shape[0], weight[0].numel()
     dimension = 0 if rows <= columns else 1
     block = config.emitted(shape_4d(tuple(weight.shape)))
-    count = block[dimension]
+    count = min(block[0], block[1] * columns // weight.shape[1])
     if config.signs and (dimension == 0 or columns == weight.shape[1]):
         count *= math.ceil(weight.shape[1 - dimension] / block[1 - dimension])
     is_first = torch.arange(min(rows, columns), device=weight.device) < count
