@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_ghn.ghn.config import GHNConfig
-from timm_ghn.ghn.layout import Block, Tiles, join, tilings
+from timm_ghn.ghn.layout import Block, Tiles, join, signs_at, tilings
 
 _CODE_STD = 0.7
 """Standard deviation of the codes of an untrained GHN, by which the blocks of a kernel differ."""
@@ -48,7 +48,7 @@ class ConvDecoder(nn.Module):
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__()
-        self.max_shape, self.is_centred = config.max_shape, config.cut == "centre"
+        self.max_shape, self.is_centred, self.has_signs = config.max_shape, config.cut == "centre", config.signs
         out_channels, in_channels, height, width = config.max_shape
         middle = 4 * config.hid
         self.fc = nn.Sequential(nn.Linear(config.hid, middle * height * width), nn.ReLU())
@@ -110,7 +110,11 @@ class ConvDecoder(nn.Module):
             hidden = hidden[:, None] * self._gains(tiles)[:, None]
         slabs = [F.linear(hidden, weight.flatten(0, 1), bias.flatten()) for weight, bias in parts.channels]
         kernels = (torch.cat(slabs, dim=-1) if len(slabs) > 1 else slabs[0]).transpose(-1, -2)
-        return kernels.reshape(len(x), len(tiles.rows), len(tiles.columns), *block)
+        blocks = kernels.reshape(len(x), len(tiles.rows), len(tiles.columns), *block)
+        if self.has_signs and tiles.rows.stop > 1 and tiles.columns.stop > 1:
+            signs = signs_at(tiles.rows, tiles.columns).to(blocks)
+            blocks = blocks * signs.view(*signs.shape, *(1 for _ in block))
+        return blocks
 
     def _gains(self, tiles: Tiles) -> Tensor:
         """What the hidden features are multiplied with for each block (A * B, ...): 1 for the first of a kernel."""

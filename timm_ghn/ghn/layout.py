@@ -105,21 +105,26 @@ def join(parts: Sequence[Tensor], tiles: Sequence[Tiles]) -> Tensor:
     return torch.cat([torch.cat([region for tile, region in pairs if tile.rows == row], 2) for row in rows], 1)
 
 
-def signs(shape: Shape, sides: Shape) -> Tensor:
-    """Signs (K, C, 1, ...) of a kernel's elements: entries of Sylvester's Hadamard matrix at the places of its blocks.
+def signs_at(rows: range, columns: range) -> Tensor:
+    """Entries (A, B) of Sylvester's Hadamard matrix, 1 in its first row and column.
 
-    All are 1 in the first row and in the first column of blocks. The first a rows and a columns of the matrix have full
-    rank for every a, so that equal blocks of full rank make a square kernel of full rank.
+    Its first a rows and a columns have full rank for every a, so that equal blocks of full rank, times their signs,
+    make a square kernel of full rank.
+    """
+    bits = torch.tensor(rows)[:, None] & torch.tensor(columns)
+    for shift in (8, 4, 2, 1):  # their parity
+        bits = bits ^ bits >> shift
+    return 1.0 - 2.0 * (bits & 1)
+
+
+def signs(shape: Shape, sides: Shape) -> Tensor:
+    """Signs (K, C, 1, ...) of a kernel's elements: `signs_at` the places of its blocks.
 
     Args:
         shape: Shape of the kernel, (K, C, ...).
         sides: Out and in channels of a block.
     """
-    rows, columns = (torch.arange(math.ceil(size / side)) for size, side in zip(shape[:2], sides, strict=True))
-    bits = rows[:, None] & columns
-    for shift in (8, 4, 2, 1):  # their parity
-        bits = bits ^ bits >> shift
-    found = 1.0 - 2.0 * (bits & 1)
+    found = signs_at(*(range(math.ceil(size / side)) for size, side in zip(shape[:2], sides, strict=True)))
     for dimension, (size, side) in enumerate(zip(shape[:2], sides, strict=True)):
         found = found.repeat_interleave(side, dimension).narrow(dimension, 0, size)
     return found.reshape(*shape[:2], *(1 for _ in shape[2:]))

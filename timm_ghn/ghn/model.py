@@ -82,8 +82,9 @@ class Prediction:
             view.mul_(signs.to(view))
 
     def _signs(self) -> Tensor | None:
-        """Signs of the kernel, on the CPU; None if there are none."""
-        return layout.signs(self.kernel, self.block.shape[:2]) if self.signed else None
+        """Signs of the kernel, on the CPU; None if all are 1, as they are in the first row and column of blocks."""
+        repeats = all(size > side for size, side in zip(self.kernel[:2], self.block.shape[:2], strict=True))
+        return layout.signs(self.kernel, self.block.shape[:2]) if self.signed and repeats else None
 
 
 _Group = tuple[Role, Shape]
@@ -290,10 +291,7 @@ class GHN(nn.Module):
                 block = F.interpolate(block, kernel[2:], mode="bilinear")
             block = block[: kernel[0]] if kernel[0] < len(block) else block
             block = block / target.shape[2] if target.layout is Layout.DEPTH else block
-            if not self.config.signs or target.role is not Role.WEIGHT or min(block.shape[:2]) <= 1:
-                return Prediction(target, block, kernel)
-            signs = layout.signs(tuple(block.shape), self.config.max_shape[:2])
-            return Prediction(target, block * signs.to(block), kernel, signed=True)
+            return Prediction(target, block, kernel, self.config.signs and target.role is Role.WEIGHT)
         if target.role is not Role.CLASS_BIAS:
             block = block[0 if target.role is Role.NORM_WEIGHT else 1]
         return Prediction(target, block[: shape[0]], shape)
