@@ -170,12 +170,12 @@ def _predicted(
 
 def _written(prediction: Prediction, parameter: Tensor) -> Tensor:
     """A prediction in the memory of its parameter, or in float32 elsewhere: in 16 bits the noise would be lost."""
-    with torch.inference_mode(parameter.is_inference()):
-        if not _is_workspace(parameter):
-            dtype = torch.promote_types(torch.float32, parameter.dtype)
-            parameter = torch.empty(parameter.shape, dtype=dtype, device="cpu")
-        prediction.write_(parameter)
-        return parameter
+    if not _is_workspace(parameter):
+        parameter = torch.empty(
+            parameter.shape, dtype=torch.promote_types(torch.float32, parameter.dtype), device="cpu"
+        )
+    prediction.write_(parameter)
+    return parameter
 
 
 def _drawn(plan: Plan, deferred: DeferredRandom) -> Iterator[tuple[WeightLayer, Callable[[], Tensor]]]:
@@ -187,11 +187,10 @@ def _drawn(plan: Plan, deferred: DeferredRandom) -> Iterator[tuple[WeightLayer, 
 
 def _normal(parameter: Tensor, layer: WeightLayer, seed: int | None) -> Tensor:
     """Standard normal numbers in the memory of a parameter, or elsewhere."""
-    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-        in_place = _is_workspace(parameter) and parameter.is_contiguous()  # else the order of the draw differs
-        weight = parameter if in_place else torch.empty(parameter.shape, device="cpu")
-        derived = derived_seed("orth", seed, layer.number, tuple(weight.shape))
-        return weight.normal_(generator=torch.Generator().manual_seed(derived))
+    in_place = _is_workspace(parameter) and parameter.is_contiguous()  # else the order of the draw differs
+    weight = parameter if in_place else torch.empty(parameter.shape, device="cpu")
+    derived = derived_seed("orth", seed, layer.number, tuple(weight.shape))
+    return weight.normal_(generator=torch.Generator().manual_seed(derived))
 
 
 def _claim(plan: Plan, deferred: DeferredRandom, name: str) -> Tensor:

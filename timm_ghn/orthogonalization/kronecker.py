@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from timm_ghn.orthogonalization.noise import possible_periods
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor
 
 _FIRM = 10.0
@@ -65,6 +66,4 @@ def orthogonalize_kronecker_(matrix: Tensor, deviation: float, name: str) -> boo
 
 def _repeats_after(matrix: Tensor) -> int:
     """After how many rows a product may repeat its block, of at least 8 columns; all if it is none."""
-    beginning = matrix[:, :8]
-    again = (beginning == beginning[0]).all(dim=1).nonzero()[1:, 0].tolist()
-    return next((int(row) for row in again if len(matrix) % row == 0), len(matrix))
+    return next((row for row in possible_periods(matrix) if len(matrix) % row == 0), len(matrix))

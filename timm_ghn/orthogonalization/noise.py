@@ -126,11 +126,15 @@ def correlation_std(matrix: Tensor, correlation: Correlation = "paper", name: st
 
 def row_period(matrix: Tensor) -> int:
     """Returns after how many rows a matrix repeats exactly; the number of its rows if it does not."""
+    periods = (period for period in possible_periods(matrix) if torch.equal(matrix[period:], matrix[:-period]))
+    return next(periods, len(matrix))
+
+
+def possible_periods(matrix: Tensor) -> list[int]:
+    """Returns which rows behind the first begin as the first one does, by their first 8 columns."""
     beginning = matrix[:, :8]
-    for period in (beginning == beginning[0]).all(dim=1).nonzero()[1:, 0].tolist():
-        if torch.equal(matrix[period:], matrix[:-period]):
-            return int(period)
-    return len(matrix)
+    found: list[int] = (beginning == beginning[0]).all(dim=1).nonzero()[1:, 0].tolist()
+    return found
 
 
 def _distinct_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:

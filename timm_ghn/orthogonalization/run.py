@@ -122,7 +122,7 @@ def _process_(weight: Tensor, layer: WeightLayer, settings: PostProcess) -> None
 
 
 Waiting = Tensor | Callable[[], Tensor]
-"""A weight, or what makes it in the thread that processes it."""
+"""A weight, or what makes it."""
 
 
 def postprocess_many(
@@ -140,7 +140,8 @@ def postprocess_many(
     threads of the calling thread is not touched; that of threads started meanwhile elsewhere is 1.
 
     Args:
-        items: Layers and their weights; all of them are processed.
+        items: Layers and their weights, or what makes them in the thread that processes them, in the caller's mode of
+            inference; all of them are processed.
         settings: What is done.
         workers: Number of threads, `torch.get_num_threads()` by default. It does not change the result.
         in_place: As of `postprocess_tensor`. After an error, or if the iterator is not exhausted, some weights are
@@ -162,8 +163,12 @@ def postprocess_many(
     pending: deque[tuple[WeightLayer, Future[Tensor]]] = deque()
     threads: list[int] = []
 
+    is_inference = torch.is_inference_mode_enabled()  # which is a matter of each thread
+
     def process(layer: WeightLayer, weight: Waiting) -> Tensor:
-        weight = weight if isinstance(weight, Tensor) else weight()
+        if not isinstance(weight, Tensor):
+            with torch.inference_mode(is_inference), torch.no_grad():
+                weight = weight()
         return postprocess_tensor(weight, layer, settings, in_place=in_place)
 
     def begin() -> None:
