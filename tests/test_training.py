@@ -14,24 +14,30 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from shards import noisy_images, write_shard
 from torch import Tensor
 
 from timm_ghn.errors import ImageError, MissingDependencyError, TrainingError
 from timm_ghn.ghn import GHN, GHNConfig, content_hash, read
+from timm_ghn.ghn.checkpoint import write_safetensors
+from timm_ghn.ghn.seen import Seen
+from timm_ghn.graph import to_graph
 from timm_ghn.images import ImageSet
 from timm_ghn.training import loop
 from timm_ghn.training import teacher as teacher_module
-from timm_ghn.training.architectures import Architecture, Bounds, Network, draw_architecture
+from timm_ghn.training.architectures import Architecture, Bounds, Network, draw_architecture, seen_in_training
 from timm_ghn.training.begin import smooth_sizes
 from timm_ghn.training.cli import add_train_arguments, make_config, run_train
 from timm_ghn.training.config import PRESETS, TrainConfig
 from timm_ghn.training.data import Batch, split
 from timm_ghn.training.evaluate import evaluate
-from timm_ghn.training.export import fill_unseen_sizes
+from timm_ghn.training.export import export_run, fill_unseen_sizes
 from timm_ghn.training.loop import Trainer
 from timm_ghn.training.objective import Objective, linear_accuracy
+from timm_ghn.training.processes import join_processes
+from timm_ghn.training.run import prepare
 from timm_ghn.training.teacher import principal_components, teacher_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -396,6 +402,22 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
         run_train(_arguments(*line))
     with pytest.raises(TrainingError, match="damaged"):
         run_train(_arguments(*line, "--resume"))
+
+
+def test_a_run_knows_what_the_ghn_has_seen_that_it_begins_with(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train.safetensors", noisy_images(60, 0, 32, classes=6))
+    config = replace(PRESETS["smoke"], first=2, held_out_classes=1)
+    first = GHN(replace(config.ghn, num_classes=6))
+    first.seen = Seen.of([to_graph(timm.create_model("test_vit"))])
+    write_safetensors(first, tmp_path / "first.safetensors")
+    given = {"processes": join_processes("cpu"), "ghn": tmp_path / "first.safetensors"}
+    run = prepare([tmp_path / "train.safetensors"], config, tmp_path / "run", **given)
+    run.save()
+    export_run(tmp_path / "run", tmp_path / "ghn.safetensors")
+    found = read(tmp_path / "ghn.safetensors").seen
+    assert found is not None
+    assert found.networks == 3
+    assert set(found.codes) == {*first.seen.codes, *seen_in_training(config, 0).codes}
 
 
 @pytest.mark.slow

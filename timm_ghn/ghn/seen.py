@@ -57,6 +57,10 @@ class Seen:
         found = [surroundings(graph) for graph in graphs]
         return cls(np.unique(np.concatenate(found or [np.empty(0, np.int64)])), len(found))
 
+    def __or__(self, other: Seen) -> Seen:
+        """What a GHN has seen that was trained on the networks of both."""
+        return Seen(np.union1d(self.codes, other.codes), self.networks + other.networks)
+
     def unseen(self, graph: Graph) -> dict[str, str]:
         """Parameters of a network that are not to be predicted, by name, and why in a line.
 

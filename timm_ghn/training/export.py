@@ -23,6 +23,8 @@ from timm_ghn.training.optimizer import make_optimizer
 def export_run(folder: Path, path: Path) -> None:
     """Write the GHN of a run's last checkpoint as safetensors, with unseen sizes filled in, and a table of what it saw.
 
+    The table has what the GHN saw that the run began with, too.
+
     Args:
         folder: The run's folder.
         path: File to write.
@@ -39,7 +41,8 @@ def export_run(folder: Path, path: Path) -> None:
         raise TrainingError(f"{folder} holds no training run that can be exported: {error}") from error
     state = torch.load(folder / latest.optimizer, map_location="cpu", weights_only=True)
     fill_unseen_sizes(ghn, state["optimizer"])
-    ghn.seen = seen_in_training(latest.config, latest.step)
+    seen = seen_in_training(latest.config, latest.step)
+    ghn.seen = seen if ghn.seen is None else ghn.seen | seen
     facts = {"step": str(latest.step), "train_config": json.dumps(latest.config.to_dict(), sort_keys=True)}
     write_safetensors(ghn, path, facts)
 
@@ -64,7 +67,10 @@ def fill_unseen_sizes(ghn: GHN, optimizer: Mapping[str, Any]) -> None:
     numbers = (module for module in ghn.gnn.modules() if isinstance(module, nn.Embedding))
     tables += [(table, range(table.num_embeddings), None) for table in numbers]
     for table, sizes, special in tables:
-        seen = optimizer["state"][places[id(table.weight)]]["exp_avg_sq"].any(1)
+        state = optimizer["state"].get(places[id(table.weight)])
+        if state is None:
+            continue  # before the first update
+        seen = state["exp_avg_sq"].any(1)
         _fill(table.weight, sizes, set(torch.nonzero(seen).flatten().tolist()), special)
 
 

@@ -74,7 +74,7 @@ def prepare(
     trained = new_ghn(shape, config.seed) if given is None else given
     if trained.config != shape:
         raise TrainingError(f"the GHN of the file is {trained.config}, the run's is {shape}")
-    trained.info = trained.seen = None  # of a file; training makes another GHN of it
+    trained.info = None  # of a file; training makes another GHN of it, that has seen what this one has
     networks = training_networks(trained, config), cache(partial(evaluation_networks, trained))
     trainer = Trainer(trained, config, splits, *networks, out, processes)
     if before is not None:
