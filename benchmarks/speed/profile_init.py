@@ -41,6 +41,7 @@ PARTS = {
     "other QR": [
         "timm_ghn.orthogonalization.run:orthogonal_factor_",
         "timm_ghn.orthogonalization.run:orthogonalize_tiled_",
+        "timm_ghn.orthogonalization.run:orthogonalize_kronecker_",
     ],
 }
 """Functions of a part, as module:name."""
