@@ -22,8 +22,11 @@ from timm_ghn.ghn.seen import Seen
 from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.nodes import Layout, Op, Role, Shape, Target
 
-CHUNK_BYTES = 64 * 2**20
-"""Upper bound of the blocks that are decoded at once; a single node may exceed it."""
+CHUNK_BYTES = 4 * 2**20
+"""Upper bound of the blocks that are decoded at once; a single node may exceed it. While the next ones are decoded,
+other threads post-process these: larger chunks keep them waiting."""
+_CHUNK_BYTES_WITH_GRADIENTS = 64 * 2**20
+"""The same for blocks of one size in training. All sizes are decoded together: more memory, but cheaper gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,7 @@ class GHN(nn.Module):
 
         Yields:
             One prediction for each target of the graph, those of equal size of kernel after each other. Blocks are
-            decoded as they are asked for, at most about 64 MiB at a time.
+            decoded as they are asked for, at most about 4 MiB at a time.
 
         Raises:
             GraphError: If a target does not fit what its node predicts; raised before the first prediction.
@@ -188,7 +191,8 @@ class GHN(nn.Module):
         """Predictions for all targets of all graphs, with the index of their graph."""
         groups = self._groups(graphs)
         features = self.embed_nodes(graphs)
-        sizes = {group: max(1, CHUNK_BYTES // self._bytes(group)) for group in groups}
+        limit = _CHUNK_BYTES_WITH_GRADIENTS if torch.is_grad_enabled() else CHUNK_BYTES
+        sizes = {group: max(1, limit // self._bytes(group)) for group in groups}
         chunks = [
             (group, jobs[start : start + sizes[group]])
             for group, jobs in groups.items()
@@ -198,8 +202,7 @@ class GHN(nn.Module):
         taken = 0
         for group, jobs in chunks:  # many are decoded together, which takes fewer operations
             needed = len(jobs) * self._bytes(group)
-            # With gradients, all are: more memory, but cheaper gradients.
-            if not batches or (taken + needed > CHUNK_BYTES and not torch.is_grad_enabled()):
+            if not batches or (taken + needed > limit and not torch.is_grad_enabled()):
                 batches.append([])
                 taken = 0
             batches[-1].append((group, jobs))
