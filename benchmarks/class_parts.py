@@ -15,7 +15,7 @@ from timm_ghn.training.data import split
 ClassPart = Literal["all", "trained", "held-out"]
 
 
-def part_of(data: Benchmark, part: ClassPart, held_out: int = 50, seed: int = 0) -> Benchmark:
+def part_of(data: Benchmark, part: ClassPart, held_out: int = 50) -> Benchmark:
     """The classes of a data set that a GHN was trained on, or those that it never saw.
 
     They are those of the division that `timm-ghn train` makes of the same data set (`timm_ghn.training.data.split`).
@@ -24,7 +24,6 @@ def part_of(data: Benchmark, part: ClassPart, held_out: int = 50, seed: int = 0)
         data: The data set, with all its classes.
         part: Which of them.
         held_out: Classes that were held out.
-        seed: Seed of the training.
 
     Raises:
         FineTuneError: If the data set does not have as many classes.
@@ -32,7 +31,7 @@ def part_of(data: Benchmark, part: ClassPart, held_out: int = 50, seed: int = 0)
     if part == "all":
         return data
     try:
-        found = split(data.train, held_out=held_out, seed=seed).held_out
+        found = split(data.train, held_out=held_out).held_out
     except TrainingError as error:
         raise FineTuneError(f"{data.name}: {error}") from error
     hidden = set() if found is None else set(found.labels.tolist())

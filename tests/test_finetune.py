@@ -175,7 +175,7 @@ def test_a_few_images_are_of_all_classes(labels: list[int], count: int) -> None:
 
 def test_classes_that_a_ghn_was_trained_on_and_those_that_it_never_saw() -> None:
     data = Benchmark("many", images(300, 0, classes=12), images(120, 1, classes=12), "made for tests")
-    held_out = split(data.train, held_out=5, seed=0).held_out
+    held_out = split(data.train, held_out=5).held_out
     assert held_out is not None
     hidden = torch.unique(held_out.labels).tolist()
     seen, unseen = part_of(data, "trained", held_out=5), part_of(data, "held-out", held_out=5)

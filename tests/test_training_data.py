@@ -22,7 +22,7 @@ def images() -> ImageSet:
 
 
 def test_splits_are_disjoint_and_repeatable(images: ImageSet) -> None:
-    first, second = (split(images, held_out=2, validation=0.2, seed=1) for _ in range(2))
+    first, second = (split(images, held_out=2, validation=0.2) for _ in range(2))
     assert first.held_out is not None
     assert second.held_out is not None
     held_out = set(first.held_out.labels.tolist())
@@ -38,7 +38,7 @@ def test_splits_are_disjoint_and_repeatable(images: ImageSet) -> None:
 
 def test_targets_follow_their_images(images: ImageSet) -> None:
     seen = replace(images, targets=images.labels[:, None].half() * torch.tensor([1.0, -1.0]).half())
-    parts = split(seen, held_out=2, validation=0.2, seed=1)
+    parts = split(seen, held_out=2, validation=0.2)
     assert parts.num_outputs == 8
     for part in (parts.train, parts.validation, parts.held_out):
         assert part is not None

@@ -51,7 +51,7 @@ class TrainConfig(Checked):
     eval_images: int = setting(400, "images a network in an evaluation", 1)
     save_every: int = setting(50, "updates between checkpoints", 1)
     log_every: int = setting(20, "updates between lines in metrics.jsonl", 1)
-    seed: int = setting(0, "seed of everything drawn")
+    seed: int = setting(0, "seed of everything drawn, but for what is held out")
     num_threads: int | None = setting(1, "threads a process; None leaves torch's choice")
 
     def __post_init__(self) -> None:

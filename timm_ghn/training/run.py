@@ -69,7 +69,7 @@ def prepare(
         with processes.main_process_first():  # it computes the targets, the others read them
             components = teacher_targets(data.images, teacher, cache_directory() / "teacher", progress=first)
         data = replace(data, targets=_whitened(components))
-    splits = split(data, held_out=config.held_out_classes, validation=config.validation, seed=config.seed)
+    splits = split(data, held_out=config.held_out_classes, validation=config.validation)
     shape = replace(config.ghn, num_classes=splits.num_outputs)
     trained = new_ghn(shape, config.seed) if given is None else given
     if trained.config != shape:
