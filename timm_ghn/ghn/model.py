@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -24,9 +25,8 @@ from timm_ghn.graph.nodes import Layout, Op, Role, Shape, Target
 
 CHUNK_BYTES = 4 * 2**20
 """Upper bound of the blocks that are decoded at once; a single node may exceed it. While the next ones are decoded,
-other threads post-process these: larger chunks keep them waiting."""
-_CHUNK_BYTES_WITH_GRADIENTS = 64 * 2**20
-"""The same for blocks of one size in training. All sizes are decoded together: more memory, but cheaper gradients."""
+other threads post-process these: larger chunks keep them waiting. With gradients, all blocks are decoded at once, which
+makes the gradients cheaper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ class GHN(nn.Module):
         """Predictions for all targets of all graphs, with the index of their graph."""
         groups = self._groups(graphs)
         features = self.embed_nodes(graphs)
-        limit = _CHUNK_BYTES_WITH_GRADIENTS if torch.is_grad_enabled() else CHUNK_BYTES
+        limit = sys.maxsize if torch.is_grad_enabled() else CHUNK_BYTES
         sizes = {group: max(1, limit // self._bytes(group)) for group in groups}
         chunks = [
             (group, jobs[start : start + sizes[group]])
@@ -202,7 +202,7 @@ class GHN(nn.Module):
         taken = 0
         for group, jobs in chunks:  # many are decoded together, which takes fewer operations
             needed = len(jobs) * self._bytes(group)
-            if not batches or (taken + needed > limit and not torch.is_grad_enabled()):
+            if not batches or taken + needed > limit:
                 batches.append([])
                 taken = 0
             batches[-1].append((group, jobs))
