@@ -420,6 +420,21 @@ def test_a_run_knows_what_the_ghn_has_seen_that_it_begins_with(tmp_path: Path) -
     assert set(found.codes) == {*first.seen.codes, *seen_in_training(config, 0).codes}
 
 
+def test_runs_of_any_seed_hold_out_the_same_images(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train.safetensors", noisy_images(60, 0, 32, classes=6))
+    first, second = (
+        prepare(
+            [tmp_path / "train.safetensors"],
+            replace(PRESETS["smoke"], held_out_classes=2, seed=seed),
+            tmp_path / str(seed),
+            join_processes("cpu"),
+        ).splits
+        for seed in (0, 1)
+    )
+    for part in ("train", "validation", "held_out"):
+        assert torch.equal(getattr(first, part).images, getattr(second, part).images)
+
+
 @pytest.mark.slow
 def test_command_trains_evaluates_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shard(tmp_path / "train.safetensors", noisy_images(120, 0, 32, classes=6))

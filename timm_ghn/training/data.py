@@ -51,6 +51,7 @@ def split(data: ImageSet, *, held_out: int = 0, validation: float = 0.05) -> Spl
         raise TrainingError(
             f"--held-out-classes: {held_out} of {len(data.classes)} classes cannot be held out; 0 holds out none"
         )
+    # 0 was the seed of the runs before, so that the bundled GHN's classes stay held out.
     chosen = sorted(random.Random("timm-ghn split 0").sample(range(len(data.classes)), held_out))
     is_held_out = torch.isin(data.labels, torch.tensor(chosen, dtype=torch.int64))
     is_validation = torch.zeros(len(data), dtype=torch.bool)
