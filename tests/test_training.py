@@ -413,6 +413,7 @@ def test_a_run_knows_what_the_ghn_has_seen_that_it_begins_with(tmp_path: Path) -
     given = {"processes": join_processes("cpu"), "ghn": tmp_path / "first.safetensors"}
     run = prepare([tmp_path / "train.safetensors"], config, tmp_path / "run", **given)
     run.save()
+    prepare([tmp_path / "train.safetensors"], config, tmp_path / "run", **given, resume=True).save()
     export_run(tmp_path / "run", tmp_path / "ghn.safetensors")
     found = read(tmp_path / "ghn.safetensors").seen
     assert found is not None

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_ghn.errors import TrainingError
-from timm_ghn.ghn.checkpoint import write_safetensors
+from timm_ghn.errors import CheckpointError, TrainingError
+from timm_ghn.ghn.checkpoint import read, write_safetensors
 from timm_ghn.ghn.model import GHN
 from timm_ghn.storage.atomic import save_atomically
 from timm_ghn.training.architectures import Network
@@ -48,6 +47,9 @@ logger = logging.getLogger(__name__)
 _NETWORK_CLIP = _CLIP = 5.0
 """Largest norms of the gradient by one network's predicted parameters, so that one that explodes does not drown the
 others, and of the GHN's."""
+_DAMAGED = (OSError, ValueError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError)
+"""What reading a damaged checkpoint raises."""
+
 MAX_SKIPPED = 50
 """Updates in a row without a finite gradient after which training gives up."""
 _REVIVED_BY = 64
@@ -303,10 +305,12 @@ class Trainer:
             # Onto the CPU first: the name of a process's device, cpu:0, is none that torch.load maps to.
             state = torch.load(self.out / latest.optimizer, map_location="cpu", weights_only=True)
             for ghn, name in ((self.ghn, latest.weights), (self.average, latest.average)):
-                ghn.load_state_dict(load_file(self.out / name))
+                saved = read(self.out / name)
+                ghn.load_state_dict(saved.state_dict())
+                ghn.seen = saved.seen
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.skipped, self.elapsed = latest.step, latest.skipped, latest.elapsed
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+        except (*_DAMAGED, CheckpointError) as error:
             raise TrainingError(f"cannot resume from {self.out}: {error}") from error
         return True
 
