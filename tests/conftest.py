@@ -12,7 +12,7 @@ from hub_fixtures import _loopback, _loopback_client, client, hub, remote, repos
 from hypothesis import settings
 
 import timm_ghn
-from timm_ghn.orthogonalization import single_threaded
+from timm_ghn.threads import single_threaded
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -22,6 +22,7 @@ from timm_ghn.ghn.features import channel_sizes, kernel_sizes, shape_4d
 from timm_ghn.ghn.gnn import GatedGNN
 from timm_ghn.ghn.layout import Tiles
 from timm_ghn.graph import Graph, Layout, Node, Op, Role, Target
+from timm_ghn.threads import Workers
 
 CASES = settings(max_examples=60, derandomize=True)
 
@@ -428,6 +429,22 @@ def test_blocks_are_decoded_in_bounded_chunks(small: GHN, monkeypatch: pytest.Mo
     handle.remove()
     assert sizes == [4, 4, 1, 1]
     torch.testing.assert_close(parts, whole)
+
+
+def test_threads_decode_the_same_bits(small: GHN, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = chain(*(weight((8, 8, 3, 3), f"w{i}") for i in range(9)), weight((8, 8), "last"))
+    monkeypatch.setattr(model_module, "CHUNK_BYTES", 4 * 2 * 8 * 8 * 9)
+    expected = [(p.target.name, p.block) for p in small.predict(graph)]
+    for count in (1, 3):
+        with Workers(count) as workers:
+            found = [(p.target.name, p.block) for p in small.predict(graph, workers)]
+        assert [name for name, _ in found] == [name for name, _ in expected]
+        assert all(torch.equal(block, other) for (_, block), (_, other) in zip(found, expected, strict=True))
+
+
+def test_large_parameters_are_predicted_first(small: GHN) -> None:
+    graph = chain(weight((4, 4, 1, 1), "small"), weight((16, 16, 3, 3), "large"), weight((32, 16, 3, 3), "larger"))
+    assert [p.target.name for p in small.predict(graph)] == ["larger", "large", "small"]
 
 
 def test_forward_equals_predict_and_has_gradients(small: GHN) -> None:

@@ -37,9 +37,11 @@ from timm_ghn.orthogonalization import (
 from timm_ghn.orthogonalization.layers import default_start_layer, is_pointwise
 from timm_ghn.orthogonalization.noise import correlation_std, standard_normal
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor
+from timm_ghn.threads import Workers
 from timm_ghn.trace.capture import capture
 
 LAYER = WeightLayer(3, "stem.weight", "stem")
+DEFAULTS = PostProcess()
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -443,6 +445,17 @@ def small_stream() -> list[tuple[WeightLayer, Tensor]]:
     return [(WeightLayer(i, f"layer{i}.weight", f"layer{i}"), weight) for i, weight in enumerate(weights, start=1)]
 
 
+def postprocessed(
+    items: list[tuple[WeightLayer, Tensor]],
+    settings: PostProcess = DEFAULTS,
+    count: int | None = None,
+    in_place: bool = False,
+) -> list[tuple[WeightLayer, Tensor]]:
+    """All results of `postprocess_many`."""
+    with Workers(count) as workers:
+        return list(postprocess_many(items, settings, workers, in_place=in_place))
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_results_do_not_depend_on_threads_or_order() -> None:
     stream = small_stream()
@@ -450,8 +463,8 @@ def test_results_do_not_depend_on_threads_or_order() -> None:
     runs = []
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)
-        runs.append(dict(postprocess_many(stream, PostProcess())))
-        runs.append(dict(postprocess_many(reversed(stream), PostProcess(), workers=3)))
+        runs.append(dict(postprocessed(stream)))
+        runs.append(dict(postprocessed(stream[::-1], count=3)))
         runs.append({layer: postprocess_tensor(weight, layer, PostProcess()) for layer, weight in stream})
         assert torch.get_num_threads() == num_threads
     for run in runs:
@@ -467,26 +480,24 @@ def test_the_stream_is_read_lazily_and_answered_in_order() -> None:
             read.append(number)
             yield WeightLayer(number, f"w{number}", ""), torch.randn(40, 40, generator=generator(number))
 
-    results = postprocess_many(items(), PostProcess(), workers=1)
-    assert read == []
-    first, _ = next(results)
-    assert first.number == 1
-    assert len(read) <= 6
-    assert [layer.number for layer, _ in results] == list(range(2, 30))
+    with Workers(1) as workers:
+        results = postprocess_many(items(), PostProcess(), workers)
+        assert read == []
+        first, _ = next(results)
+        assert first.number == 1
+        assert len(read) <= 6
+        assert [layer.number for layer, _ in results] == list(range(2, 30))
 
 
 @pytest.mark.usefixtures("two_threads")
 def test_threads_are_restored_after_an_error_and_an_early_stop() -> None:
     bad = [(LAYER, torch.full((4, 4), float("nan")))]
     with pytest.raises(InitError, match=r"stem\.weight"):
-        list(postprocess_many(bad, PostProcess()))
+        postprocessed(bad)
     assert torch.get_num_threads() == 2
-    results = postprocess_many(small_stream(), PostProcess())
-    next(results)
-    results.close()  # type: ignore[attr-defined]
+    with Workers() as workers:
+        next(postprocess_many(small_stream(), PostProcess(), workers))
     assert torch.get_num_threads() == 2
-    with pytest.raises(InitError, match="workers=0"):
-        list(postprocess_many([], PostProcess(), workers=0))
 
 
 def test_gradient_and_inference_modes_do_not_matter() -> None:
@@ -496,7 +507,7 @@ def test_gradient_and_inference_modes_do_not_matter() -> None:
     assert torch.equal(postprocess_tensor(nn.Parameter(weight), layer, PostProcess()), expected)
     with torch.inference_mode():
         inferred = weight * 1
-    assert torch.equal(next(iter(postprocess_many([(layer, inferred)], PostProcess())))[1], expected)
+    assert torch.equal(postprocessed([(layer, inferred)])[0][1], expected)
     with torch.device("meta"):
         assert torch.equal(postprocess_tensor(weight, layer, PostProcess()), expected)
 
@@ -548,12 +559,12 @@ def test_in_place_gives_the_same(noise: float, orthogonal: bool) -> None:
 
 @pytest.mark.usefixtures("two_threads")
 def test_in_place_results_do_not_depend_on_threads_or_order() -> None:
-    expected = dict(postprocess_many(small_stream(), PostProcess()))
+    expected = dict(postprocessed(small_stream()))
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)
-        for stream, workers in ((small_stream(), None), (small_stream()[::-1], 3), (small_stream(), 1)):
+        for stream, count in ((small_stream(), None), (small_stream()[::-1], 3), (small_stream(), 1)):
             given = dict(stream)
-            results = list(postprocess_many(stream, PostProcess(), workers, in_place=True))
+            results = postprocessed(stream, count=count, in_place=True)
             assert [layer for layer, _ in results] == [layer for layer, _ in stream]
             assert all(weight is given[layer] and torch.equal(weight, expected[layer]) for layer, weight in results)
 
@@ -565,13 +576,14 @@ def test_in_place_leaves_weights_that_are_not_finite(noise: float) -> None:
         weight[70, 3] = float("nan")
         before = weight.clone()
         with pytest.raises(InitError, match=r"stem\.weight.*NaN"):
-            list(postprocess_many([(LAYER, weight)], PostProcess(noise=noise), in_place=True))
+            postprocessed([(LAYER, weight)], PostProcess(noise=noise), in_place=True)
         torch.testing.assert_close(weight, before, rtol=0, atol=0, equal_nan=True)
 
 
 MEASURE = """
 import json, os, sys, torch
 from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_many
+from timm_ghn.threads import Workers
 
 def mebibytes(field):
     with open("/proc/self/status") as file:
@@ -584,8 +596,9 @@ def run(rows, columns, tiled, count):
         for _ in range(count)
     ]
     before = mebibytes("VmRSS")
-    for _ in postprocess_many([(layer, weight) for weight in weights], PostProcess(), 1, in_place=True):
-        pass
+    with Workers(1) as workers:
+        for _ in postprocess_many([(layer, weight) for weight in weights], PostProcess(), workers, in_place=True):
+            pass
     return mebibytes("VmHWM") - before
 
 for case in json.loads(sys.argv[1]):
@@ -604,7 +617,7 @@ def test_no_thread_is_left_that_a_fork_could_meet() -> None:
     weights = [(WeightLayer(number, "w", ""), torch.randn(64, 64)) for number in range(1, 9)]
     before = set(os.listdir("/proc/self/task"))
     for _ in range(100):
-        list(postprocess_many(weights, PostProcess(), 4))
+        postprocessed(weights, count=4)
         assert set(os.listdir("/proc/self/task")) <= before
 
 

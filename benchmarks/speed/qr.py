@@ -32,6 +32,7 @@ from timm_ghn.orthogonalization import (
     weight_layers,
 )
 from timm_ghn.orthogonalization.orthogonal import orthogonal_factor
+from timm_ghn.threads import Workers
 
 
 def tiled(shape: torch.Size, side: int) -> Tensor:
@@ -112,8 +113,9 @@ def main() -> None:
     times = []
     for _ in range(arguments.repeats):
         start, cpu = time.perf_counter(), time.process_time()
-        for _result in postprocess_many(zip(selected, weights, strict=True), PostProcess()):
-            pass
+        with Workers() as workers:
+            for _result in postprocess_many(zip(selected, weights, strict=True), PostProcess(), workers):
+                pass
         times.append((time.perf_counter() - start, time.process_time() - cpu))
     wall, busy = (statistics.median(column) for column in zip(*times, strict=True))
     print(f"\nall {len(selected)} layers on {num_threads} threads: {wall:.2f} s wall, {busy:.2f} s CPU, ", end="")

@@ -146,7 +146,7 @@ class InitSeconds:
         plan: Graph, layers, and timm's own weights where nothing is predicted.
         distances: Shortest paths.
         gnn: Embedding the nodes.
-        decode: Predicting blocks and writing them.
+        decode: Waiting for predicted blocks and writing them.
         postprocess: Noise and orthogonalization, beyond what runs beside the prediction, and all that follows.
         activations: Comparing activations; no part of an initialization.
     """

@@ -35,12 +35,23 @@ class ConvParts:
     """The parts of a `ConvDecoder`'s layers that emit blocks of one size.
 
     Attributes:
+        block: Their size.
         places: Weight and bias of the first layer for the places of an h x w kernel.
         channels: Weights (k, C, hidden) and biases (k, C) of the last layer, for a few out channels each.
     """
 
+    block: Block
     places: tuple[Tensor, Tensor]
     channels: Sequence[tuple[Tensor, Tensor]]
+
+    def blocks(self, hidden: Tensor, *, bias: bool = True) -> Tensor:
+        """What the last layer makes (..., k, C, h, w) of features (..., h * w, hidden), contiguous."""
+        slabs = [
+            F.linear(hidden, weight.flatten(0, 1), values.flatten() if bias else None)
+            for weight, values in self.channels
+        ]
+        emitted = torch.cat(slabs, dim=-1) if len(slabs) > 1 else slabs[0]
+        return emitted.transpose(-1, -2).reshape(*hidden.shape[:-2], *self.block)
 
 
 class ConvDecoder(nn.Module):
@@ -81,7 +92,7 @@ class ConvDecoder(nn.Module):
         for size, place_weight, place_bias, weight, bias in cuts:
             count = max(1, SLAB_BYTES // (4 * weight[0].numel()))
             slabs = list(zip(torch.split(weight, count), torch.split(bias, count), strict=True))
-            parts[size] = ConvParts((place_weight.flatten(0, 2), place_bias.flatten()), slabs)
+            parts[size] = ConvParts(size, (place_weight.flatten(0, 2), place_bias.flatten()), slabs)
         return parts
 
     def _window(self, block: Block) -> Window:
@@ -106,21 +117,24 @@ class ConvDecoder(nn.Module):
 
         # 1x1 convolutions as matrix products: rows are the places of all nodes.
         hidden = F.relu(F.linear(maps.transpose(1, 2), first.weight.flatten(1), first.bias))
-        if not tiles.is_first:
-            hidden = hidden[:, None] * self._gains(tiles)[:, None]
-        slabs = [F.linear(hidden, weight.flatten(0, 1), bias.flatten()) for weight, bias in parts.channels]
-        kernels = (torch.cat(slabs, dim=-1) if len(slabs) > 1 else slabs[0]).transpose(-1, -2)
-        blocks = kernels.reshape(len(x), len(tiles.rows), len(tiles.columns), *block)
+        if tiles.is_first:
+            blocks = parts.blocks(hidden)[:, None, None]
+        else:  # hidden * (1 + row + column) for each block: the last layer is linear, so A + B - 1 products do
+            rows, columns = self._codes(tiles)
+            blocks = parts.blocks(hidden[:, None] * (1 + rows + columns[0])[:, None])[:, :, None]
+            if len(columns) > 1:
+                changes = parts.blocks(hidden[:, None] * (columns[1:] - columns[0])[:, None], bias=False)
+                blocks = torch.cat([blocks, blocks + changes[:, None]], dim=2)
         if self.has_signs and tiles.rows.stop > 1 and tiles.columns.stop > 1:
             signs = signs_at(tiles.rows, tiles.columns).to(blocks)
             blocks = blocks * signs.view(*signs.shape, *(1 for _ in block))
         return blocks
 
-    def _gains(self, tiles: Tiles) -> Tensor:
-        """What the hidden features are multiplied with for each block (A * B, ...): 1 for the first of a kernel."""
-        rows, columns = (F.pad(codes.weight, (0, 0, 1, 0)) for codes in (self.out_codes, self.in_codes))
-        places = rows[list(tiles.rows), None] + columns[None, list(tiles.columns)]
-        return 1 + places.flatten(0, 1)
+    def _codes(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        """Codes (A, hidden) and (B, hidden) of rows and columns of blocks: 0 for the first of a kernel."""
+        codes = (F.pad(table.weight, (0, 0, 1, 0)) for table in (self.out_codes, self.in_codes))
+        rows, columns = (table[list(places)] for table, places in zip(codes, (tiles.rows, tiles.columns), strict=True))
+        return rows, columns
 
     def class_weights(self, x: Tensor, in_channels: int) -> Tensor:
         """Class weights (N, num_classes, C) for node features (N, hid): classes replace the out channels."""

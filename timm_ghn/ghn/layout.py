@@ -100,6 +100,8 @@ def join(parts: Sequence[Tensor], tiles: Sequence[Tiles]) -> Tensor:
     if len(parts) == 1 and tiles[0].is_first:
         return parts[0][:, 0, 0]
     regions = [part.permute(0, 1, 3, 2, 4, 5, 6).flatten(3, 4).flatten(1, 2) for part in parts]
+    if len(regions) == 1:
+        return regions[0]
     rows = dict.fromkeys(tile.rows for tile in tiles)
     pairs = list(zip(tiles, regions, strict=True))
     return torch.cat([torch.cat([region for tile, region in pairs if tile.rows == row], 2) for row in rows], 1)

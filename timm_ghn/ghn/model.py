@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -22,11 +24,11 @@ from timm_ghn.ghn.graphormer import Graphormer
 from timm_ghn.ghn.seen import Seen
 from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.nodes import Layout, Op, Role, Shape, Target
+from timm_ghn.threads import Workers
 
-CHUNK_BYTES = 4 * 2**20
-"""Upper bound of the blocks that are decoded at once; a single node may exceed it. While the next ones are decoded,
-other threads post-process these: larger chunks keep them waiting. With gradients, all blocks are decoded at once, which
-makes the gradients cheaper."""
+CHUNK_BYTES = 8 * 2**20
+"""Upper bound of the blocks that are decoded at once; a single node may exceed it. Of larger chunks there are too few
+to keep all threads at work. With gradients, all blocks are decoded at once, which makes the gradients cheaper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,10 @@ class _Job:
     shape: Shape
 
 
+_Batch = list[tuple[_Group, Sequence[_Job]]]
+"""Jobs that are decoded together, by group."""
+
+
 class GHN(nn.Module):
     """A graph hypernetwork: GHN-1 and GHN-2 with the names and shapes of ppuda's state dicts, and GHN-3.
 
@@ -153,20 +159,21 @@ class GHN(nn.Module):
         return cast(Tensor, x)
 
     @torch.no_grad()
-    def predict(self, graph: Graph) -> Iterator[Prediction]:
+    def predict(self, graph: Graph, workers: Workers | None = None) -> Iterator[Prediction]:
         """Predict the parameters of one network, without gradients.
 
         Args:
             graph: The network's graph.
+            workers: Threads that decode a little ahead; the calling thread decodes by default.
 
         Yields:
-            One prediction for each target of the graph, those of equal size of kernel after each other. Blocks are
-            decoded as they are asked for, at most about 4 MiB at a time.
+            One prediction for each target of the graph, large parameters first, but those of equal size of block
+            after each other. Blocks are decoded as they are asked for, at most about 8 MiB at a time.
 
         Raises:
             GraphError: If a target does not fit what its node predicts; raised before the first prediction.
         """
-        for _, prediction in self._predictions([graph]):
+        for _, prediction in self._predictions([graph], workers):
             yield prediction
 
     def forward(self, graphs: Sequence[Graph]) -> list[dict[str, Tensor]]:
@@ -187,32 +194,39 @@ class GHN(nn.Module):
             outputs[index][prediction.target.name] = prediction.materialize()
         return outputs
 
-    def _predictions(self, graphs: Sequence[Graph]) -> Iterator[tuple[int, Prediction]]:
+    def _predictions(self, graphs: Sequence[Graph], workers: Workers | None = None) -> Iterator[tuple[int, Prediction]]:
         """Predictions for all targets of all graphs, with the index of their graph."""
-        groups = self._groups(graphs)
+        batches = self._batches(self._groups(graphs))
         features = self.embed_nodes(graphs)
-        limit = sys.maxsize if torch.is_grad_enabled() else CHUNK_BYTES
-        sizes = {group: max(1, limit // self._bytes(group)) for group in groups}
-        chunks = [
-            (group, jobs[start : start + sizes[group]])
-            for group, jobs in groups.items()
-            for start in range(0, len(jobs), sizes[group])
-        ]
-        batches: list[list[tuple[_Group, list[_Job]]]] = []
-        taken = 0
-        for group, jobs in chunks:  # many are decoded together, which takes fewer operations
-            needed = len(jobs) * self._bytes(group)
-            if not batches or taken + needed > limit:
-                batches.append([])
-                taken = 0
-            batches[-1].append((group, jobs))
-            taken += needed
-        for batch in batches:
-            for ((role, _), jobs), blocks in zip(batch, self._emit(batch, features), strict=True):
-                for job, block in zip(jobs, self._normalize(role, jobs, blocks).unbind(), strict=True):
-                    yield job.graph, self._finish(job, block)
+        tasks = (partial(self._decode_batch, batch, features) for batch in batches)
+        results = (task() for task in tasks) if workers is None else workers.in_order(tasks, workers.count)
+        return itertools.chain.from_iterable(results)
 
-    def _emit(self, batch: Sequence[tuple[_Group, Sequence[_Job]]], features: Tensor) -> list[Tensor]:
+    def _batches(self, groups: Mapping[_Group, Sequence[_Job]]) -> list[_Batch]:
+        """Jobs of one or more groups that are decoded together, which takes fewer operations."""
+        limit = sys.maxsize if torch.is_grad_enabled() else CHUNK_BYTES
+        batches: list[_Batch] = []
+        taken = 0
+        for group, jobs in groups.items():
+            each = self._bytes(group)
+            size = max(1, limit // each)
+            for chunk in (jobs[start : start + size] for start in range(0, len(jobs), size)):
+                if not batches or taken + len(chunk) * each > limit:
+                    batches.append([])
+                    taken = 0
+                batches[-1].append((group, chunk))
+                taken += len(chunk) * each
+        return batches
+
+    def _decode_batch(self, batch: _Batch, features: Tensor) -> list[tuple[int, Prediction]]:
+        """Predictions of a batch, with the index of their graph."""
+        return [
+            (job.graph, self._finish(job, block))
+            for ((role, _), jobs), blocks in zip(batch, self._emit(batch, features), strict=True)
+            for job, block in zip(jobs, self._normalize(role, jobs, blocks).unbind(), strict=True)
+        ]
+
+    def _emit(self, batch: _Batch, features: Tensor) -> list[Tensor]:
         """Blocks (n, ...) of some groups for the nodes of their jobs, not yet scaled by fan-in."""
         limits = self.config.max_shape
         tilings = {(role, block): layout.tilings(block, limits) for (role, block), _ in batch if role in _KERNELS}
@@ -236,15 +250,20 @@ class GHN(nn.Module):
         ]
 
     def _groups(self, graphs: Sequence[Graph]) -> dict[_Group, list[_Job]]:
-        """All targets, grouped by what a decoder emits at once."""
-        groups: dict[_Group, list[_Job]] = {}
+        """All targets, grouped by what a decoder emits at once.
+
+        Large parameters come first: those who post-process them then end at about the same time.
+        """
+        jobs = []
         offset = 0
         for index, graph in enumerate(graphs):
             for position, node in enumerate(graph.nodes):
                 for target in node.targets:
-                    job = _Job(index, offset + position, target, _kernel_shape(target, node.shape))
-                    groups.setdefault(self._group(job), []).append(job)
+                    jobs.append(_Job(index, offset + position, target, _kernel_shape(target, node.shape)))
             offset += len(graph)
+        groups: dict[_Group, list[_Job]] = {}
+        for job in sorted(jobs, key=lambda job: math.prod(job.target.shape), reverse=True):
+            groups.setdefault(self._group(job), []).append(job)
         return groups
 
     def _group(self, job: _Job) -> _Group:

@@ -20,10 +20,11 @@ from timm_ghn.ghn import Prediction
 from timm_ghn.graph import Layout
 from timm_ghn.initialize.plan import Plan, postprocess_settings
 from timm_ghn.initialize.report import Report, Status, why_scaled
-from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_many, single_threaded
+from timm_ghn.orthogonalization import PostProcess, WeightLayer, postprocess_many
 from timm_ghn.scale.rule import bounding_factor
 from timm_ghn.seeding import derived_seed
 from timm_ghn.settings import Source
+from timm_ghn.threads import Workers, single_threaded
 
 Finished = Callable[[str, Prediction | None], None]
 """Called once for each parameter when it is final, with its name. The second argument is the prediction that its values
@@ -32,7 +33,7 @@ were tiled from, if nothing was done to them afterwards."""
 
 @torch.no_grad()
 def fill_generated(
-    plan: Plan, deferred: DeferredRandom, finished: Finished, *, queued: int | None = None
+    plan: Plan, deferred: DeferredRandom, finished: Finished, *, waiting: int | None = None
 ) -> dict[str, tuple[float, str]]:
     """Predict or draw the generated parameters, and post-process those from layer L on.
 
@@ -43,7 +44,7 @@ def fill_generated(
         plan: The plan.
         deferred: What was put off while the model was built; forgotten for what is overwritten.
         finished: Called for each of `plan.generated`.
-        queued: How many weights are post-processed or wait for that; None for a few per thread.
+        waiting: How many weights are post-processed or wait for that; None for a few per thread.
 
     Returns:
         What predictions were multiplied with and why, by name, where that was not 1.
@@ -52,10 +53,9 @@ def fill_generated(
         InitError: If the GHN predicts values that are not finite.
     """
     scaled: dict[str, tuple[float, str]] = {}
-    workers = torch.get_num_threads()
     # The thousands of small products of a GNN are slower on several threads, and sums depend on their number.
-    with single_threaded(), torch.autocast("cpu", enabled=False):
-        predictions: Iterable[Prediction] = _predictions(plan, scaled)
+    with Workers() as workers, single_threaded(), torch.autocast("cpu", enabled=False):
+        predictions: Iterable[Prediction] = _predictions(plan, scaled, workers)
         if not any(deferred.is_pending(parameter) for parameter in plan.parameters.values()):
             predictions = list(predictions)
         settings = postprocess_settings(plan.init, plan.hypernetwork)
@@ -64,7 +64,7 @@ def fill_generated(
             (_drawn(plan, deferred), replace(settings, noise=0.0)),
         )
         for source, applied in sources:
-            for layer, weight in postprocess_many(source, applied, workers, in_place=True, queued=queued):
+            for layer, weight in postprocess_many(source, applied, workers, in_place=True, waiting=waiting):
                 parameter = plan.parameters[layer.parameter].data
                 if weight.data_ptr() != parameter.data_ptr():
                     parameter.copy_(weight)
@@ -81,7 +81,7 @@ def fill_others(
     deferred: DeferredRandom,
     finished: Finished,
     *,
-    queued: int | None = None,
+    waiting: int | None = None,
 ) -> None:
     """Give parameters that are not generated what was put off, and post-process them where the paper does.
 
@@ -92,7 +92,7 @@ def fill_others(
         settings: Settings of the post-processing.
         deferred: What was put off while the model was built.
         finished: Called for each parameter that is not generated.
-        queued: How many weights are post-processed or wait for that; None for a few per thread.
+        waiting: How many weights are post-processed or wait for that; None for a few per thread.
     """
     generated = report.generated
     others = [row for row in report.parameters if row.name not in generated]
@@ -113,8 +113,9 @@ def fill_others(
                 deferred.replay(weight, layer.parameter)
                 yield layer, weight
 
-    for layer, _ in postprocess_many(source(), settings, in_place=True, queued=queued):
-        finished(layer.parameter, None)
+    with Workers() as workers:
+        for layer, _ in postprocess_many(source(), settings, workers, in_place=True, waiting=waiting):
+            finished(layer.parameter, None)
 
 
 @torch.no_grad()
@@ -128,7 +129,7 @@ def fill_computed(plan: Plan) -> None:
                 plan.parameters[name].copy_(value)
 
 
-def _predictions(plan: Plan, scaled: dict[str, tuple[float, str]]) -> Iterator[Prediction]:
+def _predictions(plan: Plan, scaled: dict[str, tuple[float, str]], workers: Workers) -> Iterator[Prediction]:
     """The predictions of a plan, scaled; notes by what and why.
 
     Raises:
@@ -136,7 +137,7 @@ def _predictions(plan: Plan, scaled: dict[str, tuple[float, str]]) -> Iterator[P
     """
     if plan.hypernetwork is None or plan.graph is None:
         return
-    for prediction in plan.hypernetwork.predict(plan.graph):
+    for prediction in plan.hypernetwork.predict(plan.graph, workers):
         name = prediction.target.name
         assigned = plan.assignments[name]
         if assigned.source is not Source.GHN:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from timm_ghn.ghn import GHN, Prediction, content_hash, default_ghn, load_ghn
 from timm_ghn.graph import Graph
 from timm_ghn.initialize.memo import Memo
-from timm_ghn.orthogonalization import single_threaded
 from timm_ghn.settings import NOISE, Init, Source
+from timm_ghn.threads import Workers, single_threaded
 
 _MAX_REMEMBERED = 32 * 2**20
 """Bytes of blocks beyond which predictions are not remembered. Those of ResNet-50 by the bundled GHN take 30 MiB."""
@@ -31,7 +31,7 @@ class Hypernetwork:
     hash: str
     memo: Memo | None = field(default=None, compare=False)
 
-    def predict(self, graph: Graph) -> Iterator[Prediction]:
+    def predict(self, graph: Graph, workers: Workers) -> Iterator[Prediction]:
         """Predict as `GHN.predict` does, or give again what was predicted for that graph; nobody may change a block."""
         key = (self.hash, graph)
         found: list[Prediction] | None = None if self.memo is None else self.memo.find(key)
@@ -40,7 +40,7 @@ class Hypernetwork:
             return
         made: list[Prediction] = []
         size = 0
-        for prediction in self.model.predict(graph):
+        for prediction in self.model.predict(graph, workers):
             yield prediction
             size += prediction.block.nbytes
             if self.memo is not None and size <= _MAX_REMEMBERED:

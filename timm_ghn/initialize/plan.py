@@ -25,11 +25,11 @@ from timm_ghn.orthogonalization import (
     kept_parameters,
     resolve_start_layer,
     selected_layers,
-    single_threaded,
     weight_layers,
 )
 from timm_ghn.scale.rule import find_structure, gaining_norms
 from timm_ghn.settings import Init, Source
+from timm_ghn.threads import single_threaded
 from timm_ghn.trace.distributed import whole
 
 if TYPE_CHECKING:

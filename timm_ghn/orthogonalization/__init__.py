@@ -16,7 +16,6 @@ from timm_ghn.orthogonalization.run import (
     postprocess_many,
     postprocess_tensor,
     selected_layers,
-    single_threaded,
 )
 
 __all__ = [
@@ -29,6 +28,5 @@ __all__ = [
     "postprocess_tensor",
     "resolve_start_layer",
     "selected_layers",
-    "single_threaded",
     "weight_layers",
 ]

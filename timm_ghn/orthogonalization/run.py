@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,13 +18,11 @@ from timm_ghn.orthogonalization.noise import add_normal_, correlation_std
 from timm_ghn.orthogonalization.orthogonal import checked_scales, orthogonal_factor_, wide_dtype
 from timm_ghn.orthogonalization.tiled import orthogonalize_tiled_
 from timm_ghn.settings import NOISE, Correlation, check_choice, check_noise, check_seed
+from timm_ghn.threads import Workers, single_threaded
 from timm_ghn.trace.distributed import is_distributed, place_, unwrapped, whole
 from timm_ghn.trace.inputs import check_model
 
 _logger = logging.getLogger(__name__)
-
-_QUEUED_PER_WORKER = 4
-"""Bounds how many weights wait while the next ones are predicted. Only those that run need memory beyond their own."""
 
 _ALIGNMENT = 64
 """Bytes, as of memory that torch allocates on CPUs. Matrix products round in another way elsewhere."""
@@ -128,78 +120,38 @@ Waiting = Tensor | Callable[[], Tensor]
 def postprocess_many(
     items: Iterable[tuple[WeightLayer, Waiting]],
     settings: PostProcess,
-    workers: int | None = None,
+    workers: Workers,
     *,
     in_place: bool = False,
-    queued: int | None = None,
+    waiting: int | None = None,
 ) -> Iterator[tuple[WeightLayer, Tensor]]:
     """Post-processes a stream of weights in parallel, one thread to a weight.
 
-    The stream is read in the calling thread while the pool works, so a generator that predicts one weight at a time
-    overlaps with the post-processing of the weights before it. Only a few weights are held at a time. The number of
-    threads of the calling thread is not touched; that of threads started meanwhile elsewhere is 1.
+    The stream is read in the calling thread while the workers work, so a generator that predicts one weight at a time
+    overlaps with the post-processing of the weights before it. Only a few weights are held at a time.
 
     Args:
-        items: Layers and their weights, or what makes them in the thread that processes them, in the caller's mode of
-            inference; all of them are processed.
+        items: Layers and their weights, or what makes them in the thread that processes them; all of them are
+            processed.
         settings: What is done.
-        workers: Number of threads, `torch.get_num_threads()` by default. It does not change the result.
+        workers: The threads. Their number does not change the result.
         in_place: As of `postprocess_tensor`. After an error, or if the iterator is not exhausted, some weights are
             final and others are not.
-        queued: How many weights are worked on or wait at once, a few per thread by default. One more is held while it
-            is waited for them.
+        waiting: How many weights are worked on or wait at once, see `Workers.in_order`. Only those that are worked on
+            need memory beyond their own.
 
     Yields:
         The layers in the order of the stream, with what `postprocess_tensor` returns for them.
 
     Raises:
-        InitError: As `postprocess_tensor`, or `workers` is not positive.
+        InitError: As `postprocess_tensor`.
     """
-    num_threads = torch.get_num_threads()
-    workers = num_threads if workers is None else workers
-    if workers < 1:
-        raise InitError(f"workers={workers}: expected at least one thread")
-    queued = workers * _QUEUED_PER_WORKER if queued is None else queued
-    pending: deque[tuple[WeightLayer, Future[Tensor]]] = deque()
-    threads: list[int] = []
 
-    is_inference = torch.is_inference_mode_enabled()  # which is a matter of each thread
+    def process(layer: WeightLayer, weight: Waiting) -> tuple[WeightLayer, Tensor]:
+        weight = weight if isinstance(weight, Tensor) else weight()
+        return layer, postprocess_tensor(weight, layer, settings, in_place=in_place)
 
-    def process(layer: WeightLayer, weight: Waiting) -> Tensor:
-        if not isinstance(weight, Tensor):
-            with torch.inference_mode(is_inference), torch.no_grad():
-                weight = weight()
-        return postprocess_tensor(weight, layer, settings, in_place=in_place)
-
-    def begin() -> None:
-        torch.set_num_threads(1)
-        threads.append(threading.get_native_id())
-
-    pool = ThreadPoolExecutor(workers, "timm-ghn", initializer=begin)
-    try:
-        for layer, weight in items:
-            pending.append((layer, pool.submit(process, layer, weight)))
-            while pending and (pending[0][1].done() or len(pending) > queued):
-                done, future = pending.popleft()
-                yield done, future.result()
-        while pending:
-            done, future = pending.popleft()
-            yield done, future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        _await_end(threads)
-        torch.set_num_threads(num_threads)
-
-
-def _await_end(threads: Sequence[int]) -> None:
-    """Waits until threads that were joined are gone from the operating system, on Linux; Python does not wait for that.
-
-    MKL gives back the memory of a thread as the thread goes. A process that is forked in that moment spins for ever in
-    its first matrix product.
-    """
-    latest = time.monotonic() + 1
-    while any(os.path.exists(f"/proc/self/task/{thread}") for thread in threads) and time.monotonic() < latest:
-        time.sleep(1e-4)
+    return workers.in_order((partial(process, layer, weight) for layer, weight in items), waiting)
 
 
 def selected_layers(layers: Sequence[WeightLayer], start: int) -> tuple[WeightLayer, ...]:
@@ -268,12 +220,13 @@ def orthogonalize_(
     if kept:
         _logger.warning("kept as they are: %s", ", ".join(kept))
     source = ((layer, whole(weight)) for layer, weight in zip(selected, weights, strict=True))
-    results = postprocess_many(source, settings, in_place=True)
-    for done, ((layer, result), weight) in enumerate(zip(results, weights, strict=True), start=1):
-        if is_distributed(weight):
-            place_(weight, result)
-        if progress is not None:
-            progress(done, len(selected), layer.parameter)
+    with Workers() as workers:
+        results = postprocess_many(source, settings, workers, in_place=True)
+        for done, ((layer, result), weight) in enumerate(zip(results, weights, strict=True), start=1):
+            if is_distributed(weight):
+                place_(weight, result)
+            if progress is not None:
+                progress(done, len(selected), layer.parameter)
     return tuple(layer.parameter for layer in selected)
 
 
@@ -289,18 +242,3 @@ def _check_weight(weight: Tensor, layer: WeightLayer) -> None:
             f"{layer.parameter} is on the meta device and has no values: create the model outside of "
             'torch.device("meta"), or load weights first, by model.load_state_dict(..., assign=True)'
         )
-
-
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Lets torch use one thread in the calling thread.
-
-    Sums depend on how they are split among threads. And a child that is forked from a process with torch's threads
-    hangs in its first parallel loop.
-    """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)

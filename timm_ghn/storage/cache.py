@@ -14,14 +14,13 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -43,6 +42,7 @@ from timm_ghn.storage.upkeep import (
     reason_of,
 )
 from timm_ghn.storage.writer import write_file
+from timm_ghn.threads import Workers
 
 _logger = logging.getLogger(__name__)
 
@@ -124,8 +124,9 @@ class WeightCache(CacheFolder):
             name: {"shape": p.target.shape, "kernel": p.kernel, "layout": p.target.layout.value, "signed": p.signed}
             for name, p in blocks.items()
         }
-        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-            digests = dict(zip(stored, pool.map(digest_of, stored.values()), strict=True))
+        with Workers() as workers:
+            found = workers.in_order(partial(digest_of, tensor) for tensor in stored.values())
+            digests = dict(zip(stored, found, strict=True))
         described = {"format": FORMAT, "key": key, "model": model, "digests": digests, "tiles": tiles, "report": report}
         text = json.dumps(described, sort_keys=True)
         metadata = {DESCRIPTION_KEY: text, DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
@@ -199,17 +200,13 @@ class Entry:
             One of `UNREADABLE`: If a weight is not what was written. Others may have been written by then, and have to
                 be computed.
         """
-        workers = torch.get_num_threads()
-        is_inference = torch.is_inference_mode_enabled()  # which is a matter of each thread
+
+        def copy(name: str) -> None:
+            self._place(name, self._read(file, name), parameters[name])
+
         names = sorted(self.digests, key=lambda name: -parameters[name].numel())
-
-        def copy(part: Sequence[str]) -> None:
-            with torch.inference_mode(is_inference), torch.no_grad():
-                for name in part:
-                    self._place(name, self._read(file, name), parameters[name])
-
-        with TensorReader(self.path) as file, ThreadPoolExecutor(max_workers=workers) as pool:
-            for _ in pool.map(copy, [names[i::workers] for i in range(workers)]):
+        with TensorReader(self.path) as file, Workers() as workers:
+            for _ in workers.in_order(partial(copy, name) for name in names):
                 pass
         with suppress(OSError):
             os.utime(self.path)  # the time of the last use, where the file system allows that
