@@ -375,7 +375,7 @@ FAMILIES: dict[str, tuple[float, Family]] = {
     "resnet": (6, _resnet), "resnetv2": (2, _resnetv2), "byobnet": (3, _byobnet), "mobileone": (1, _mobileone),
     "mobilevit": (2, _mobilevit), "mobilenetv3": (3, _mobilenetv3), "mobilenetv4": (2, _mobilenetv4), "vgg": (2, _vgg),
     "rdnet": (1, _rdnet), "hgnet": (1, _hgnet), "metaformer": (3, _metaformer), "fastvit": (1, _fastvit),
-    "swin": (3, _swin), "maxxvit": (2, _maxxvit), "mixer": (6, _mixer),
+    "swin": (3, _swin), "maxxvit": (2, _maxxvit), "mixer": (10, _mixer),
     # Convolutional networks.
     "nfnet": (2, lambda d: d.build(models.nfnet.NormFreeNet, models.nfnet.NfCfg(
         depths=d.depths(4, 2), channels=d.widths(4, 48, 128, 16), stem_type=d.pick("3x3", "7x7_pool", "deep_quad"),
@@ -530,7 +530,7 @@ FAMILIES: dict[str, tuple[float, Family]] = {
         mlp_ratios=d.pick((8, 8, 4, 4), (4, 4, 4, 4)), global_pool=d.pick(*_POOLS),
     )),
     # Transformers.
-    "vit": (40, lambda d: d.build(
+    "vit": (80, lambda d: d.build(
         models.vision_transformer.VisionTransformer,
         patch_size=_patch(d), depth=d.number(3, 12),
         mlp_ratio=d.pick(2.0, 3.0, 4.0, 4.0), qkv_bias=d.flag(0.8), qk_norm=d.flag(0.15),
@@ -541,20 +541,20 @@ FAMILIES: dict[str, tuple[float, Family]] = {
             {"global_pool": "avg", "class_token": False, "fc_norm": False},
         ),
     )),
-    "eva": (8, lambda d: d.build(
+    "eva": (12, lambda d: d.build(
         models.eva.Eva, patch_size=_patch(d), depth=d.number(3, 10), qkv_fused=d.flag(), swiglu_mlp=d.flag(),
         scale_mlp=d.flag(0.3), mlp_ratio=d.pick(8 / 3, 4.0), use_rot_pos_emb=d.flag(0.7),
         init_values=d.pick(None, 0.1), **d.heads(2, 8, 32, 64),
     )),
-    "cait": (3, lambda d: d.build(
+    "cait": (5, lambda d: d.build(
         models.cait.Cait, patch_size=_patch(d), depth=d.number(3, 10), init_values=d.pick(1e-5, 0.1, 1.0),
         **d.heads(2, 5, 32, 48), global_pool=d.pick(*_POOLS),
     )),
-    "xcit": (1, lambda d: d.build(
+    "xcit": (2, lambda d: d.build(
         models.xcit.Xcit, patch_size=d.pick(8, 16) if d.size == 64 else 8, depth=d.number(3, 8),
         eta=d.pick(1.0, 0.1, 1e-5), tokens_norm=d.flag(), **d.heads(2, 5, 24, 32, 48), global_pool=d.pick(*_POOLS),
     )),
-    "pit": (2, lambda d: d.build(
+    "pit": (5, lambda d: d.build(
         models.pit.PoolingVisionTransformer, patch_size=d.pick(8, 16), stride=4, stem_type="overlap",
         base_dims=d.scaled((16, 24, 32), (1, 1, 1)), depth=d.depths(3), heads=d.pick((1, 2, 4), (2, 4, 8)),
     )),

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NETWORK_CLIP = _CLIP = 5.0
+_NETWORK_CLIP, _CLIP = 0.1, 5.0
 """Largest norms of the gradient by one network's predicted parameters, so that one that explodes does not drown the
 others, and of the GHN's."""
 _DAMAGED = (OSError, ValueError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError)
