@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -201,12 +201,13 @@ class Entry:
                 be computed.
         """
 
-        def copy(name: str) -> None:
-            self._place(name, self._read(file, name), parameters[name])
+        def copy(part: Sequence[str]) -> None:
+            for name in part:
+                self._place(name, self._read(file, name), parameters[name])
 
         names = sorted(self.digests, key=lambda name: -parameters[name].numel())
         with TensorReader(self.path) as file, Workers() as workers:
-            for _ in workers.in_order(partial(copy, name) for name in names):
+            for _ in workers.in_order(partial(copy, names[i :: workers.count]) for i in range(workers.count)):
                 pass
         with suppress(OSError):
             os.utime(self.path)  # the time of the last use, where the file system allows that
