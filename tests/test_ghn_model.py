@@ -423,6 +423,7 @@ def test_blocks_are_decoded_in_bounded_chunks(small: GHN, monkeypatch: pytest.Mo
     graph = chain(*(weight((8, 8, 3, 3), f"w{i}") for i in range(9)), weight((8, 8), "last"))
     whole = {p.target.name: p.block for p in small.predict(graph)}
     monkeypatch.setattr(model_module, "CHUNK_BYTES", 4 * 4 * 8 * 8 * 9)
+    monkeypatch.setattr(model_module, "MIN_CHUNKS", 1)
     sizes: list[int] = []
     handle = small.decoder.register_forward_hook(lambda module, args, out: sizes.append(out.shape[0]))
     parts = {p.target.name: p.block for p in small.predict(graph)}
@@ -431,6 +432,7 @@ def test_blocks_are_decoded_in_bounded_chunks(small: GHN, monkeypatch: pytest.Mo
     torch.testing.assert_close(parts, whole)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_threads_decode_the_same_bits(small: GHN, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = chain(*(weight((8, 8, 3, 3), f"w{i}") for i in range(9)), weight((8, 8), "last"))
     monkeypatch.setattr(model_module, "CHUNK_BYTES", 4 * 2 * 8 * 8 * 9)

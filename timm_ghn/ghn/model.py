@@ -26,9 +26,10 @@ from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.nodes import Layout, Op, Role, Shape, Target
 from timm_ghn.threads import Workers
 
-CHUNK_BYTES = 8 * 2**20
-"""Upper bound of the blocks that are decoded at once; a single node may exceed it. Of larger chunks there are too few
-to keep all threads at work. With gradients, all blocks are decoded at once, which makes the gradients cheaper."""
+CHUNK_BYTES, MIN_CHUNKS = 8 * 2**20, 4
+"""Bounds of the blocks that are decoded at once: so many bytes, and a part of all of them. A single node may exceed
+both. Of larger chunks there are too few to keep all threads at work. With gradients, all blocks are decoded at once,
+which makes the gradients cheaper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ class GHN(nn.Module):
 
         Yields:
             One prediction for each target of the graph, large parameters first, but those of equal size of block
-            after each other. Blocks are decoded as they are asked for, at most about 8 MiB at a time.
+            after each other. Blocks are decoded as they are asked for, a quarter of them or about 8 MiB at a time.
 
         Raises:
             GraphError: If a target does not fit what its node predicts; raised before the first prediction.
@@ -204,7 +205,8 @@ class GHN(nn.Module):
 
     def _batches(self, groups: Mapping[_Group, Sequence[_Job]]) -> list[_Batch]:
         """Jobs of one or more groups that are decoded together, which takes fewer operations."""
-        limit = sys.maxsize if torch.is_grad_enabled() else CHUNK_BYTES
+        total = sum(len(jobs) * self._bytes(group) for group, jobs in groups.items())
+        limit = sys.maxsize if torch.is_grad_enabled() else min(CHUNK_BYTES, total // MIN_CHUNKS + 1)
         batches: list[_Batch] = []
         taken = 0
         for group, jobs in groups.items():
