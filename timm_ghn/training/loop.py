@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_ghn.errors import CheckpointError, TrainingError
+from timm_ghn.errors import TrainingError
 from timm_ghn.ghn.checkpoint import read, write_safetensors
 from timm_ghn.ghn.model import GHN
 from timm_ghn.storage.atomic import save_atomically
@@ -47,9 +47,6 @@ logger = logging.getLogger(__name__)
 _NETWORK_CLIP, _CLIP = 0.1, 5.0
 """Largest norms of the gradient by one network's predicted parameters, so that one that explodes does not drown the
 others, and of the GHN's."""
-_DAMAGED = (OSError, ValueError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError)
-"""What reading a damaged checkpoint raises."""
-
 MAX_SKIPPED = 50
 """Updates in a row without a finite gradient after which training gives up."""
 _REVIVED_BY = 64
@@ -310,7 +307,7 @@ class Trainer:
                 ghn.seen = saved.seen
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.skipped, self.elapsed = latest.step, latest.skipped, latest.elapsed
-        except (*_DAMAGED, CheckpointError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
             raise TrainingError(f"cannot resume from {self.out}: {error}") from error
         return True
 
