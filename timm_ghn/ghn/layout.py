@@ -97,8 +97,6 @@ def _places(size: int, limit: int) -> list[tuple[range, int]]:
 
 def join(parts: Sequence[Tensor], tiles: Sequence[Tiles]) -> Tensor:
     """Kernels (N, K, C, h, w) from the blocks of `tilings`, each (N, A, B, k, c, h, w)."""
-    if len(parts) == 1 and tiles[0].is_first:
-        return parts[0][:, 0, 0]
     regions = [part.permute(0, 1, 3, 2, 4, 5, 6).flatten(3, 4).flatten(1, 2) for part in parts]
     if len(regions) == 1:
         return regions[0]
