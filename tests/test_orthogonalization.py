@@ -498,6 +498,8 @@ def test_threads_are_restored_after_an_error_and_an_early_stop() -> None:
     with Workers() as workers:
         next(postprocess_many(small_stream(), PostProcess(), workers))
     assert torch.get_num_threads() == 2
+    with pytest.raises(InitError, match="workers=0"):
+        postprocessed([], count=0)
 
 
 def test_gradient_and_inference_modes_do_not_matter() -> None:

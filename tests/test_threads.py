@@ -39,7 +39,7 @@ def test_tasks_are_asked_for_as_there_is_room() -> None:
             yield partial(go_on.wait if number else int)
 
     with Workers(1) as workers:
-        results = workers.in_order(tasks(), waiting=2)
+        results = workers.in_order(tasks(), queued=2)
         next(results)
         assert len(asked) <= 3
         go_on.set()

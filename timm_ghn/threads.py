@@ -16,9 +16,11 @@ from typing import TypeVar
 
 import torch
 
+from timm_ghn.errors import InitError
+
 _T = TypeVar("_T")
 
-_WAITING = 4
+_QUEUED = 4
 """Tasks for each thread that are worked on or wait, unless a call says otherwise."""
 
 
@@ -30,10 +32,15 @@ class Workers:
 
     Args:
         count: Number of threads, `torch.get_num_threads()` by default.
+
+    Raises:
+        InitError: If it is not positive.
     """
 
     def __init__(self, count: int | None = None) -> None:
         self.count = torch.get_num_threads() if count is None else count
+        if self.count < 1:
+            raise InitError(f"workers={count}: expected at least one thread")
 
     def __enter__(self) -> Workers:
         self._num_threads = torch.get_num_threads()
@@ -50,20 +57,20 @@ class Workers:
         torch.set_num_threads(1)
         self._threads.append(threading.get_native_id())
 
-    def in_order(self, tasks: Iterable[Callable[[], _T]], waiting: int | None = None) -> Iterator[_T]:
+    def in_order(self, tasks: Iterable[Callable[[], _T]], queued: int | None = None) -> Iterator[_T]:
         """Carry out tasks, without gradients and in the caller's mode of inference.
 
         Tasks are asked for in the calling thread while others are carried out.
 
         Args:
             tasks: The tasks; all are carried out if the iterator is exhausted.
-            waiting: How many are worked on or wait at once, 4 for each thread by default. One more is held while it is
+            queued: How many are worked on or wait at once, 4 for each thread by default. One more is held while it is
                 waited for them.
 
         Yields:
             What the tasks return, in their order.
         """
-        waiting = _WAITING * self.count if waiting is None else waiting
+        queued = _QUEUED * self.count if queued is None else queued
         is_inference = torch.is_inference_mode_enabled()  # which is a matter of each thread
 
         def carry_out(task: Callable[[], _T]) -> _T:
@@ -73,7 +80,7 @@ class Workers:
         pending: deque[Future[_T]] = deque()
         for task in tasks:
             pending.append(self._pool.submit(carry_out, task))
-            while pending and (pending[0].done() or len(pending) > waiting):
+            while pending and (pending[0].done() or len(pending) > queued):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -33,7 +33,7 @@ were tiled from, if nothing was done to them afterwards."""
 
 @torch.no_grad()
 def fill_generated(
-    plan: Plan, deferred: DeferredRandom, finished: Finished, *, waiting: int | None = None
+    plan: Plan, deferred: DeferredRandom, finished: Finished, *, queued: int | None = None
 ) -> dict[str, tuple[float, str]]:
     """Predict or draw the generated parameters, and post-process those from layer L on.
 
@@ -44,7 +44,7 @@ def fill_generated(
         plan: The plan.
         deferred: What was put off while the model was built; forgotten for what is overwritten.
         finished: Called for each of `plan.generated`.
-        waiting: How many weights are post-processed or wait for that; None for a few per thread.
+        queued: How many weights are post-processed or wait for that; None for a few per thread.
 
     Returns:
         What predictions were multiplied with and why, by name, where that was not 1.
@@ -64,7 +64,7 @@ def fill_generated(
             (_drawn(plan, deferred), replace(settings, noise=0.0)),
         )
         for source, applied in sources:
-            for layer, weight in postprocess_many(source, applied, workers, in_place=True, waiting=waiting):
+            for layer, weight in postprocess_many(source, applied, workers, in_place=True, queued=queued):
                 parameter = plan.parameters[layer.parameter].data
                 if weight.data_ptr() != parameter.data_ptr():
                     parameter.copy_(weight)
@@ -81,7 +81,7 @@ def fill_others(
     deferred: DeferredRandom,
     finished: Finished,
     *,
-    waiting: int | None = None,
+    queued: int | None = None,
 ) -> None:
     """Give parameters that are not generated what was put off, and post-process them where the paper does.
 
@@ -92,7 +92,7 @@ def fill_others(
         settings: Settings of the post-processing.
         deferred: What was put off while the model was built.
         finished: Called for each parameter that is not generated.
-        waiting: How many weights are post-processed or wait for that; None for a few per thread.
+        queued: How many weights are post-processed or wait for that; None for a few per thread.
     """
     generated = report.generated
     others = [row for row in report.parameters if row.name not in generated]
@@ -114,7 +114,7 @@ def fill_others(
                 yield layer, weight
 
     with Workers() as workers:
-        for layer, _ in postprocess_many(source(), settings, workers, in_place=True, waiting=waiting):
+        for layer, _ in postprocess_many(source(), settings, workers, in_place=True, queued=queued):
             finished(layer.parameter, None)
 
 

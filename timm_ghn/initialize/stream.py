@@ -64,8 +64,8 @@ def stream(
     report = plan.report(model_name(model))
     settings, queued = postprocess_settings(plan.init, plan.hypernetwork), torch.get_num_threads()
     with closing(bar):
-        scaled = fill_generated(plan, deferred, finished, waiting=queued)
-        fill_others(model, report, plan.processed, settings, deferred, finished, waiting=queued)
+        scaled = fill_generated(plan, deferred, finished, queued=queued)
+        fill_others(model, report, plan.processed, settings, deferred, finished, queued=queued)
         for storage in entries.keys() - waiting.keys():  # what belongs to no parameter
             hand_on(storage)
     return plan.report(report.model, scaled)

@@ -123,7 +123,7 @@ def postprocess_many(
     workers: Workers,
     *,
     in_place: bool = False,
-    waiting: int | None = None,
+    queued: int | None = None,
 ) -> Iterator[tuple[WeightLayer, Tensor]]:
     """Post-processes a stream of weights in parallel, one thread to a weight.
 
@@ -137,7 +137,7 @@ def postprocess_many(
         workers: The threads. Their number does not change the result.
         in_place: As of `postprocess_tensor`. After an error, or if the iterator is not exhausted, some weights are
             final and others are not.
-        waiting: How many weights are worked on or wait at once, see `Workers.in_order`. Only those that are worked on
+        queued: How many weights are worked on or wait at once, see `Workers.in_order`. Only those that are worked on
             need memory beyond their own.
 
     Yields:
@@ -151,7 +151,7 @@ def postprocess_many(
         weight = weight if isinstance(weight, Tensor) else weight()
         return layer, postprocess_tensor(weight, layer, settings, in_place=in_place)
 
-    return workers.in_order((partial(process, layer, weight) for layer, weight in items), waiting)
+    return workers.in_order((partial(process, layer, weight) for layer, weight in items), queued)
 
 
 def selected_layers(layers: Sequence[WeightLayer], start: int) -> tuple[WeightLayer, ...]:
