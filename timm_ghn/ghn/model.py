@@ -27,7 +27,7 @@ from timm_ghn.graph.nodes import Layout, Op, Role, Shape, Target
 from timm_ghn.threads import Workers
 
 CHUNK_BYTES, MIN_CHUNKS = 8 * 2**20, 4
-"""Bounds of the blocks that are decoded at once: so many bytes, and a part of all of them. A single node may exceed
+"""Bounds of the blocks that are decoded at once: so many bytes, and one part in `MIN_CHUNKS`. A single node may exceed
 both. Of larger chunks there are too few to keep all threads at work. With gradients, all blocks are decoded at once,
 which makes the gradients cheaper."""
 
