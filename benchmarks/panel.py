@@ -6,6 +6,7 @@
     python benchmarks/panel.py --out results/panel --table --png docs/panel.png                 # print and draw alone
     python benchmarks/panel.py --data data --out results/panel --models efficientnet_lite0 \
         --inits rand orth ghn-orth pretrained                                      # the paper's IMAGENET PRETRAINED
+    python benchmarks/panel.py --data data --out results/panel --further           # 17 models of still other modules
 
 Protocol: CIFAR-10 with the first 100 images of each class, 32 x 32, 12 epochs of AdamW in batches of 48. The first seed
 is trained with every learning rate of `--lrs`; the rate that is best on 2,500 other training images is used for the
@@ -64,6 +65,15 @@ PANEL: dict[str, dict[str, Any]] = {
     "vit_tiny_r_s16_p8_224": _AT_32, "vit_tiny_patch16_224": {**_AT_32, "patch_size": 8},
 }  # fmt: skip
 """Models by name, each of another module of timm, with arguments; 0.4 to 12 million parameters."""
+FURTHER: dict[str, dict[str, Any]] = {
+    "cait_xxs24_224": {**_AT_32, "patch_size": 8}, "convit_tiny": {**_AT_32, "patch_size": 8}, "pit_ti_224": _AT_32,
+    "deit_tiny_distilled_patch16_224": {**_AT_32, "patch_size": 8},
+    "eva02_tiny_patch14_224": {**_AT_32, "patch_size": 8}, "test_vit_relpos": _AT_32, "test_coatnet": _AT_32,
+    "efficientvim_m1": {}, "fastvit_t8": {}, "lowformer_b0": {}, "eca_botnext26ts_256": _AT_32,
+    "mobileone_s1": {}, "hardcorenas_a": {}, "resnest14d": {}, "skresnet18": {}, "legacy_seresnet18": {},
+    "hrnet_w18_small": {},
+}  # fmt: skip
+"""Models of still other modules of timm, which no decision about the bundled GHN was made on."""
 
 INITS = ("rand", "orth", "kernels", "vectors", "ghn-orth")
 PRETRAINED = "pretrained"
@@ -77,7 +87,7 @@ class Trial:
     """What decides the numbers of a run.
 
     Attributes:
-        model: Key of `PANEL`, or another model of timm.
+        model: Key of `PANEL` or `FURTHER`, or another model of timm.
         init: One of `INITS`, or `PRETRAINED`.
         ghn: Hash or label of the GHN; empty without one.
         lr: Learning rate.
@@ -117,7 +127,7 @@ def config_of(trial: Trial, ghn: str) -> FineTuneConfig:
     return FineTuneConfig(
         trial.model,
         "ghn-orth" if trial.init in _WITH_GHN else "rand" if trial.init == PRETRAINED else trial.init,
-        model_kwargs=PANEL.get(trial.model, {}),
+        model_kwargs=(PANEL | FURTHER).get(trial.model, {}),
         ghn=ghn if trial.init in _WITH_GHN else None,
         optimizer="adamw",
         weight_decay=0.05,
@@ -389,6 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--models", nargs="+", metavar="MODEL", default=list(PANEL), help="others are taken as they are"
     )
+    parser.add_argument("--further", action="store_true", help="the models of FURTHER in place of the panel's")
     parser.add_argument("--inits", nargs="+", choices=(*INITS, PRETRAINED))
     parser.add_argument("--lrs", nargs="+", type=float)
     parser.add_argument("--epochs", type=int)
@@ -398,6 +409,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the gains over orth")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, each with one thread")
     args = parser.parse_args(argv)
+    if args.further:
+        args.models = list(FURTHER)
     args.inits = args.inits or (("orth", "ghn-orth") if args.quick else INITS)
     args.lrs = args.lrs or ((1e-3,) if args.quick else LRS)
     args.epochs = args.epochs or (6 if args.quick else 12)
