@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
+from typing import Literal
 
 import pytest
 import timm
@@ -566,3 +567,61 @@ def test_activations_are_finite_with_a_ghn_that_was_never_trained(name: str, ghn
     timm_ghn.init_model(model, "ghn-orth", ghn=ghn)
     for batch_statistics in (False, True):
         assert measure_activations(model, batch_statistics=batch_statistics).finite
+
+
+# --- channels that a batch norm silences for another one
+
+
+@pytest.mark.parametrize("name", ["mobileone_s1", "repvgg_a0"])
+def test_batch_norms_do_not_silence_channels_for_the_batch_norms_of_the_next_block(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    blocks = [("stem", model.stem)]
+    blocks += [(path, block) for path, block in model.named_modules() if path.count(".") == 2 and "stages" in path]
+    expected = {
+        f"{path}.{inner}.bias"
+        for (path, block), (_, after) in pairwise(blocks)
+        if after.identity is not None
+        for inner, module in block.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
+    assert len(expected) > 40
+    assert structure_of(model).silencing == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("densenet121", {"features.norm0.bias"}), ("resnet18", set()), ("mobilenetv2_035", set())]
+)
+def test_which_batch_norms_read_what_another_one_could_silence(name: str, found: set[str]) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert structure_of(model).silencing == found
+
+
+def test_no_channel_that_a_batch_norm_reads_is_silent_in_mobileone() -> None:
+    def start(rescale: Literal["auto", "off"]) -> nn.Module:
+        init = timm_ghn.Init("ghn-orth", ghn="bundled", rescale=rescale, cache=False)
+        return timm.create_model("mobileone_s1", init=init, num_classes=10).train()
+
+    def silent_share(model: nn.Module) -> float:
+        variances: list[Tensor] = []
+        for path, module in model.named_modules():
+            if path.endswith("identity"):
+                module.register_forward_hook(lambda _, inputs, __: variances.append(inputs[0].var((0, 2, 3))))
+        with torch.no_grad():
+            model(torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+        return float((torch.cat(variances) < 1e-6).float().mean())
+
+    def clamped(model: nn.Module) -> list[Tensor]:
+        report = timm_ghn.report_of(model)
+        assert report is not None
+        named = dict(model.named_parameters())
+        return [named[row.name].detach() for row in report.parameters if "silence" in row.reason]
+
+    model, as_predicted = start("auto"), start("off")
+    assert silent_share(as_predicted) > 0.2
+    assert silent_share(model) < 0.01
+    assert len(clamped(model)) == 82
+    assert all(bool((bias >= 0).all()) for bias in clamped(model))
+    assert any(bool((bias > 0).any()) for bias in clamped(model))
+    assert clamped(as_predicted) == []

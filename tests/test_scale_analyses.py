@@ -11,6 +11,7 @@ from timm_ghn.graph.analyses import analyse
 from timm_ghn.scale.batch_norms import Growth, find_growth, find_last_batch_norms, find_overflowing
 from timm_ghn.scale.branches import Scale, find_scales
 from timm_ghn.scale.products import Product, Weights, find_products, find_weights
+from timm_ghn.scale.silent import find_silencing
 from timm_ghn.scale.steps import Chain, Steps, find_chains
 from timm_ghn.scale.streams import ResidualSum, find_streams
 from timm_ghn.trace.records import Value
@@ -144,3 +145,22 @@ def test_growth_and_the_last_batch_norm(t: TraceBuilder) -> None:
     last = find_last_batch_norms(known, streams, scales, growths)
     assert (last[branch.index], last[total.index]) == (branch.index, norm.index)
     assert cube.index not in last
+
+
+# Silent channels
+
+
+def test_what_a_batch_norm_silences_for_another_one(t: TraceBuilder) -> None:
+    def normed(x: Value, name: str) -> Value:
+        return t.call("batch_norm", x, None, None, t.parameter(f"{name}.w", 4), t.parameter(f"{name}.b", 4))
+
+    x = linear(t, t.input(2, 4), "stem")
+    branches = t.call("add", normed(x, "one"), normed(x, "two"))
+    joined = t.call("concat", branches, normed(x, "three"))
+    rectified = t.call("relu", joined)
+    again = normed(rectified, "reads all three")
+    smooth = normed(t.call("gelu", again), "reads no rectified one")
+    mixed = normed(linear(t, t.call("relu", smooth), "mixes channels"), "reads a layer")
+    stream = t.call("relu", t.call("add", mixed, linear(t, x, "varies")))
+    normed(stream, "reads a sum that varies")
+    assert find_silencing(steps(t)) == {number(t, f"{name}.b") for name in ("one", "two", "three")}

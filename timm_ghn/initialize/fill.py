@@ -149,8 +149,11 @@ def _predictions(plan: Plan, scaled: dict[str, tuple[float, str]], workers: Work
         for factor in (bounding, assigned.factor):
             if factor != 1:
                 prediction = replace(prediction, block=prediction.block * factor)
+        if assigned.clamped:
+            prediction = replace(prediction, block=prediction.block.clamp(min=0))
         if bounding * assigned.factor != 1:
-            scaled[name] = bounding * assigned.factor, why_scaled(assigned.factor, bounding)
+            reasons = assigned.reason, why_scaled(assigned.factor, bounding)
+            scaled[name] = bounding * assigned.factor, "; ".join(filter(None, reasons))
         yield prediction
 
 

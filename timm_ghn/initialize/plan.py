@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 FROZEN = "frozen: requires_grad is False"
+SILENCING = "negative ones are 0, as they could silence channels that another batch norm reads"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class Assignment:
         layer: As which layer it is post-processed; None if it is not.
         factor: What the prediction is multiplied with because of the structure of the network.
         gains: Whether it is the weight of a layer norm whose output is multiplied by what follows.
-        reason: Why its values are those of timm, or are drawn where a GHN was to predict.
+        clamped: Whether negative numbers of the prediction become 0.
+        reason: Why its values are those of timm, are drawn where a GHN was to predict, or are clamped.
     """
 
     source: Source
@@ -59,6 +61,7 @@ class Assignment:
     layer: WeightLayer | None = None
     factor: float = 1.0
     gains: bool = False
+    clamped: bool = False
     reason: str = ""
 
     @property
@@ -257,8 +260,9 @@ def _choose_for_ghn(
         if layer.parameter in unseen and not layer.is_classifier:
             chosen[layer.parameter] = Assignment(Source.GAUSSIAN, layer=layer, reason=unseen[layer.parameter])
     for name, target in targets.items():
-        factor = factors.get(name, 1.0)
-        chosen[name] = Assignment(Source.GHN, target, processed.get(name), factor, name in gaining)
+        factor, clamped = factors.get(name, 1.0), structure is not None and name in structure.silencing
+        reason = SILENCING if clamped else ""
+        chosen[name] = Assignment(Source.GHN, target, processed.get(name), factor, name in gaining, clamped, reason)
     return chosen
 
 

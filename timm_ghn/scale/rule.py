@@ -24,6 +24,7 @@ from timm_ghn.graph.nodes import Layout, Op, Role, Target
 from timm_ghn.scale.batch_norms import Growth, find_growth, find_last_batch_norms, find_overflowing
 from timm_ghn.scale.branches import Scale, Start, find_scales
 from timm_ghn.scale.products import find_products
+from timm_ghn.scale.silent import find_silencing
 from timm_ghn.scale.steps import Steps, find_chains
 from timm_ghn.scale.streams import Streams, find_streams
 from timm_ghn.trace.records import Trace
@@ -101,6 +102,7 @@ class Structure:
         chains: For parameters of layers: the length of the longest chain that ends in the layer.
         chained: Parameters of layers in chains of more than `MAX_CHAIN` layers.
         standardized: Parameters that are standardized when they are used.
+        silencing: Biases of batch norms that could silence a channel for another batch norm: none may be negative.
     """
 
     branches: Mapping[str, float]
@@ -108,6 +110,7 @@ class Structure:
     chains: Mapping[str, float]
     chained: frozenset[str]
     standardized: frozenset[str]
+    silencing: frozenset[str]
 
     def factors(self, predicted: Iterable[Target], block: int) -> dict[str, float]:
         """What predictions are multiplied with, by name; 1 for all others.
@@ -135,7 +138,7 @@ class Structure:
 
 
 def find_structure(analyses: Analyses, start: Start = lambda _: None) -> Structure:
-    """Read residual streams, products of activations and chains without norms from a recorded forward pass.
+    """Read residual streams, products of activations, chains without norms and silent channels from a forward pass.
 
     Args:
         analyses: Those of the forward pass.
@@ -158,6 +161,7 @@ def find_structure(analyses: Analyses, start: Start = lambda _: None) -> Structu
         chains=_largest(trace, ((index, chain.length) for index, chain in layers)),
         chained=_names(trace, (index for chain in long for index in chain.layers)),
         standardized=_names(trace, steps.standardized),
+        silencing=_names(trace, find_silencing(steps)),
     )
 
 

@@ -79,6 +79,7 @@ class Row:
         is_like_another: Whether all operands but the first only lend their shape or type.
         is_hard_gate: Whether it is one of the activations behind which ppuda looks for gates.
         is_bounded: Whether results stay within bounds however large the operands are.
+        is_flat: Whether results are the same for all operands below some number.
         exponent: The power of its operand as which a result grows.
     """
 
@@ -93,6 +94,7 @@ class Row:
     is_like_another: bool = False
     is_hard_gate: bool = False
     is_bounded: bool = False
+    is_flat: bool = False
     exponent: float = 1.0
 
 
@@ -124,12 +126,11 @@ TABLE: Mapping[str, Row] = {
     # Elementwise functions.
     "softmax": Row(Kind.SOFTMAX, is_bounded=True),
     "normalize": Row(Kind.NORMALIZE, is_spread=True, is_bounded=True),
-    **_rows(
-        Row(Kind.ACTIVATION, is_bounded=True),
-        "sigmoid", "tanh", "hardtanh", "relu6", "clamp", "clip", "sign",
-    ),
-    "hardsigmoid": Row(Kind.ACTIVATION, is_hard_gate=True, is_bounded=True),
-    "hardswish": Row(Kind.ACTIVATION, is_hard_gate=True),
+    **_rows(Row(Kind.ACTIVATION, is_bounded=True), "sigmoid", "tanh"),
+    **_rows(Row(Kind.ACTIVATION, is_bounded=True, is_flat=True), "hardtanh", "relu6", "clamp", "clip", "sign"),
+    "hardsigmoid": Row(Kind.ACTIVATION, is_hard_gate=True, is_bounded=True, is_flat=True),
+    "hardswish": Row(Kind.ACTIVATION, is_hard_gate=True, is_flat=True),
+    "relu": Row(Kind.ACTIVATION, is_flat=True),
     "square": Row(Kind.ACTIVATION, exponent=2.0),
     "sqrt": Row(Kind.ACTIVATION, exponent=0.5),
     "rsqrt": Row(Kind.ACTIVATION, exponent=-0.5),

@@ -82,6 +82,8 @@ def as_users_get(
             tensor = tensor / tensor.square().mean().sqrt().clamp(1e-6, 1)
         if assigned.factor != 1:
             tensor = tensor * assigned.factor
+        if assigned.clamped:
+            tensor = tensor.clamp(min=0)
         if assigned.layer is not None:
             tensor = _Orthogonal.apply(tensor, assigned.layer, settings, config)  # type: ignore[no-untyped-call]
         results[name] = tensor
