@@ -21,7 +21,7 @@ class Path:
         is_rectified: Whether a function that is flat below some number, as ReLU is, stands between.
     """
 
-    biases: frozenset[int] = _NONE
+    biases: frozenset[int]
     is_rectified: bool = False
 
 
