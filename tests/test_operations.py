@@ -16,6 +16,7 @@ from timm_ghn.trace.operations import (
     kind_of,
     operands,
     reduced_dims,
+    row_of,
     swaps_last_dims,
     weight_and_bias,
 )
@@ -57,6 +58,33 @@ def test_equations_that_sum_over_nothing_multiply_elementwise(equation: str, kin
     t = TraceBuilder()
     t.call("einsum", equation, t.input(2, 3, 4), t.parameter("w", 4, 4))
     assert kind_of(last(t)) is kind
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs"),
+    [
+        ("clamp", (0.0,), {}),
+        ("clamp", (None, 6.0), {}),
+        ("clamp", (), {"min": 0.0}),
+        ("clamp", (), {"max": 6.0}),
+        ("clip", (0.0, 6.0), {}),
+        ("clip", (), {"min": 0.0, "max": 6.0}),
+        ("hardtanh", (), {}),
+        ("relu", (), {}),
+        ("relu6", (), {}),
+        ("hardswish", (), {}),
+        ("tanh", (), {}),
+    ],
+)
+def test_an_activation_is_bounded_and_flat_where_its_results_are(
+    name: str, args: tuple[float | None, ...], kwargs: dict[str, float]
+) -> None:
+    t = TraceBuilder()
+    t.call(name, t.input(4), *args, **kwargs)
+    function = getattr(F, name, None) or getattr(torch, name)
+    lowest, at_4, at_3, highest = function(torch.tensor([-1e9, -4.0, -3.0, 1e9]), *args, **kwargs).tolist()
+    assert row_of(last(t)).is_flat == (at_4 == at_3)
+    assert row_of(last(t)).is_bounded == (max(-lowest, highest) < 10)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-VERSION = 17
+VERSION = 18
 """Version of the rules that turn a model and settings into weights.
 
 Raise it by one in every change after which the same model, settings and GHN give other weights: another rule for the

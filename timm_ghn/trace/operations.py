@@ -7,7 +7,7 @@ operands, and nothing else is known of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any, TypeVar
 
@@ -127,7 +127,8 @@ TABLE: Mapping[str, Row] = {
     "softmax": Row(Kind.SOFTMAX, is_bounded=True),
     "normalize": Row(Kind.NORMALIZE, is_spread=True, is_bounded=True),
     **_rows(Row(Kind.ACTIVATION, is_bounded=True), "sigmoid", "tanh"),
-    **_rows(Row(Kind.ACTIVATION, is_bounded=True, is_flat=True), "hardtanh", "relu6", "clamp", "clip", "sign"),
+    **_rows(Row(Kind.ACTIVATION, is_bounded=True, is_flat=True), "hardtanh", "relu6", "sign"),
+    **_rows(Row(Kind.ACTIVATION), "clamp", "clip"),  # Bounded, and flat, as their arguments say.
     "hardsigmoid": Row(Kind.ACTIVATION, is_hard_gate=True, is_bounded=True, is_flat=True),
     "hardswish": Row(Kind.ACTIVATION, is_hard_gate=True, is_flat=True),
     "relu": Row(Kind.ACTIVATION, is_flat=True),
@@ -170,9 +171,13 @@ LAYERS = frozenset({Kind.CONVOLUTION, Kind.LINEAR})
 
 def row_of(operation: Operation) -> Row:
     """What the table says of an operation."""
+    row = TABLE.get(operation.name, _OTHER)
     if operation.name == "einsum" and _is_elementwise(operation.args[0]):
         return TABLE["mul"]
-    return TABLE.get(operation.name, _OTHER)
+    if operation.name in ("clamp", "clip"):
+        has_minimum = operation.argument(1, "min") is not None
+        return replace(row, is_bounded=has_minimum and operation.argument(2, "max") is not None, is_flat=has_minimum)
+    return row
 
 
 def _is_elementwise(equation: Any) -> bool:
