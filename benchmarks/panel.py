@@ -74,7 +74,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     "legacy_seresnet18": {}, "hrnet_w18_small": {},
 }  # fmt: skip
 """Models of still other modules of timm, which no decision about the bundled GHN was made on; 0.4 to 12.6 million
-parameters."""
+parameters. The part "silence" of the scale rule was made on one of them, mobileone_s1."""
 
 INITS = ("rand", "orth", "kernels", "vectors", "ghn-orth")
 PRETRAINED = "pretrained"
