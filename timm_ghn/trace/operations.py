@@ -171,9 +171,9 @@ LAYERS = frozenset({Kind.CONVOLUTION, Kind.LINEAR})
 
 def row_of(operation: Operation) -> Row:
     """What the table says of an operation."""
-    row = TABLE.get(operation.name, _OTHER)
     if operation.name == "einsum" and _is_elementwise(operation.args[0]):
         return TABLE["mul"]
+    row = TABLE.get(operation.name, _OTHER)
     if operation.name in ("clamp", "clip"):
         has_minimum = operation.argument(1, "min") is not None
         return replace(row, is_bounded=has_minimum and operation.argument(2, "max") is not None, is_flat=has_minimum)
