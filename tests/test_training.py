@@ -380,6 +380,34 @@ def test_command_line_overrides_the_preset(tmp_path: Path) -> None:
     assert config.lr == PRESETS["bundled"].lr
 
 
+def test_a_resumed_run_keeps_its_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """But for those that the command line changes, which are named."""
+    shard = tmp_path / "train.safetensors"
+    write_shard(shard, noisy_images(60, 0, 32, classes=6))
+    ghn = GHN(replace(PRESETS["smoke"].ghn, num_classes=6))
+    write_safetensors(ghn, tmp_path / "ghn.safetensors")
+    line = ["--out", str(tmp_path / "run")]
+    began = _arguments(
+        *line, "--preset", "smoke", "--from-ghn", str(tmp_path / "ghn.safetensors"), "--resume",
+        "--lr", "0.001", "--without-family", "vit", "--held-out-classes", "1",
+    )  # fmt: skip
+    given = {"out": tmp_path / "run", "processes": join_processes("cpu"), "ghn": began.from_ghn}
+    prepare([shard], make_config(began), **given).save()
+    for command in (began, _arguments(*line, "--resume"), _arguments(*line, "--evaluate-only")):
+        assert make_config(command) == make_config(began)
+        prepare([shard], make_config(command), **given, resume=True)
+    assert "other settings" not in caplog.text
+    changed = make_config(_arguments(*line, "--resume", "--steps", "99", "--lr", "0.002"))
+    assert changed == replace(make_config(began), steps=99, lr=0.002)
+    prepare([shard], changed, **given, resume=True)
+    assert "other settings than before: steps, lr\n" in caplog.text
+    assert make_config(_arguments(*line, "--resume", "--preset", "bundled")) == PRESETS["bundled"]
+    assert make_config(_arguments(*line)) == PRESETS["bundled"]
+    write_shard(shard, noisy_images(60, 0, 32, classes=5))
+    with pytest.raises(TrainingError, match="has 6 outputs, images and teacher have 5: give those"):
+        prepare([shard], make_config(began), **given, resume=True)
+
+
 def test_command_without_images_says_how_to_get_some(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="tiny-imagenet"):
         run_train(_arguments("--out", str(tmp_path)))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from timm_ghn.errors import TrainingError
 from timm_ghn.ghn import load_ghn
 from timm_ghn.images import HOW_TO_GET_IMAGES
+from timm_ghn.training.checkpoint import Checkpoint
 from timm_ghn.training.config import PRESETS, TrainConfig
 from timm_ghn.training.export import export_run
 from timm_ghn.training.families import FAMILIES
@@ -36,13 +37,17 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="JPEG shards (safetensors), or one folder with a sub-folder a class",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of checkpoints and metrics")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="bundled", help="configuration to start from")
+    parser.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        help="configuration to start from (default: that of the run that is resumed, bundled for a new one)",
+    )
     parser.add_argument(
         "--teacher",
         metavar="NAME",
         help=f"trained network to learn from, {PACKAGED} or one of timm; else classes",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     parser.add_argument("--from-ghn", metavar="GHN", help="begin with this GHN (a name or a file), and its sizes")
     parser.add_argument("--stop-after", type=int, metavar="N", help="stop at this update, to be resumed")
     parser.add_argument(
@@ -58,17 +63,18 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         choices=sorted(FAMILIES),
-        help="families of networks never to train on, for measuring generalization",
+        metavar="FAMILY",
+        help=f"families never to train on, for measuring generalization; of {', '.join(sorted(FAMILIES))}",
     )
     for name, entry in _SETTINGS.items():
-        text = f"{entry.metadata['text']} (default: the preset's)"
+        text = f"{entry.metadata['text']} (default: the configuration's)"
         parser.add_argument(_option(name), type=type(entry.default), help=text)
     for name, text in _GHN_SETTINGS:
-        parser.add_argument(_option(name), type=int, help=f"{text} (default: the preset's)")
+        parser.add_argument(_option(name), type=int, help=f"{text} (default: the configuration's)")
     parser.add_argument(
         "--hypernet",
         choices=("gatedgnn", "graphormer"),
-        help="what mixes the features of the nodes (default: the preset's); with a Graphormer in 4 layers of 8 heads",
+        help="what mixes the features of the nodes (default: the configuration's); Graphormers have 4 layers of 8 heads",
     )
     parser.add_argument("--evaluate-only", action="store_true", help="do not train: evaluate the checkpoint in --out")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the final GHN to this file")
@@ -80,20 +86,23 @@ def _option(name: str) -> str:
 
 
 def make_config(args: argparse.Namespace) -> TrainConfig:
-    """The preset with what the command line changes.
+    """The configuration of the run that is resumed, or a preset, with what the command line changes.
 
     Raises:
-        TrainingError: If a value is out of range.
+        TrainingError: If a value is out of range, or the checkpoint to resume is damaged.
         CheckpointError, UnknownGhnError, DownloadError: If the GHN to begin with cannot be loaded.
     """
-    config = PRESETS[args.preset]
+    before = Checkpoint.read(args.out) if args.resume or args.evaluate_only else None
+    config = before.config if before is not None and args.preset is None else PRESETS[args.preset or "bundled"]
     changes = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
     shape: dict[str, Any] = {name: getattr(args, name) for name, _ in _GHN_SETTINGS if getattr(args, name) is not None}
     if args.hypernet is not None:
         layers, heads = (4, 8) if args.hypernet == "graphormer" else (0, 0)
         shape |= {"hypernet": args.hypernet, "layers": layers, "heads": heads}
     families = {name: share for name, share in config.families.items() if name not in args.without_family}
-    ghn = config.ghn if args.from_ghn is None else load_ghn(args.from_ghn).config
+    ghn = config.ghn
+    if args.from_ghn is not None:  # the number of classes follows from images and teacher
+        ghn = replace(load_ghn(args.from_ghn).config, num_classes=ghn.num_classes)
     return replace(config, ghn=replace(ghn, **shape), families=families, **changes)
 
 

@@ -85,7 +85,8 @@ class Trainer:
             raise TrainingError(f"{config.meta_batch} networks an update cannot be shared by {self.world} processes")
         if ghn.config.num_classes != splits.num_outputs:
             raise TrainingError(
-                f"the GHN has {ghn.config.num_classes} outputs, images and teacher have {splits.num_outputs}"
+                f"the GHN has {ghn.config.num_classes} outputs, images and teacher have {splits.num_outputs}: "
+                "give those that it was trained with"
             )
         self.objective = Objective(splits, self.device)
         # Its backward pass averages gradients over the processes; the GHN itself where there is one process.

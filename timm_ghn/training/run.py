@@ -72,7 +72,7 @@ def prepare(
     splits = split(data, held_out=config.held_out_classes, validation=config.validation)
     shape = replace(config.ghn, num_classes=splits.num_outputs)
     trained = new_ghn(shape, config.seed) if given is None else given
-    if trained.config != shape:
+    if trained.config != replace(shape, num_classes=trained.config.num_classes):
         raise TrainingError(f"the GHN of the file is {trained.config}, the run's is {shape}")
     trained.info = None  # of a file; training makes another GHN of it, that has seen what this one has
     networks = training_networks(trained, config), cache(partial(evaluation_networks, trained))
