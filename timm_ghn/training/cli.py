@@ -74,7 +74,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hypernet",
         choices=("gatedgnn", "graphormer"),
-        help="what mixes the features of the nodes (default: the configuration's); Graphormers have 4 layers of 8 heads",
+        help="what mixes the features of the nodes (default: the configuration's); a Graphormer has 4 layers, 8 heads",
     )
     parser.add_argument("--evaluate-only", action="store_true", help="do not train: evaluate the checkpoint in --out")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the final GHN to this file")
