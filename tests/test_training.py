@@ -479,8 +479,11 @@ def test_command_trains_evaluates_and_exports(tmp_path: Path, capsys: pytest.Cap
     assert content_hash(read(tmp_path / "again.safetensors")) == content_hash(ghn)
     assert run_train(_arguments(*line, "--evaluate-only")) == 0
     assert "mambaout" in capsys.readouterr().out
-    line[1] = str(tmp_path / "more")
+    line[1] = str(tmp_path / "new" / "evaluated")
     line += ["--from-ghn", str(tmp_path / "ghn.safetensors")]
+    assert run_train(_arguments(*line, "--evaluate-only")) == 0
+    assert (tmp_path / "new" / "evaluated" / "metrics.jsonl").exists()
+    line[1] = str(tmp_path / "more")
     with pytest.raises(TrainingError, match="hid=16"):
         run_train(_arguments(*line, "--hid", "8"))
     assert run_train(_arguments(*line)) == 0

@@ -64,7 +64,7 @@ class Trainer:
         splits: Images.
         networks: The networks to train on, by number.
         eval_networks: Gives other networks, of which the first evaluation needs all.
-        out: Folder of checkpoints and metrics.
+        out: Folder of checkpoints and metrics; made if it is not there.
         processes: What `join_processes` gives; this process alone, on the CPU, by default.
     """
 
@@ -99,6 +99,7 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._started = time.monotonic()
         self.meter = Meter()
+        self.out.mkdir(parents=True, exist_ok=True)
 
     # One update
 
@@ -213,7 +214,6 @@ class Trainer:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._started = time.monotonic()
-        self.out.mkdir(parents=True, exist_ok=True)
         end = config.steps if stop_after is None else min(stop_after, config.steps)
         with (
             _termination() as asked,
