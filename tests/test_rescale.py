@@ -599,8 +599,12 @@ def test_which_batch_norms_read_what_another_one_could_silence(name: str, found:
 
 
 def test_no_channel_that_a_batch_norm_reads_is_silent_in_mobileone() -> None:
-    def start(rescale: Literal["auto", "off"]) -> nn.Module:
-        init = timm_ghn.Init("ghn-orth", ghn="bundled", rescale=rescale, cache=False)
+    lower = load_ghn("bundled")  # with lower biases: more to mend, however the bundled GHN was trained
+    with torch.no_grad():
+        lower.decoder_1d.linear(1).bias.view(2, -1)[1] -= 0.5
+
+    def start(rescale: Literal["auto", "off"], ghn: str | GHN = lower) -> nn.Module:
+        init = timm_ghn.Init("ghn-orth", ghn=ghn, rescale=rescale, cache=False)
         return timm.create_model("mobileone_s1", init=init, num_classes=10).train()
 
     def silent_share(model: nn.Module) -> float:
@@ -619,8 +623,9 @@ def test_no_channel_that_a_batch_norm_reads_is_silent_in_mobileone() -> None:
         return [named[row.name].detach() for row in report.parameters if "silence" in row.reason]
 
     model, as_predicted = start("auto"), start("off")
-    assert silent_share(as_predicted) > 0.1  # what there is to mend depends on the bundled GHN: 0.18
+    assert silent_share(as_predicted) > 0.2
     assert silent_share(model) < 0.01
+    assert silent_share(start("auto", "bundled")) < 0.01
     assert len(clamped(model)) == 82
     assert all(bool((bias >= 0).all()) for bias in clamped(model))
     assert any(bool((bias > 0).any()) for bias in clamped(model))
